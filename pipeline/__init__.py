@@ -1,0 +1,1 @@
+"""Raw pictures and captions -> shards -> encoded shards -> batches. Never imports torch."""

@@ -1,0 +1,578 @@
+"""Sources in, a new version of a data set out: every input row ends in exactly one outcome.
+
+    pass 1   fetch, decode, hash and stage candidate pictures, in parallel units of some hundreds of
+    rows
+    decide   once, in source order: filters, duplicates, splits, which sample goes into which shard
+    pass 2   write the shards, in parallel, one unit each
+
+Units commit their results under staging/ by what is in them, the decision depends on the rows
+alone, and the version manifest comes last: a killed run that is run again ends with the bytes of an
+undisturbed one. A row is known by its id and stamp; growth reads what is new and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from . import filters, storage
+from .execute import Executor, run
+from .manifest import Manifest, Shard, fingerprint, latest, publish
+from .sources import OverLong, Row, SourceOptions, fetch_image, open_source
+
+_CODE = 1
+"""Raised by hand when the same rows and rules give other bytes: everything is read again."""
+
+_FOLDERS = ("versions", "shards", "tables", "inputs", "staging")
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestRules:
+    """What is kept of the sources, and how."""
+
+    kind: Literal["ingest"] = "ingest"
+    max_side: int = 0
+    """Larger pictures are stored with their shorter side reduced to this many pixels; 0 keeps them
+    as they are.
+    """
+    min_side: int = 16
+    """Pictures whose shorter side has fewer pixels are filtered."""
+    max_aspect: float = 4.0
+    """Pictures more than this many times as long as wide are filtered."""
+    shard_samples: int = 2048
+    """At most; a split's samples are dealt to shards of nearly equal size."""
+    heldout_share: float = 0.1
+    """Share of all pairs (captions, or caption and style) that training never sees."""
+    unseen_share: float = 0.0
+    """Share of all names (captions of rows with a style) that training never sees in any style."""
+    min_heldout: int = 16
+    """The first version raises the held-out share to reach this many samples, up to a quarter of
+    all.
+    """
+    near_duplicates: bool = False
+    """Whether pictures that look the same as an earlier one are dropped (see `dedup`)."""
+    max_rejected_share: float = 0.5
+    """More new rows than this rejected: nothing is published."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """sRGB colour behind transparent pixels."""
+    max_pixels: int = 50_000_000
+    max_bytes: int = 100_000_000
+    animated: Literal["first", "reject"] = "first"
+    options: SourceOptions = field(default_factory=SourceOptions)
+
+    def __post_init__(self):
+        for name, low in (
+            ("max_side", 0),
+            ("min_side", 1),
+            ("shard_samples", 1),
+            ("min_heldout", 0),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("heldout_share", "unseen_share", "max_rejected_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.max_aspect < 1:
+            raise ValueError(f"max_aspect must be at least 1 (a square), got {self.max_aspect}")
+        if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
+            raise ValueError(
+                f"background must be three levels from 0 to 255, got {self.background}"
+            )
+
+    def reading(self) -> dict[str, Any]:
+        """What pass 1 depends on; thresholds may change without a picture being read again in a run
+        that goes on.
+        """
+        names = ("max_side", "background", "max_pixels", "max_bytes", "animated")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class IngestResult:
+    """A version, and what it took."""
+
+    manifest: Manifest
+    counts: Mapping[str, int]
+    """All rows so far, as in the manifest."""
+    new: int
+    """Samples this run added."""
+    reused: bool
+    """Whether the sources and rules were unchanged, so that nothing was done."""
+
+
+def ingest(
+    sources: Sequence[str],
+    dataset: str,
+    rules: IngestRules | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> IngestResult:
+    """Bring a data set up to date with its sources; publishes a new version if anything about them
+    changed.
+
+    Sources that an earlier version had and this call does not name stay as they are. Changed rules
+    build the next version anew from the named sources. `progress(stage, done, total)` speaks of the
+    stages "read" and "write". ValueError: nothing to read, nothing kept, or more rows rejected than
+    the rules allow; nothing is published then.
+    """
+    if not sources:
+        raise ValueError("no sources given; name at least one folder, table, tar or shapes:// URL")
+    rules, executor = rules or IngestRules(), executor or Executor()
+    dataset = storage.absolute(dataset)
+    opened = [open_source(url, options=rules.options) for url in sources]
+    prints = {source.url: source.fingerprint() for source in opened}
+    with storage.lock(storage.join(dataset, ".lock")):
+        parent = latest(dataset)
+        same_rules = parent is not None and _rules(parent.rules) == _rules(_described(rules))
+        if (
+            parent
+            and same_rules
+            and all(parent.sources.get(url) == it for url, it in prints.items())
+        ):
+            _clean(dataset, parent)
+            return IngestResult(parent, parent.counts, new=0, reused=True)
+        base = parent if same_rules else None
+        return _Ingest(dataset, rules, executor, progress, parent, base).run(opened, prints)
+
+
+@dataclass(frozen=True)
+class _Ingest:
+    """One run that has something to do. `base`: the version whose samples and outcomes it builds
+    on.
+    """
+
+    dataset: str
+    rules: IngestRules
+    executor: Executor
+    progress: Progress | None
+    parent: Manifest | None
+    base: Manifest | None
+
+    def run(self, sources: Sequence[Any], prints: Mapping[str, str]) -> IngestResult:
+        for folder in _FOLDERS:
+            storage.sweep(storage.join(self.dataset, folder))
+        past = _read_inputs(self.base)
+        rows = self._new_rows(sources, {(it["id"], it["stamp"]) for it in past})
+        if not rows and not past:
+            raise ValueError(
+                f"{', '.join(prints)}: no rows; wanted at least one picture with a caption"
+            )
+        results = self._read(rows)
+        outcomes, samples, limit = self._decide(rows, results, past)
+        counts = _count(past + outcomes)
+        self._check(outcomes, counts)
+        shards = self._write(samples)
+        version = self.parent.version + 1 if self.parent else 1
+        manifest = Manifest(
+            dataset=self.dataset,
+            version=version,
+            parent=self.base.version if self.base else None,
+            shards=(*(self.base.shards if self.base else ()), *shards),
+            counts=counts,
+            sources={**(self.base.sources if self.base else {}), **prints},
+            rules={**_described(self.rules), "heldout_limit": limit},
+        )
+        _write_inputs(manifest, past + outcomes)
+        publish(manifest)
+        _clean(self.dataset, manifest)
+        return IngestResult(manifest, counts, new=len(samples), reused=False)
+
+    def _new_rows(
+        self, sources: Sequence[Any], known: set[tuple[str, str]]
+    ) -> list[tuple[str, Row]]:
+        """(source, row) of each row not met before, in source order."""
+        rows, ids = [], set()
+        for source in sources:
+            for row in source.rows():
+                if row.id in ids:
+                    raise ValueError(
+                        f"{source.url}: row {row.id} is listed twice; name each source once"
+                    )
+                ids.add(row.id)
+                if (row.id, row.stamp) not in known:
+                    rows.append((source.url, row))
+        return rows
+
+    # ---- pass 1 ----------------------------------------------------------------------------------
+
+    def _read(self, rows: Sequence[tuple[str, Row]]) -> list[dict]:
+        """What each row's picture turned out to be, in order."""
+        # few enough rows that the units balance over workers, enough that a unit outweighs its
+        # scheduling
+        size = min(512, max(32, -(-len(rows) // 64)))
+        units = []
+        for start in range(0, len(rows), size):
+            some = [
+                {
+                    "image": row.image,
+                    "stamp": row.stamp,
+                    "problem": row.problem,
+                    "sha256": row.sha256,
+                }
+                for _, row in rows[start : start + size]
+            ]
+            name = fingerprint([_CODE, self.rules.reading(), some])
+            units.append({"unit": name, "rows": some})
+        work = functools.partial(_reader, self.dataset, self.rules.reading())
+        return [
+            {**row, "staged": result["unit"]}
+            for result in self._resume("read", work, units)
+            for row in result["rows"]
+        ]
+
+    # ---- the decision ----------------------------------------------------------------------------
+
+    def _decide(
+        self, rows: Sequence[tuple[str, Row]], results: Sequence[dict], past: Sequence[dict]
+    ) -> tuple[list[dict], list[dict], float]:
+        """Outcomes of the new rows, the new samples sorted by key, and the held-out limit."""
+        drop = (filters.aspect(self.rules.max_aspect), filters.too_small(self.rules.min_side))
+        looks = self._looks()
+        known = {it["key"] for it in past if it["outcome"] == "kept"}
+        samples: dict[str, dict] = {}
+        outcomes: list[dict] = []
+        again: list[tuple[dict, Row]] = []
+        for (source, row), result in zip(rows, results, strict=True):
+            outcome, reason, key = "kept", "", result.get("key", "")
+            if result.get("reason"):
+                outcome, reason = "rejected", result["reason"]
+            elif filtered := filters.first_reason(drop, result["scores"]):
+                outcome, reason = "filtered", filtered
+            elif key in known:
+                outcome, reason = "duplicate", "known"
+            elif key in samples:
+                outcome, reason = "duplicate", "same_picture"
+            elif looks is not None and looks.add(result["scores"]["look"], key):
+                outcome, reason = "duplicate", "near_duplicate"
+            it = {
+                "id": row.id,
+                "stamp": row.stamp,
+                "source": source,
+                "outcome": outcome,
+                "reason": reason,
+                "detail": result.get("detail", ""),
+                "key": key,
+                "split": "",
+                "flags": sorted({*row.flags, *result.get("flags", ())}),
+            }
+            outcomes.append(it)
+            if outcome == "kept":
+                samples[key] = {**result, "row": row, "captions": list(row.captions), "outcome": it}
+            elif reason == "same_picture":
+                again.append((it, row))
+        limit = self._heldout_limit([sample["row"] for sample in samples.values()])
+        for sample in samples.values():
+            sample["split"] = sample["outcome"]["split"] = self._split(sample["row"], limit)
+        for it, row in again:
+            # One picture, two captions. The second joins the first unless it would carry a held-out
+            # pair into training.
+            sample = samples[it["key"]]
+            it["split"] = sample["split"]
+            new = [caption for caption in row.captions if caption not in sample["captions"]]
+            if new and self._split(row, limit) == sample["split"]:
+                sample["captions"] += new
+                it["reason"] = "caption_added"
+            elif new:
+                it["reason"] = "caption_of_other_split"
+        return outcomes, [samples[key] for key in sorted(samples)], limit
+
+    def _split(self, row: Row, limit: float) -> str:
+        if row.name is not None and _uniform("unseen", row.name) < self.rules.unseen_share:
+            return "unseen"
+        return "heldout" if _uniform("heldout", row.pair) < limit else "train"
+
+    def _heldout_limit(self, rows: Sequence[Row]) -> float:
+        """Pairs that hash below it are held out: `heldout_share`, raised once, by the first
+        version, for small sets.
+
+        It never changes afterwards, so that growth cannot move a pair from one split to another.
+        """
+        if self.base is not None:
+            return self.base.rules["heldout_limit"]
+        share = limit = self.rules.heldout_share
+        places = Counter(
+            _uniform("heldout", row.pair) for row in rows if self._split(row, 0) == "train"
+        )
+        if share == 1 or not places:
+            return share
+        if max(places) < share:
+            return 0.0  # so few pairs that all would be held out: train on all
+        total, held = places.total(), 0
+        wanted = min(self.rules.min_heldout, total // 4) if share else 0
+        for place in sorted(places):
+            if place >= share:
+                if held >= wanted or held + places[place] > total // 2:
+                    break
+                limit = place + 2.0**-53  # just above: places are multiples of this
+            held += places[place]
+        return limit
+
+    def _looks(self) -> Any:
+        if not self.rules.near_duplicates:
+            return None
+        from . import dedup, shards
+
+        looks = dedup.NearDuplicates()
+        for shard in self.base.shards if self.base else ():
+            table = shards.read_table(self.dataset, shard.name, ["key", "look"])
+            for row in table.to_pylist():
+                looks.add(row["look"], row["key"])
+        return looks
+
+    def _check(self, outcomes: Sequence[dict], counts: Mapping[str, int]) -> None:
+        """ValueError when too much was rejected or nothing is left."""
+        rejected = Counter(it["reason"] for it in outcomes if it["outcome"] == "rejected")
+        if rejected.total() > self.rules.max_rejected_share * len(outcomes):
+            first = next(it for it in outcomes if it["outcome"] == "rejected")
+            raise ValueError(
+                f"{rejected.total()} of {len(outcomes)} new rows were rejected "
+                f"({_listed(rejected)}), allowed is a share of {self.rules.max_rejected_share}; "
+                f"the first is {first['id']} ({first['reason']}: {first['detail'] or 'no detail'}); "
+                "mend the source or raise max_rejected_share"
+            )
+        if not counts["kept"]:
+            rest = Counter(f"{it['outcome']}:{it['reason']}" for it in outcomes)
+            raise ValueError(
+                f"none of {len(outcomes)} rows was kept ({_listed(rest)}); "
+                "look at the sources and the rules"
+            )
+
+    # ---- pass 2 ----------------------------------------------------------------------------------
+
+    def _write(self, samples: Sequence[dict]) -> list[Shard]:
+        """The new shards, split by split."""
+        units = []
+        for split in ("train", "heldout", "unseen"):
+            mine = [_sample(sample) for sample in samples if sample["split"] == split]
+            shards = -(-len(mine) // self.rules.shard_samples)
+            for index in range(shards):
+                some = mine[index * len(mine) // shards : (index + 1) * len(mine) // shards]
+                unit = {"split": split, "samples": some}
+                units.append({"unit": fingerprint([_CODE, unit]) + "-shard", **unit})
+        results = self._resume("write", functools.partial(_writer, self.dataset), units)
+        return [Shard(**result["shard"]) for result in results]
+
+    def _resume(self, stage: str, factory: Any, units: list[dict]) -> list[dict]:
+        """Results of the units in order; those committed by an earlier, killed run are read, not
+        computed.
+        """
+        staging = storage.join(self.dataset, "staging")
+        present = set(storage.list_names(staging))
+        todo = [unit for unit in units if f"{unit['unit']}.json" not in present]
+        past, progress = len(units) - len(todo), self.progress
+        fresh = run(
+            factory,
+            todo,
+            executor=self.executor,
+            keep=False,
+            progress=progress and (lambda done, _: progress(stage, past + done, len(units))),
+        )
+        done = {unit["unit"]: result for unit, result in zip(todo, fresh, strict=True)}
+        return [
+            done[name]
+            if (name := unit["unit"]) in done
+            else storage.read_json(_result_url(self.dataset, name))
+            for unit in units
+        ]
+
+
+# ---- what runs in workers ------------------------------------------------------------------------
+
+
+def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[dict], dict]:
+    """Pass 1 over one unit: pictures one after the other into staging/{unit}.bin, what they are
+    into {unit}.json.
+    """
+    from . import dedup, images
+
+    max_side = reading["max_side"]
+    policy = images.DecodePolicy(
+        background=tuple(reading["background"]),
+        max_pixels=reading["max_pixels"],
+        max_bytes=reading["max_bytes"],
+        animated=reading["animated"],
+        # what Lanczos halves at least once more is 40 dB near to Lanczos alone, what it does not 31
+        draft_side=2 * max_side,
+    )
+
+    def read(row: dict[str, Any], stage: Callable[[bytes], int], found: dict[str, Any]) -> None:
+        if row["problem"]:
+            raise images.Rejected(row["problem"], row["image"])
+        try:
+            data = fetch_image(row["image"], policy.max_bytes)
+        except OverLong as error:
+            raise images.Rejected("too_many_bytes", str(error)) from None
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            raise images.Rejected("unreadable", str(error)) from None
+        found["key"] = dedup.key(data)
+        if row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
+            raise images.Rejected("hash_mismatch", f"wanted sha256 {row['sha256']}")
+        image, info = images.decode(data, policy)
+        width, height = info["width"], info["height"]
+        image, stored, ext = images.store(image, data, info, max_side)
+        found |= {
+            "offset": stage(stored),
+            "length": len(stored),
+            "ext": ext,
+            "width": image.width,
+            "height": image.height,
+            "format": info["format"],
+            "flags": info["flags"],
+            "scores": {
+                "original_width": width,
+                "original_height": height,
+                "aspect": round(max(width, height) / min(width, height), 4),
+                "look": dedup.look(image),
+            },
+        }
+
+    def work(unit: dict[str, Any]) -> dict[str, Any]:
+        results: list[dict[str, Any]] = []
+        with storage.publishing(storage.join(dataset, "staging", f"{unit['unit']}.bin")) as file:
+
+            def stage(data: bytes) -> int:
+                offset = file.tell()
+                file.write(data)
+                return offset
+
+            for row in unit["rows"]:
+                results.append(found := {})
+                try:
+                    read(row, stage, found)
+                except images.Rejected as rejected:
+                    found |= {"reason": rejected.reason, "detail": rejected.detail}
+        return _commit(dataset, unit["unit"], {"unit": unit["unit"], "rows": results})
+
+    return work
+
+
+def _writer(dataset: str) -> Callable[[dict], dict]:
+    """Pass 2 over one unit: a shard from staged pictures."""
+    from . import shards
+
+    def work(unit: dict) -> dict:
+        wanted: dict[str, list[dict]] = {}
+        for sample in unit["samples"]:
+            wanted.setdefault(sample["staged"], []).append(sample)
+        pictures: dict[str, bytes] = {}
+        for staged, some in wanted.items():
+            url = storage.join(dataset, "staging", f"{staged}.bin")
+            ranges = [(sample["offset"], sample["length"]) for sample in some]
+            for sample, data in zip(some, storage.read_ranges(url, ranges), strict=True):
+                pictures[sample["key"]] = data
+
+        def samples() -> Iterator[shards.ShardSample]:
+            for it in unit["samples"]:
+                yield shards.ShardSample(
+                    it["key"], pictures.pop(it["key"]), it["ext"], tuple(it["captions"]), it["meta"]
+                )
+
+        shard = shards.write_shard(samples(), dataset, unit["split"])
+        return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
+
+    return work
+
+
+def _commit(dataset: str, unit: str, result: dict) -> dict:
+    storage.publish_bytes(_result_url(dataset, unit), json.dumps(result).encode())
+    return result
+
+
+def _result_url(dataset: str, unit: str) -> str:
+    return storage.join(dataset, "staging", f"{unit}.json")
+
+
+# ---- small parts ---------------------------------------------------------------------------------
+
+
+def _sample(sample: dict) -> dict:
+    """What pass 2 needs of a sample."""
+    row: Row = sample["row"]
+    captions = sample["captions"]
+    meta = {
+        "source": row.id,
+        "width": sample["width"],
+        "height": sample["height"],
+        "format": sample["format"],
+        "flags": sample["outcome"]["flags"],
+        "scores": {**sample["scores"], "caption_characters": len(captions[0])},
+    }
+    if row.label is not None:
+        meta["label"] = row.label
+    return {name: sample[name] for name in ("key", "staged", "offset", "length", "ext")} | {
+        "captions": captions,
+        "meta": meta,
+    }
+
+
+def _uniform(purpose: str, text: str) -> float:
+    """A number in [0, 1) that the text always gets."""
+    digest = hashlib.blake2b(f"{purpose}\0{text}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+def _described(rules: IngestRules) -> dict[str, Any]:
+    return {**json.loads(json.dumps(asdict(rules))), "code": _CODE}
+
+
+def _rules(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name != "heldout_limit"}
+
+
+def _count(outcomes: Sequence[dict]) -> dict[str, int]:
+    """Rows by outcome and by outcome:reason, and how often each flag was raised."""
+    totals = Counter(it["outcome"] for it in outcomes)
+    counts = {name: totals[name] for name in ("kept", "filtered", "rejected", "duplicate")}
+    assert sum(counts.values()) == len(outcomes), f"rows without an outcome: {totals}"
+    details = Counter(f"{it['outcome']}:{it['reason']}" for it in outcomes if it["reason"])
+    details.update(f"flag:{flag}" for it in outcomes for flag in it["flags"])
+    return {"seen": len(outcomes), **counts, **dict(sorted(details.items()))}
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def _read_inputs(base: Manifest | None) -> list[dict]:
+    if base is None:
+        return []
+    import pyarrow.parquet as pq
+
+    path = storage.local_copy(base.url("inputs", f"{base.version:06d}.parquet"))
+    return pq.read_table(path, partitioning=None).to_pylist()
+
+
+def _write_inputs(manifest: Manifest, outcomes: Sequence[dict]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ("id", "stamp", "source", "outcome", "reason", "detail", "key", "split")
+    columns = {name: pa.array([it[name] for it in outcomes], pa.string()) for name in names}
+    columns["flags"] = pa.array([it["flags"] for it in outcomes], pa.list_(pa.string()))
+    with storage.publishing(manifest.url("inputs", f"{manifest.version:06d}.parquet")) as file:
+        pq.write_table(pa.table(columns), file)
+
+
+def _clean(dataset: str, manifest: Manifest) -> None:
+    """Remove staging, and the shards of killed runs over other rows, which no manifest lists."""
+    staging = storage.join(dataset, "staging")
+    names = storage.list_names(staging)
+    if not names and not storage.exists(staging):
+        return
+    for folder in _FOLDERS:
+        storage.sweep(storage.join(dataset, folder))
+    listed = {shard.name for shard in manifest.shards}
+    for name in names:
+        if name.endswith("-shard.json"):
+            shard = storage.read_json(storage.join(staging, name))["shard"]["name"]
+            if shard not in listed:
+                storage.delete(storage.join(dataset, "shards", f"{shard}.tar"))
+                storage.delete(storage.join(dataset, "tables", f"{shard}.parquet"))
+    storage.delete(staging)

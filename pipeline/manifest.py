@@ -1,0 +1,111 @@
+"""A data set is what its newest version manifest lists; what no manifest lists does not exist.
+
+Versions are immutable and numbered from 1. The data version is the digest of the listed shards, so
+a version that only records that the sources were looked at again changes nothing downstream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from . import storage
+
+
+def fingerprint(obj: Any) -> str:
+    """16 hex characters that name a JSON value: blake2b of its canonical text."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of samples, all of one split."""
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One version of a data set. `dataset` is where it was read from; it is not part of the stored
+    text.
+    """
+
+    dataset: str
+    version: int
+    parent: int | None
+    shards: tuple[Shard, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Outcomes of all input rows so far: seen = kept + filtered + rejected + duplicate, then
+    "outcome:reason".
+    """
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Source URL -> the fingerprint its listing had."""
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """The data version: what was trained on, whatever happened around it."""
+        return fingerprint([[shard.name, shard.sha256] for shard in self.shards])
+
+    def split(self, *names: str) -> tuple[Shard, ...]:
+        """The shards of the named splits (of all without names), in manifest order."""
+        return tuple(shard for shard in self.shards if not names or shard.split in names)
+
+    def samples(self, *names: str) -> int:
+        """How many samples the named splits hold (all without names)."""
+        return sum(shard.samples for shard in self.split(*names))
+
+    def url(self, folder: str, name: str) -> str:
+        """A file of the data set, for instance `url("shards", "train-0123456789abcdef.tar")`."""
+        return storage.join(self.dataset, folder, name)
+
+
+def versions(dataset: str) -> list[int]:
+    """The published versions, ascending."""
+    names = storage.list_names(storage.join(dataset, "versions"))
+    return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()]
+
+
+def latest(dataset: str) -> Manifest | None:
+    """The newest version, or None where nothing was published."""
+    numbers = versions(dataset)
+    return read(dataset, numbers[-1]) if numbers else None
+
+
+def read(dataset: str, version: int) -> Manifest:
+    """One version. ValueError when it does not exist or is no manifest."""
+    url = _url(dataset, version)
+    try:
+        content = storage.read_json(url)
+    except FileNotFoundError:
+        known = ", ".join(map(str, versions(dataset))) or "none"
+        raise ValueError(f"{dataset}: no version {version} (published: {known})") from None
+    try:
+        shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+        return Manifest(dataset=dataset, shards=shards, **content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{url}: not a version manifest ({error})") from None
+
+
+def publish(manifest: Manifest) -> None:
+    """Make the version visible. ValueError when that number was taken meanwhile."""
+    content = asdict(manifest)
+    del content["dataset"]
+    url = _url(manifest.dataset, manifest.version)
+    if not storage.create_exclusive(url, storage.json_bytes(content)):
+        raise ValueError(
+            f"{url}: version {manifest.version} was published meanwhile by another run; "
+            "run again to build on it"
+        )
+
+
+def _url(dataset: str, version: int) -> str:
+    return storage.join(dataset, "versions", f"{version:06d}.json")

@@ -1,0 +1,641 @@
+"""A source lists rows cheaply and lets a picture be fetched later by its reference alone.
+
+Listing opens no picture. A row that cannot be used is listed too, with its `problem`, so that sums
+add up; a source whose shape is wrong (columns, broken tar order) is a ValueError that names the
+place. Foreign tars are read with plain tarfile headers: no member name becomes a path, no link is
+followed, nothing is unpickled, no shell is started.
+
+    folder/captions.jsonl               a picture's path and caption per line (`file`, `caption`)
+    folder/metadata.csv|.jsonl          imagefolder (`file_name`, `text`)
+    folder/a.jpg + folder/a.txt         sidecar captions
+    folder/*.tar, x.tar                 WebDataset and img2dataset shards
+    x.csv|.tsv|.jsonl|.parquet          tables of paths with captions
+    shapes://?scenes=24000&seed=0&side=32&objects=1     drawn scenes
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import IO, Any, Literal, Protocol
+from urllib.parse import parse_qsl
+
+from . import storage
+from .filters import clean_caption
+from .manifest import fingerprint
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+TABLES = ("csv", "tsv", "jsonl", "parquet")
+FILE_FIELDS = ("file", "file_name", "path", "image")
+CAPTION_FIELDS = ("caption", "text", "captions")
+_FOLDER_TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
+_MAX_FIELD_BYTES = 64 << 20
+_MAX_JSON_BYTES = 16 << 20
+_DRAWING = 1
+"""Raised by hand when `shapes` draws or words the same scene differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How rows become captions."""
+
+    kind: Literal["source"] = "source"
+    file_field: str = ""
+    """Column of the picture's path; empty: the first of file, file_name, path, image."""
+    caption_field: str = ""
+    """Column of the caption or captions; empty: the first of caption, text, captions."""
+    root: str = ""
+    """Folder that a table's paths start from and must stay in; empty: the folder of the table."""
+    style_field: str = "style"
+    """Where a row has this field, its caption names the style, and (caption, style) is the pair
+    that is held out.
+    """
+    caption_template: str = "{caption}, {style} style"
+    max_caption_characters: int = 2000
+
+    def __post_init__(self):
+        try:
+            self.caption_template.format(caption="", style="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                "caption_template may use {caption} and {style}, "
+                f"got {self.caption_template!r} ({error!r})"
+            ) from None
+        if self.max_caption_characters < 1:
+            raise ValueError(
+                f"max_caption_characters must be at least 1, got {self.max_caption_characters}"
+            )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input row: a picture that can be fetched, with its captions."""
+
+    id: str
+    """Unique, and the same when the source is listed again."""
+    stamp: str
+    """Changes with the content: of the picture (size and time) or of what is said about it."""
+    captions: tuple[str, ...]
+    image: str
+    """What `fetch` takes: a URL, `tar:offset:size:URL`, or `shapes:seed:objects:side:index`."""
+    pair: str
+    """The combination whose hash decides the held-out split."""
+    name: str | None = None
+    """The name whose hash decides the unseen split."""
+    label: dict[str, Any] | None = None
+    problem: str | None = None
+    """Why this row is rejected without a look at its picture."""
+    flags: tuple[str, ...] = ()
+    sha256: str | None = None
+    """What the picture's file is expected to hash to."""
+
+
+class Source(Protocol):
+    """Something that can be listed."""
+
+    url: str
+
+    def fingerprint(self) -> str:
+        """Changes when the rows may have; from a listing of names, sizes and times alone."""
+        ...
+
+    def rows(self) -> Iterator[Row]:
+        """All rows, in an order that depends on their names alone."""
+        ...
+
+
+def open_source(url: str, *, options: SourceOptions | None = None) -> Source:
+    """The source at a URL, by what lies there. ValueError: nothing we can read, and what it is."""
+    options = options or SourceOptions()
+    if url.startswith("shapes:"):
+        return _Shapes(url)
+    if url.startswith("pipe:") or "::" in url:
+        raise ValueError(
+            f"{url}: commands and chained URLs are refused; give a folder, a table or a .tar"
+        )
+    url = storage.absolute(url)
+    stamp = storage.stamp(url)
+    if stamp is not None:
+        extension = url.rsplit(".", 1)[-1].lower()
+        if extension in TABLES:
+            root = storage.absolute(options.root or storage.parent(url))
+            return _Table(url, options, {"": stamp}, url, root)
+        if extension == "tar":
+            return _Tars(url, options, {"": stamp})
+        raise ValueError(f"{url}: wanted a folder, a .tar or a table ({', '.join(TABLES)})")
+    if not storage.exists(url):
+        raise ValueError(f"{url}: no such file or folder")
+    listing = storage.list_stamps(url)
+    for name in _FOLDER_TABLES:
+        if name in listing:
+            return _Table(url, options, listing, storage.join(url, name), url)
+    if any(name.endswith(".tar") for name in listing):
+        tars = {name: stamp for name, stamp in listing.items() if name.endswith(".tar")}
+        return _Tars(url, options, tars)
+    if any(name.endswith(".txt") for name in listing):
+        return _Sidecar(url, options, listing)
+    raise ValueError(
+        f"{url}: found {', '.join(list(listing)[:5]) or 'nothing'}; "
+        f"wanted {', '.join(_FOLDER_TABLES)}, tars, or pictures each with a .txt beside it"
+    )
+
+
+def fetch(row: Row, max_bytes: int = 1 << 30) -> bytes:
+    """The bytes of a row's picture. OSError when there are none, `OverLong` when too many."""
+    return fetch_image(row.image, max_bytes)
+
+
+def fetch_image(image: str, max_bytes: int = 1 << 30) -> bytes:
+    """`fetch` by a row's `image` alone: read, cut from a tar, or drawn."""
+    scheme, _, rest = image.partition(":")
+    if scheme == "shapes":
+        from PIL import Image
+
+        from . import images, shapes
+
+        seed, objects, side, index = map(int, rest.split(":"))
+        pixels = shapes.draw(shapes.scene(seed, index, objects), side)
+        return images.encode(Image.fromarray(pixels), "png")
+    if scheme == "tar":
+        offset, size, url = rest.split(":", 2)
+        if int(size) > max_bytes:
+            raise OverLong(f"{size} bytes, allowed {max_bytes}")
+        (data,) = storage.read_ranges(url, [(int(offset), int(size))])
+        return data
+    with storage.open_read(image) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OverLong(f"more than the allowed {max_bytes} bytes")
+    return data
+
+
+class OverLong(OSError):
+    """A file of more bytes than allowed."""
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A source listed once, so that its fingerprint and its rows speak of the same moment."""
+
+    url: str
+    options: SourceOptions
+    listing: Mapping[str, str]
+
+    def fingerprint(self) -> str:
+        return fingerprint(list(self.listing.items()))
+
+    def _row(
+        self,
+        member: str,
+        stamp: str,
+        image: str,
+        captions: list[str],
+        attributes: Mapping[str, str],
+        problem: str | None = None,
+        flags: tuple[str, ...] = (),
+        styled: bool = False,
+    ) -> Row:
+        """A row from raw texts. A style among the attributes joins captions not `styled` yet."""
+        limit = self.options.max_caption_characters
+        clean: list[str] = []
+        noted = list(flags)
+        for caption in captions:
+            text, changes = clean_caption(caption, limit)
+            noted += changes
+            if text:
+                clean.append(text)
+        if captions and not clean:
+            problem = problem or "no_caption"
+        label = {
+            clean_caption(name, limit)[0]: clean_caption(text, limit)[0]
+            for name, text in attributes.items()
+            if name != "sha256"
+        }
+        pair, name, style = clean[0] if clean else "", None, label.get(self.options.style_field)
+        if clean and style and not styled:
+            name, pair = clean[0], f"{clean[0]}|{style}"
+            template = self.options.caption_template
+            clean = [template.format(caption=text, style=style) for text in clean]
+        clean = list(dict.fromkeys(clean))
+        expected = attributes.get("sha256", "").lower()
+        said = fingerprint([clean, pair, name, label, problem, expected])
+        return Row(
+            # file names may hold bytes that are no text
+            id=f"{self.url}#{member}".encode("utf-8", "backslashreplace").decode(),
+            stamp=f"{stamp}-{said}",
+            captions=tuple(clean),
+            image=image,
+            pair=pair,
+            name=name,
+            label=label or None,
+            problem=problem,
+            flags=tuple(sorted(set(noted))),
+            sha256=expected or None,
+        )
+
+
+@dataclass(frozen=True)
+class _Table(_Listed):
+    """Paths with captions: a folder's own table (its pictures are listed with it), or any table."""
+
+    table: str
+    root: str
+
+    def rows(self) -> Iterator[Row]:
+        times: Counter[str] = Counter()
+        for place, fields in _read_table(self.table, self.options):
+            file = _field(fields, self.options.file_field, FILE_FIELDS, place)
+            caption = _field(
+                fields, self.options.caption_field, CAPTION_FIELDS, place, wanted=False
+            )
+            said = fields.get(caption) if caption else None
+            captions = _texts(said, f"{place}, column {caption!r}")
+            path = fields[file]
+            if not isinstance(path, str) or not path:
+                raise ValueError(
+                    f"{place}, column {file!r}: got {path!r}, wanted the path of a picture"
+                )
+            attributes = {
+                name: text
+                for name, text in fields.items()
+                if name not in (file, caption) and isinstance(text, str) and text
+            }
+            image, stamp, problem = self._resolve(path)
+            member = path if not times[path] else f"{path}#{times[path]}"
+            times[path] += 1
+            problem = problem or (None if captions else "incomplete")
+            yield self._row(member, stamp, image, captions, attributes, problem)
+
+    def _resolve(self, path: str) -> tuple[str, str, str | None]:
+        """(URL, stamp, problem) of a path in the table: it stays below the root."""
+        root = self.root
+        if "://" in path or path.startswith("pipe:"):
+            if storage.is_local(root) or not path.startswith(f"{root}/"):
+                return path, "", "reference"
+            path = path[len(root) + 1 :]
+        if posixpath.isabs(path):
+            url = posixpath.normpath(path)
+            inside = storage.is_local(root) and url.startswith(root.rstrip("/") + "/")
+        else:
+            relative = posixpath.normpath(path)
+            url = storage.join(root, relative)
+            inside = relative != ".." and not relative.startswith("../")
+        if not inside or "\0" in path:
+            return url, "", "unsafe_path"
+        if self.url == root:
+            known = self.listing.get(url[len(root) + 1 :])
+        else:  # a table that stands alone was not listed with its pictures
+            known = storage.stamp(url)
+        return url, known or "", None if known else "missing_file"
+
+
+@dataclass(frozen=True)
+class _Sidecar(_Listed):
+    """Pictures, each with its caption in a .txt of the same name."""
+
+    def rows(self) -> Iterator[Row]:
+        groups: dict[str, dict[str, str]] = {}
+        for name in self.listing:
+            stem, _, extension = name.rpartition(".")
+            extension = extension.lower()
+            if stem and extension in (*PICTURES, "txt"):
+                groups.setdefault(stem, {}).setdefault(extension, name)
+        for names in groups.values():
+            text = names.pop("txt", None)
+            captions: list[str] = []
+            if text:
+                with storage.open_read(storage.join(self.url, text)) as file:
+                    captions = [_text(file.read(_caption_bytes(self.options)))]
+            stamp = self.listing[text] if text else ""
+            for name in names.values():
+                problem = None if text else "incomplete"
+                image = storage.join(self.url, name)
+                yield self._row(name, f"{self.listing[name]}-{stamp}", image, captions, {}, problem)
+            if not names and text:
+                yield self._row(text, stamp, "", captions, {}, "incomplete")
+
+
+@dataclass
+class _Sample:
+    """The members of one key, as they stand together in a tar."""
+
+    key: str
+    problem: str | None = None
+    flags: set[str] = field(default_factory=set)
+    extensions: set[str] = field(default_factory=set)
+    image: str = ""
+    captions: list[str] = field(default_factory=list)
+    attributes: dict[str, str] = field(default_factory=dict)
+    styled: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return not self.problem and bool(self.image and self.captions)
+
+
+@dataclass(frozen=True)
+class _Tars(_Listed):
+    """WebDataset and img2dataset tars, uncompressed: pictures by offset, texts when listed."""
+
+    def rows(self) -> Iterator[Row]:
+        for name, stamp in self.listing.items():
+            url = storage.join(self.url, name) if name else self.url
+            for sample in self._samples(url):
+                yield self._row(
+                    f"{name}/{sample.key}" if name else sample.key,
+                    stamp,
+                    sample.image,
+                    sample.captions,
+                    sample.attributes,
+                    sample.problem or (None if sample.complete else "incomplete"),
+                    tuple(sample.flags),
+                    sample.styled,
+                )
+
+    def _samples(self, url: str) -> Iterator[_Sample]:
+        closed: set[str] = set()
+        sample: _Sample | None = None
+        with storage.open_read(url) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            for member in _members(file, size, url):
+                if member is None:
+                    if sample is None or sample.complete:  # whole ones stay, the break is a row
+                        if sample:
+                            yield sample
+                        sample = _Sample("@end")
+                    sample.problem = sample.problem or "truncated"
+                    break
+                key, extension = _split_name(member.name, sample.key if sample else None)
+                if member.isdir() or posixpath.basename(key).startswith((".", "__")):
+                    continue
+                if sample is None or key != sample.key:
+                    if key in closed:
+                        raise ValueError(
+                            f"{url}, member {member.name}: the members of sample {key} "
+                            "do not stand together; write the tar again, sorted by name"
+                        )
+                    if sample:
+                        yield sample
+                    sample = _Sample(key)
+                    closed.add(key)
+                if extension in sample.extensions:
+                    raise ValueError(
+                        f"{url}, member {member.name}: it is there twice; write the tar again"
+                    )
+                sample.extensions.add(extension)
+                self._take(sample, member, extension, file, size, url)
+        if sample:
+            yield sample
+
+    def _take(
+        self,
+        sample: _Sample,
+        member: tarfile.TarInfo,
+        extension: str,
+        file: IO[bytes],
+        size: int,
+        url: str,
+    ) -> None:
+        if member.name.startswith("/") or not {"..", "\\", "\0"}.isdisjoint(
+            {*member.name.split("/"), *member.name}
+        ):
+            sample.problem = "unsafe_path"
+        elif not member.isreg() or member.issparse():
+            sample.problem = "not_a_file"
+        elif member.offset_data + member.size > size:
+            sample.problem = "truncated"
+        elif extension in PICTURES:
+            if sample.image:
+                sample.flags.add("second_picture_ignored")
+            else:
+                sample.image = f"tar:{member.offset_data}:{member.size}:{url}"
+        elif extension == "txt":
+            file.seek(member.offset_data)
+            text = _text(file.read(min(member.size, _caption_bytes(self.options))))
+            sample.captions.insert(0, text)
+        elif extension == "json" and member.size <= _MAX_JSON_BYTES:
+            file.seek(member.offset_data)
+            try:
+                self._take_fields(sample, json.loads(file.read(member.size)))
+            except (ValueError, RecursionError):
+                sample.flags.add("json_ignored")
+        else:
+            sample.flags.add("member_refused")  # pickles, arrays, code: never opened
+
+    def _take_fields(self, sample: _Sample, fields: Any) -> None:
+        if not isinstance(fields, dict):
+            raise ValueError("not a JSON object")
+        for name in CAPTION_FIELDS:
+            said = fields.get(name)
+            for it in said if isinstance(said, list) else [said]:
+                # our own shards keep a hash beside each text, and the label apart
+                text = it.get("text") if isinstance(it, dict) else it
+                if isinstance(text, str):
+                    sample.captions.append(text)
+        sample.styled = isinstance(fields.get("label"), dict)
+        attributes = fields["label"] if sample.styled else fields
+        sample.attributes = {
+            name: text
+            for name, text in attributes.items()
+            # the sha256 that img2dataset notes is that of the file before its resize
+            if isinstance(text, str) and text and name not in (*CAPTION_FIELDS, "sha256")
+        }
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Drawn scenes: row i is the scene (seed, i), whatever the number of scenes."""
+
+    url: str
+
+    @cached_property
+    def _parameters(self) -> dict[str, int]:
+        values = {"scenes": 24000, "seed": 0, "side": 32, "objects": 1}
+        _, _, query = self.url.partition("?")
+        for name, text in parse_qsl(query, keep_blank_values=True):
+            if name not in values or not text.isdigit():
+                raise ValueError(
+                    f"{self.url}: got {name}={text}; wanted whole numbers for {', '.join(values)}"
+                )
+            values[name] = int(text)
+        if (
+            values["objects"] not in (1, 2)
+            or not 8 <= values["side"] <= 2048
+            or not values["scenes"]
+        ):
+            raise ValueError(
+                f"{self.url}: wanted scenes >= 1, objects 1 or 2, side from 8 to 2048; got {values}"
+            )
+        return values
+
+    def fingerprint(self) -> str:
+        return fingerprint([_DRAWING, self._parameters])
+
+    def rows(self) -> Iterator[Row]:
+        from . import shapes
+
+        scenes, seed, side, objects = (
+            self._parameters[name] for name in ("scenes", "seed", "side", "objects")
+        )
+        for index in range(scenes):
+            scene = shapes.scene(seed, index, objects)
+            caption, truth = shapes.caption(scene, seed, index), scene.truth()
+            reference = f"shapes:{seed}:{objects}:{side}:{index}"
+            pair = shapes.combination(truth)
+            yield Row(reference, f"{_DRAWING}", (caption,), reference, pair, None, truth)
+
+
+def _read_table(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place for messages, fields) of each row of a table."""
+    extension = url.rsplit(".", 1)[-1].lower()
+    if extension == "jsonl":
+        with storage.open_read(url) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    place = f"{url}, line {number}"
+                    try:
+                        fields = json.loads(_text(line))
+                    except (ValueError, RecursionError) as error:
+                        raise ValueError(f"{place}: not JSON ({error})") from None
+                    if not isinstance(fields, dict):
+                        raise ValueError(
+                            f"{place}: got {type(fields).__name__}, wanted a JSON object"
+                        )
+                    yield place, fields
+    elif extension in ("csv", "tsv"):
+        csv.field_size_limit(_MAX_FIELD_BYTES)
+        with storage.open_read(url) as file:
+            text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
+            reader = csv.DictReader(
+                text, delimiter="\t" if extension == "tsv" else ",", strict=True
+            )
+            try:
+                for fields in reader:
+                    place = f"{url}, line {reader.line_num}"
+                    if None in fields or None in fields.values():
+                        got = sum(
+                            value is not None for name, value in fields.items() if name is not None
+                        )
+                        more = sum(len(it) for it in fields.values() if isinstance(it, list))
+                        raise ValueError(
+                            f"{place}: got {got + more} fields, "
+                            f"wanted {len(reader.fieldnames or ())} as in the first line"
+                        )
+                    yield place, fields
+            except csv.Error as error:
+                raise ValueError(f"{url}, after line {reader.line_num}: {error}") from None
+    else:
+        yield from _read_parquet(url, options)
+
+
+def _read_parquet(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with storage.open_read(url) as file:
+        try:
+            table = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{url}: not a parquet file ({error})") from None
+        columns = dict.fromkeys(table.schema_arrow.names)
+        place = f"{url}, schema"
+        caption = _field(columns, options.caption_field, CAPTION_FIELDS, place)
+        wanted = {_field(columns, options.file_field, FILE_FIELDS, place), caption} | {
+            column.name
+            for column in table.schema_arrow
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        }
+        number = 0
+        for batch in table.iter_batches(batch_size=4096, columns=sorted(wanted)):
+            for fields in batch.to_pylist():
+                place = f"{url}, row {number}"
+                number += 1
+                said = fields[caption]
+                if not isinstance(said, (str, list)):
+                    raise ValueError(
+                        f"{place}, column {caption!r}: got {said!r}, wanted text; "
+                        "fill or drop such rows"
+                    )
+                yield place, fields
+
+
+def _field(
+    fields: Mapping[str, Any], chosen: str, known: tuple[str, ...], place: str, wanted: bool = True
+) -> str:
+    """The column to use. ValueError when the chosen one, or (if wanted) any, is missing."""
+    names = (chosen,) if chosen else known
+    found = next((name for name in names if name in fields), "")
+    if not found and (wanted or chosen):
+        raise ValueError(
+            f"{place}: found columns {', '.join(map(str, fields)) or 'none'}; "
+            f"wanted {' or '.join(names)} (or name yours with file_field and caption_field)"
+        )
+    return found
+
+
+def _texts(value: Any, place: str) -> list[str]:
+    """The captions in a field: text or a list of texts; none for an empty field."""
+    if value is None or value == "" or value == []:
+        return []
+    values = value if isinstance(value, list) else [value]
+    for it in values:
+        if not isinstance(it, str):
+            raise ValueError(f"{place}: got {it!r}, wanted text or a list of texts")
+    return values
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def _caption_bytes(options: SourceOptions) -> int:
+    return 16 * options.max_caption_characters  # beyond that, cleaning keeps nothing
+
+
+def _split_name(name: str, current: str | None) -> tuple[str, str]:
+    """(key, extension) of a tar member: cut at the last dot, unless the first opens a known key.
+
+    So `a.seg.png` after `a.jpg` belongs to `a`, while `v1.5.cat.jpg` and `v1.6.dog.jpg` are two
+    samples, which webdataset, cutting at the first dot, makes one.
+    """
+    folder, base = posixpath.split(name)
+    first, _, rest = base.partition(".")
+    if current is not None and "." in rest and posixpath.join(folder, first) == current:
+        return current, rest.lower()
+    stem, _, extension = base.rpartition(".")
+    return posixpath.join(folder, stem or base), extension.lower()
+
+
+def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo | None]:
+    """The headers of a tar, then None where it breaks off."""
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
+    except tarfile.TarError as error:
+        raise ValueError(f"{url}: not an uncompressed tar ({error})") from None
+    with tar:
+        last = -1
+        while True:
+            try:
+                member = tar.next()
+            except (tarfile.TarError, OSError, ValueError):
+                yield None
+                return
+            if member is None:  # also on a broken header, about which tarfile is silent
+                file.seek(min(tar.offset, size))
+                if any(file.read(tarfile.BLOCKSIZE)):
+                    yield None
+                return
+            if member.offset <= last or member.size < 0:  # negative sizes lead backwards, for ever
+                yield None
+                return
+            last = member.offset
+            tar.members.clear()  # tarfile keeps every header it has seen
+            yield member

@@ -1,0 +1,365 @@
+"""A batch holds what the encoders said of the samples of the plan, whoever loads it."""
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from pipeline import manifest, storage
+from pipeline.encode import encode
+from pipeline.execute import Executor
+from pipeline.load import Loader, mapped
+from pipeline.schema import EncoderSpec, check
+from pipeline.shards import ShardSample, write_shard
+
+IMAGES = EncoderSpec("codes", "image", "codes01", side=4)
+CHARACTERS = EncoderSpec("chars", "text", "chars01")
+WORDS = EncoderSpec("words", "text", "words01")
+
+
+def codes(pixels):
+    return {"code": pixels[:, 0].astype(np.float16), "mean": pixels.mean((1, 2, 3)).astype("f4")}
+
+
+def characters(texts):
+    tokens = [np.array([[ord(c), n] for n, c in enumerate(text)], np.float16) for text in texts]
+    return tokens, np.array([[len(text)] for text in texts], np.float16)
+
+
+def words(texts):
+    tokens = [np.array([[len(w)] for w in text.split()], np.float16) for text in texts]
+    return tokens, np.array([[len(t), 1, 2] for t in tokens], np.float16)
+
+
+def build(spec):
+    return {"codes": codes, "chars": characters, "words": words}[spec.name]
+
+
+def write(folder, sizes=(7, 1, 5), splits=("train", "train", "train")):
+    """Sample n of all is a grey picture of level n with 1 + n % 3 captions."""
+    made, n = [], 0
+    for size, split in zip(sizes, splits, strict=True):
+        rows = []
+        for _ in range(size):
+            out = io.BytesIO()
+            Image.new("RGB", (4, 4), (n, n, n)).save(out, "PNG")
+            key = hashlib.blake2b(out.getvalue(), digest_size=16).hexdigest()
+            captions = tuple(f"number {n}" + " again" * k for k in range(1 + n % 3))
+            label = {"n": n} if n % 2 else None
+            rows.append(ShardSample(key, out.getvalue(), "png", captions, {"label": label}))
+            n += 1
+        made.append(write_shard(rows, str(folder), split))
+    manifest.publish(manifest.Manifest(str(folder), 1, None, tuple(made)))
+    return manifest.read(str(folder), 1)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "data")
+
+
+@pytest.fixture
+def encodings(data):
+    done = encode(data, [IMAGES, CHARACTERS, WORDS], build, Executor(kind="local"))
+    return list(done.values())
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(value, b[name])
+            assert value.dtype == b[name].dtype
+        else:
+            assert value == b[name]
+
+
+def test_every_row_is_one_sample_with_one_of_its_captions(data, encodings):
+    loader = Loader(data, encodings, global_batch=8, seed=3)
+    assert loader.samples == 13
+    seen, shown = [], set()
+    for step in range(40):
+        batch = loader.batch(step)
+        check("batch", batch, loader.fields, 8)
+        np.testing.assert_array_equal(batch["position"], step * 8 + np.arange(8))
+        assert batch["epoch"] == step * 8 // 13
+        for row in range(8):
+            n = int(batch["mean"][row])
+            seen.append(n)
+            assert (batch["code"][row] == n).all()
+            label, caption = batch["label"][row], batch["caption"][row]
+            assert label == ({"n": n} if n % 2 else None)
+            head, *again = caption.split(" again")
+            assert head == f"number {n}"
+            assert len(again) <= n % 3
+            shown.add((n, len(again)))
+            for name, encoder in (("chars", characters), ("words", words)):
+                (tokens,), pooled = encoder([caption])
+                mask = batch[f"{name}_mask"][row]
+                assert mask[: len(tokens)].all()
+                assert mask.sum() == len(tokens)
+                np.testing.assert_array_equal(batch[f"{name}_tokens"][row][mask], tokens)
+                assert not batch[f"{name}_tokens"][row][~mask].any()
+                np.testing.assert_array_equal(batch[f"{name}_pooled"][row], pooled[0])
+    for epoch in range(40 * 8 // 13):
+        assert sorted(seen[epoch * 13 : (epoch + 1) * 13]) == list(range(13))
+    assert shown == {(n, k) for n in range(13) for k in range(1 + n % 3)}
+    keys = [batch["key"] for batch in map(loader.batch, range(2))]
+    assert all(len(key) == 32 for batch in keys for key in batch)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_workers_share_the_batch_of_one(data, encodings, workers):
+    whole = Loader(data, encodings, global_batch=8, seed=0)
+    parts = [
+        Loader(data, encodings, global_batch=8, seed=0, worker=worker, workers=workers)
+        for worker in range(workers)
+    ]
+    for step in (0, 1, 17):
+        one, shares = whole.batch(step), [part.batch(step) for part in parts]
+        for name in ("key", "caption", "label"):
+            assert [value for share in shares for value in share[name]] == one[name]
+        for name in ("position", "code", "mean", "words_pooled"):
+            np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), one[name])
+        tokens = [
+            row[m]
+            for s in shares
+            for row, m in zip(s["chars_tokens"], s["chars_mask"], strict=True)
+        ]
+        for row, mask, got in zip(one["chars_tokens"], one["chars_mask"], tokens, strict=True):
+            np.testing.assert_array_equal(row[mask], got)
+
+
+def test_loading_goes_on_from_any_step(data, encodings):
+    loader = Loader(data, encodings, global_batch=6, seed=1)
+    unbroken = list(islice(loader.batches(prefetch=0), 12))
+    resumed = Loader(data, encodings, global_batch=6, seed=1).batches(start_step=7, prefetch=3)
+    for expected in unbroken[7:]:
+        equal(next(resumed), expected)
+    resumed.close()
+
+
+def test_prefetching_ends_with_its_reader_and_hands_over_errors(data, encodings):
+    loader = Loader(data, encodings, global_batch=4, seed=0)
+    before = threading.active_count()
+    batches = loader.batches(prefetch=2)
+    equal(next(batches), loader.batch(0))
+    assert threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before
+    fresh = Loader(data, encodings, global_batch=4, seed=0)
+    for shard in data.shards:
+        storage.delete(f"{encodings[0].url}/{shard.name}.safetensors")
+    with pytest.raises(FileNotFoundError):
+        next(fresh.batches(prefetch=2))
+    assert threading.active_count() == before
+
+
+def test_chosen_rows_are_the_same_each_time(data, encodings):
+    loader = Loader(data, encodings, global_batch=4, seed=0)
+    batch = loader.rows([12, 0, 5, 5])
+    assert batch["mean"].tolist() == [12, 0, 5, 5]
+    assert batch["position"].tolist() == [12, 0, 5, 5]
+    equal(loader.rows(np.array([12, 0, 5, 5])), batch)
+    assert loader.rows([5])["caption"][0] == batch["caption"][2]
+    for wrong in ([], [13], [-1]):
+        with pytest.raises(ValueError, match="indices from 0 to 12"):
+            loader.rows(wrong)
+
+
+def test_fewer_images_than_a_batch_and_captions_alone(tmp_path):
+    """Bad input 42: one picture is enough."""
+    data = write(tmp_path, (1,), ("train",))
+    loader = Loader(data, global_batch=5, seed=0)
+    batch = loader.batch(3)
+    assert batch["caption"] == ["number 0"] * 5
+    assert batch["epoch"] == 15
+    assert loader.fields == {}
+
+
+def test_an_empty_selection_says_what_there_is(tmp_path):
+    data = write(tmp_path)
+    with pytest.raises(ValueError, match="no samples in heldout .it has train."):
+        Loader(data, global_batch=2, seed=0, splits=("heldout",))
+    with pytest.raises(ValueError, match="worker 0 of 3 at a global batch of 2"):
+        Loader(data, global_batch=2, seed=0, workers=3)
+
+
+def test_splits_are_chosen_and_do_not_disturb_each_other(tmp_path):
+    data = write(tmp_path, splits=("train", "heldout", "train"))
+    loader = Loader(data, global_batch=12, seed=0)
+    numbers = [int(caption.split()[1]) for caption in loader.batch(0)["caption"]]
+    assert sorted(numbers) == [n for n in range(13) if n != 7]
+    assert Loader(data, global_batch=1, seed=0, splits=("heldout",)).samples == 1
+    assert Loader(data, global_batch=1, seed=0, splits=("heldout", "train")).samples == 13
+
+
+def test_rejected_rows_are_left_out(data):
+    def broken(spec):
+        def code(pixels):
+            fields = codes(pixels)
+            fields["code"][np.isin(fields["mean"], [2, 9])] = np.nan
+            return fields
+
+        return code if spec.kind == "image" else build(spec)
+
+    done = encode(data, [IMAGES, WORDS], broken, Executor(kind="local"), max_rejected_share=0.5)
+    loader = Loader(data, list(done.values()), global_batch=11, seed=0)
+    assert loader.samples == 11
+    for step in range(3):
+        batch = loader.batch(step)
+        assert sorted(batch["mean"]) == [n for n in range(13) if n not in (2, 9)]
+        for row, caption in enumerate(batch["caption"]):
+            assert caption.split()[1] == str(int(batch["mean"][row]))
+    assert Loader(data, [done["words"]], global_batch=11, seed=0).samples == 13
+
+
+def test_shards_beyond_the_open_files_are_opened_again(data, encodings):
+    loader = Loader(data, encodings, global_batch=13, seed=0)
+    loader._open = lru_cache(1)(loader._open_shard)
+    equal(loader.batch(5), Loader(data, encodings, global_batch=13, seed=0).batch(5))
+
+
+def test_latents_of_another_encoder_are_refused_naming_both(data, encodings):
+    """Bad input 38: files that lie where another encoder's should."""
+    codes01 = encodings[0]
+    other = type(codes01)("codes", "image", "codes02", str(Path(codes01.url).with_name("codes02")))
+    with pytest.raises(ValueError, match="encoder.json: missing, so encoding codes"):
+        Loader(data, [other], global_batch=2, seed=0)
+    shutil.copytree(codes01.url, other.url)
+    with pytest.raises(
+        ValueError, match=r"image encoder codes01, wanted image encoder codes .codes02."
+    ):
+        Loader(data, [other], global_batch=2, seed=0)
+    stated = storage.read_json(f"{other.url}/encoder.json") | {"fingerprint": "codes02"}
+    storage.publish_json(f"{other.url}/encoder.json", stated)
+    with pytest.raises(ValueError, match=r"made by encoder codes01, wanted codes .codes02."):
+        Loader(data, [other], global_batch=2, seed=0).batch(0)
+
+
+def rewrite(path, change):
+    arrays, metadata = load_file(path), mapped(path)[1]
+    change(arrays)
+    save_file(arrays, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (
+            0,
+            lambda a: a.update(code=a["code"][:, :2].copy()),
+            r"code is .*wanted float16\[rows, 4, 4\]",
+        ),
+        (0, lambda a: a.update(code=a["code"].astype("f4")), "code is float32"),
+        (0, lambda a: a.pop("mean"), "field mean is missing"),
+        (0, lambda a: a.update(keys=a["keys"][::-1].copy()), "not the samples and captions"),
+        (0, lambda a: a.update({n: v[1:].copy() for n, v in a.items()}), "rows, wanted"),
+        (1, lambda a: a.update(tokens=a["tokens"][:, :1].copy()), r"wanted float16\[rows, 2\]"),
+        (1, lambda a: a.update(tokens=a["tokens"][1:].copy()), "offsets do not join"),
+        (1, lambda a: a.update(caption_rows=a["caption_rows"] + 1), "offsets do not join"),
+        (1, lambda a: a["offsets"].__setitem__(0, 1), "offsets do not join"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(data, encodings, number, change, message):
+    """Bad input 39: an embedding of the wrong width, and its kin."""
+    for shard in data.shards:
+        rewrite(Path(encodings[number].url, f"{shard.name}.safetensors"), change)
+    with pytest.raises(ValueError, match=message):
+        Loader(data, encodings, global_batch=13, seed=0).batch(0)
+
+
+def test_another_table_is_noticed(data, encodings, tmp_path):
+    """Captions that were encoded are not those of the table any more."""
+    other = write(tmp_path / "other", (13,), ("train",))
+    for shard in data.shards:
+        source = Path(other.dataset, "tables", f"{other.shards[0].name}.parquet")
+        shutil.copy(source, Path(data.dataset, "tables", f"{shard.name}.parquet"))
+    with pytest.raises(ValueError, match="not the samples and captions"):
+        Loader(data, encodings, global_batch=13, seed=0).batch(0)
+
+
+def test_a_shard_that_was_never_encoded_is_named(data, encodings):
+    storage.delete(f"{encodings[2].url}/{data.shards[1].name}.safetensors")
+    message = f"encoding words lacks 1 of 3 shards .the first: {data.shards[1].name}"
+    with pytest.raises(ValueError, match=message):
+        Loader(data, encodings, global_batch=2, seed=0)
+
+
+def test_two_encodings_cannot_give_one_field(data, encodings):
+    with pytest.raises(ValueError, match="another one has code too"):
+        Loader(data, [encodings[0], encodings[0]], global_batch=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda b: b"",
+        lambda b: b[:5],
+        lambda b: b[:60],
+        lambda b: (90_000).to_bytes(8, "little") + b"[" * 90_000,
+        lambda b: b[:-1],
+        lambda b: (1 << 62).to_bytes(8, "little") + b[8:],
+        lambda b: b[:8] + b"[" + b[9:],
+        lambda b: b.replace(b'"data_offsets":[0,', b'"data_offsets":[9,'),
+        lambda b: b.replace(b'"F16"', b'"BF6"'),
+        lambda b: b.replace(b'"shape":[3,4', b'"shape":[-,4'),
+        lambda b: b.replace(b'"shape":[3,4', b'"shape":[9,4'),
+    ],
+)
+def test_a_lying_header_is_refused(tmp_path, spoil):
+    """Bad input 40: never a crash, never memory outside the file."""
+    path = tmp_path / "x.safetensors"
+    save_file({"x": np.arange(12, dtype=np.float16).reshape(3, 4)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(spoil(whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(ValueError, match="x.safetensors: not a whole safetensors file"):
+        mapped(path)
+
+
+def test_maps_are_what_safetensors_reads(tmp_path):
+    arrays = {
+        "a": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "b": np.arange(3, dtype=np.uint8),
+        "c": np.zeros((0, 4), np.int64),
+        "d": np.array([[1.5]], np.float32),
+    }
+    save_file(arrays, tmp_path / "x", {"darkroom": "é"})
+    got, metadata = mapped(tmp_path / "x")
+    assert metadata == {"darkroom": "é"}
+    assert got.keys() == arrays.keys()
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(got[name], value)
+        assert got[name].dtype == value.dtype
+        assert not got[name].flags.writeable
+
+
+def test_loading_imports_neither_torch_nor_pyarrow(data, encodings):
+    code = f"""
+import sys
+for name in ("torch", "pyarrow", "PIL", "ray", "webdataset", "pydantic"):
+    sys.modules[name] = None
+from pipeline import manifest
+from pipeline.load import Loader
+from pipeline.schema import Encoding
+data = manifest.latest({data.dataset!r})
+encoding = Encoding.at(data.dataset, "words", "text", "words01")
+loader = Loader(data, [encoding], global_batch=4, seed=0, captions=False)
+batch = loader.batch(0)
+assert "caption" not in batch and len(batch["key"]) == 4
+print(*batch["words_pooled"][:, 0].astype(int))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    batch = Loader(data, encodings, global_batch=4, seed=0).batch(0)
+    assert done.stdout.split() == [str(len(c.split())) for c in batch["caption"]]

@@ -1,0 +1,563 @@
+"""Each kind of source lists all of its rows, names what is wrong with it, and hands out no path."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import shapes, storage
+from pipeline.shards import ShardSample, write_shard
+from pipeline.sources import OverLong, SourceOptions, fetch, open_source
+
+
+def picture(seed=0, format="PNG"):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(
+        out, format
+    )
+    return out.getvalue()
+
+
+def rows(url, **options):
+    return list(open_source(str(url), options=SourceOptions(**options)).rows())
+
+
+def folder_of(path, lines, pictures=("a.png", "deep/b.png"), name="captions.jsonl"):
+    for index, file in enumerate(pictures):
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_bytes(picture(index))
+    text = "".join(
+        line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) + "\n"
+        for line in lines
+    )
+    (path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    return path
+
+
+def test_folder_with_captions(tmp_path):
+    folder_of(
+        tmp_path,
+        [
+            {"file": "a.png", "caption": "a cat", "style": "noto", "code": "1f", "n": 5},
+            "\n",
+            {"file_name": "deep/b.png", "captions": ["one", "two", "one"]},
+            {"file": "a.png", "text": " again "},
+        ],
+    )
+    a, b, again = rows(tmp_path)
+    assert a.captions == ("a cat, noto style",)
+    assert (a.pair, a.name, a.label) == ("a cat|noto", "a cat", {"style": "noto", "code": "1f"})
+    assert a.id == f"{tmp_path}#a.png"
+    assert fetch(a) == picture(0)
+    assert (b.captions, b.pair, b.name, b.label) == (("one", "two"), "one", None, None)
+    assert fetch(b) == picture(1)
+    assert (again.captions, again.id) == (("again",), f"{tmp_path}#a.png#1")
+    assert all(row.problem is None for row in (a, b, again))
+    (plain, *_) = rows(tmp_path, style_field="", caption_template="{style}: {caption}")
+    assert (plain.captions, plain.pair, plain.name) == (("a cat",), "a cat", None)
+    (worded, *_) = rows(tmp_path, caption_template="{style}: {caption}")
+    assert worded.captions == ("noto: a cat",)
+
+
+def test_rows_that_cannot_be_used_are_listed_with_their_problem(tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(picture())
+    os.mkfifo(tmp_path / "pipe.png")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.png").symlink_to(tmp_path / "pipe.png")
+    folder_of(
+        root,
+        [
+            {"file": "missing.png", "caption": "x"},
+            {"file": "../outside.png", "caption": "x"},
+            {"file": "deep/../../outside.png", "caption": "x"},
+            {"file": str(outside), "caption": "x"},
+            {"file": f"file://{outside}", "caption": "x"},
+            {"file": "http://169.254.169.254/latest", "caption": "x"},
+            {"file": "pipe:cat /etc/passwd", "caption": "x"},
+            {"file": "a\0.png", "caption": "x"},
+            {"file": "link.png", "caption": "x"},
+            {"file": "a.png"},
+            {"file": "a.png", "caption": None},
+            {"file": "a.png", "caption": []},
+            {"file": "a.png", "caption": " \x00 "},
+            {"file": f"{root}/a.png", "caption": "x"},
+            {"file": "./deep/../a.png", "caption": "x"},
+        ],
+    )
+    listed = rows(root)
+    assert [row.problem for row in listed] == [
+        "missing_file",
+        "unsafe_path",
+        "unsafe_path",
+        "unsafe_path",
+        "reference",
+        "reference",
+        "reference",
+        "unsafe_path",
+        "missing_file",
+        "incomplete",
+        "incomplete",
+        "incomplete",
+        "no_caption",
+        None,
+        None,
+    ]
+    assert len({row.id for row in listed}) == len(listed)
+    assert fetch(listed[-1]) == fetch(listed[-2]) == picture(0)
+
+
+def test_captions_are_cleaned_and_flagged(tmp_path):
+    folder_of(
+        tmp_path,
+        [
+            {"file": "a.png", "caption": "x" * 10_000_000},
+            '{"file": "a.png", "caption": "caf\udce9"}\n',
+            {"file": "a.png", "caption": "a\u0000b \u001b[31m"},
+        ],
+    )
+    long, broken, control = rows(tmp_path, max_caption_characters=50)
+    assert (long.captions, long.flags) == (("x" * 50,), ("caption_cut",))
+    assert (broken.captions, broken.flags) == (("caf\ufffd",), ("caption_replaced",))
+    assert control.captions == ("a b [31m",)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops\n", r"captions\.jsonl, line 2: not JSON"),
+        ("[1]\n", r"line 2: got list, wanted a JSON object"),
+        ('{"picture": "a.png", "caption": "x"}\n', r"line 2: found columns picture, caption"),
+        ('{"file": 3, "caption": "x"}\n', r"line 2, column 'file': got 3"),
+        ('{"file": "a.png", "caption": NaN}\n', r"line 2, column 'caption': got nan"),
+        ('{"file": "a.png", "caption": ["x", 1]}\n', r"line 2, column 'caption': got 1"),
+        ("[" * 100_000 + "\n", r"line 2: not JSON"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, message):
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x"}, line])
+    with pytest.raises(ValueError, match=message):
+        rows(tmp_path)
+
+
+def test_imagefolder(tmp_path):
+    for index, name in enumerate(("metadata.jsonl", "metadata.csv")):
+        folder = tmp_path / name
+        folder.mkdir()
+        if index:
+            folder_of(folder, ['file_name,text,kind\na.png,"a, b",x\n'], name=name)
+        else:
+            folder_of(folder, [{"file_name": "a.png", "text": "a, b", "kind": "x"}], name=name)
+        (row,) = rows(folder)
+        assert (row.captions, row.label, row.problem) == (("a, b",), {"kind": "x"}, None)
+        assert fetch(row) == picture(0)
+
+
+def test_sidecars(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").write_bytes(picture(1))
+    (tmp_path / "a.txt").write_text("one\nline")
+    (tmp_path / "sub" / "v1.5.JPG").write_bytes(picture(2, "JPEG"))
+    (tmp_path / "sub" / "v1.5.TXT").write_text("dots")
+    (tmp_path / "lonely.png").write_bytes(picture(3))
+    (tmp_path / "words.txt").write_text("no picture")
+    (tmp_path / "notes.md").write_text("ignored")
+    (tmp_path / ".hidden.png").write_bytes(picture(4))
+    listed = {row.id.split("#")[1]: row for row in rows(tmp_path)}
+    assert {name: (row.captions, row.problem) for name, row in listed.items()} == {
+        "a.png": (("one line",), None),
+        "sub/v1.5.JPG": (("dots",), None),
+        "lonely.png": ((), "incomplete"),
+        "words.txt": (("no picture",), "incomplete"),
+    }
+    assert fetch(listed["sub/v1.5.JPG"]) == picture(2, "JPEG")
+
+
+def test_file_names_that_are_no_text(tmp_path):
+    name = b"caf\xe9"
+    (tmp_path / os.fsdecode(name + b".png")).write_bytes(picture())
+    (tmp_path / os.fsdecode(name + b".txt")).write_text("x")
+    (row,) = rows(tmp_path)
+    assert row.id == f"{tmp_path}#caf\\udce9.png"
+    assert fetch(row) == picture()
+    json.loads(json.dumps(asdict(row)))
+
+
+def parquet(path, columns):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+
+
+def test_tables(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture())
+    fields = {"path": "pictures/a.png", "caption": "a\n b", "style": "noto"}
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerow(fields)
+    (tmp_path / "t.tsv").write_text('path\tcaption\tstyle\npictures/a.png\t"a\n b"\tnoto\n')
+    (tmp_path / "t.jsonl").write_text(json.dumps(fields))
+    parquet(tmp_path / "t.parquet", {name: [value] for name, value in fields.items()})
+    seen = []
+    for extension in ("csv", "tsv", "jsonl", "parquet"):
+        (row,) = rows(tmp_path / f"t.{extension}")
+        assert (row.captions, row.problem) == (("a b, noto style",), None), extension
+        assert fetch(row) == picture()
+        seen.append((row.image, row.pair, row.name, row.stamp, row.label))
+    assert len(set(map(str, seen))) == 1
+
+
+def test_tables_may_start_from_another_folder(tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "a.png").write_bytes(picture())
+    table = tmp_path / "tables" / "t.csv"
+    table.write_text(f"where,said\na.png,x\n{tmp_path}/a.png,y\n../a.png,z\n")
+    options = {"file_field": "where", "caption_field": "said"}
+    assert [r.problem for r in rows(table, **options)] == [
+        "missing_file",
+        "unsafe_path",
+        "unsafe_path",
+    ]
+    listed = rows(table, root=str(tmp_path), **options)
+    assert [row.problem for row in listed] == [None, None, "unsafe_path"]
+    assert fetch(listed[1]) == picture()
+
+
+def test_an_expected_hash_comes_along(tmp_path):
+    digest = hashlib.sha256(picture()).hexdigest()
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x", "sha256": digest.upper()}])
+    (row,) = rows(tmp_path)
+    assert row.sha256 == digest
+    assert row.label is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png,x\n", r"t\.csv, line 2: found columns wrong, columns; wanted file or file_name"),
+        ("a.png\n", r"line 2: got 1 fields, wanted 2"),
+        ("a.png,x,y\n", r"line 2: got 3 fields, wanted 2"),
+        ('a.png,"x\n', r"after line [12]: unexpected end of data"),
+    ],
+)
+def test_a_wrong_table_is_named(tmp_path, text, message):
+    header = "wrong,columns\n" if "found" in message else "file,caption\n"
+    (tmp_path / "t.csv").write_text(header + text)
+    with pytest.raises(ValueError, match=message):
+        rows(tmp_path / "t.csv")
+
+
+def test_parquet_errors_name_row_and_column(tmp_path):
+    parquet(tmp_path / "t.parquet", {"file": ["a", "b"], "caption": ["x", None]})
+    with pytest.raises(ValueError, match=r"t\.parquet, row 1, column 'caption': got None"):
+        rows(tmp_path / "t.parquet")
+    parquet(tmp_path / "t.parquet", {"file": ["a", "b"], "caption": [float("nan"), 1.0]})
+    with pytest.raises(ValueError, match=r"row 0, column 'caption': got nan"):
+        rows(tmp_path / "t.parquet")
+    parquet(tmp_path / "t.parquet", {"picture": ["a"], "caption": ["x"]})
+    with pytest.raises(ValueError, match=r"schema: found columns picture, caption"):
+        rows(tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match="not a parquet file"):
+        rows(tmp_path / "t.parquet")
+
+
+# ---- tars ------------------------------------------------------------------------------------
+
+
+def tar_of(path, members, **options):
+    """A tar of (name, bytes) or ready TarInfo members."""
+    with tarfile.open(path, "w", **options) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def special(name, kind, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def problems(path):
+    return {row.id.split("#", 1)[1]: row.problem for row in rows(path)}
+
+
+def test_webdataset_and_img2dataset_tars(tmp_path):
+    about = {"caption": "from json", "url": "http://x", "width": 8, "sha256": "0" * 64}
+    tar_of(
+        tmp_path / "00000.tar",
+        [
+            ("000000000.json", json.dumps(about).encode()),
+            ("000000000.png", picture(0)),
+            ("000000000.txt", b"from text"),
+            ("000000001.jpg", picture(1, "JPEG")),
+            ("000000001.json", b'{"captions": ["one", "two"]}'),
+        ],
+    )
+    tar_of(tmp_path / "00001.tar", [("a/b.png", picture(2)), ("a/b.txt", b"deep")])
+    one, two, three = rows(tmp_path)
+    assert one.captions == ("from text", "from json")
+    assert (one.label, one.sha256) == ({"url": "http://x"}, None)
+    assert two.captions == ("one", "two")
+    assert three.id == f"{tmp_path}#00001.tar/a/b"
+    assert [fetch(row) for row in (one, two, three)] == [
+        picture(0),
+        picture(1, "JPEG"),
+        picture(2),
+    ]
+    with pytest.raises(OverLong):
+        fetch(one, max_bytes=10)
+    assert len(rows(tmp_path / "00000.tar")) == 2
+
+
+def test_hostile_members_are_rejected_one_by_one(tmp_path):
+    path = tar_of(
+        tmp_path / "x.tar",
+        [
+            ("../../evil.jpg", b"x"),
+            ("../../evil.txt", b"x"),
+            ("/etc/abs.jpg", b"x"),
+            ("back\\slash.jpg", b"x"),
+            special("0001.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+            ("0001.txt", b"x"),
+            special("0002.jpg", tarfile.LNKTYPE, "0001.txt"),
+            ("0002.txt", b"x"),
+            special("0003.jpg", tarfile.CHRTYPE),
+            special("0004.jpg", tarfile.FIFOTYPE),
+            special("folder", tarfile.DIRTYPE),
+            ("0005.png", picture()),
+            ("0006.txt", b"lonely words"),
+            ("0007.pkl", b"cposix\nsystem\n(S'touch /tmp/owned'\ntR."),
+            ("0008.pkl", b"x"),
+            ("0008.png", picture()),
+            ("0008.txt", b"good beside a pickle"),
+            ("._0009.png", b"resource fork"),
+        ],
+    )
+    assert problems(path) == {
+        "../../evil": "unsafe_path",
+        "/etc/abs": "unsafe_path",
+        "back\\slash": "unsafe_path",
+        "0001": "not_a_file",
+        "0002": "not_a_file",
+        "0003": "not_a_file",
+        "0004": "not_a_file",
+        "0005": "incomplete",
+        "0006": "incomplete",
+        "0007": "incomplete",
+        "0008": None,
+    }
+    (good,) = [row for row in rows(path) if row.problem is None]
+    assert good.flags == ("member_refused",)
+    assert fetch(good) == picture()
+
+
+def test_tars_out_of_order_are_errors(tmp_path):
+    apart = [("a.png", b"1"), ("b.png", b"2"), ("a.txt", b"3")]
+    with pytest.raises(ValueError, match=r"a\.txt: the members of sample a do not stand together"):
+        rows(tar_of(tmp_path / "x.tar", apart))
+    twice = [("a.png", b"1"), ("a.txt", b"2"), ("a.png", b"3")]
+    with pytest.raises(ValueError, match=r"member a\.png: it is there twice"):
+        rows(tar_of(tmp_path / "x.tar", twice))
+
+
+def test_dots_in_keys(tmp_path):
+    path = tar_of(
+        tmp_path / "x.tar",
+        [
+            ("v1.5.cat.png", picture(0)),
+            ("v1.5.cat.txt", b"cat"),
+            ("v1.6.dog.png", picture(1)),
+            ("v1.6.dog.txt", b"dog"),
+            ("z.png", picture(2)),
+            ("z.seg.png", picture(3)),
+            ("z.txt", b"with a mask"),
+        ],
+    )
+    cat, dog, z = rows(path)
+    assert (cat.captions, dog.captions) == (("cat",), ("dog",))
+    assert fetch(dog) == picture(1)
+    assert fetch(z) == picture(2)
+    assert z.flags == ("member_refused",)
+
+
+def test_cut_tars_keep_their_whole_samples(tmp_path):
+    members = [
+        (f"{i}.{ext}", data)
+        for i in range(3)
+        for ext, data in (("png", picture(i)), ("txt", b"words"))
+    ]
+    data = tar_of(tmp_path / "whole.tar", members).read_bytes()
+    cut = tmp_path / "cut.tar"
+    for length in range(512, len(data), 256):
+        cut.write_bytes(data[:length])
+        listed = rows(cut)
+        whole = [row for row in listed if row.problem is None]
+        assert [fetch(row) for row in whole] == [picture(i) for i in range(len(whole))]
+        assert len(listed) - len(whole) <= 1
+        assert {row.problem for row in listed} <= {None, "truncated", "incomplete"}
+        # header, picture (one block of 512 bytes), header, five letters: 2048 bytes a sample
+        assert len(whole) == sum(2048 * i + 1536 + 5 <= length for i in range(3))
+    damaged = bytearray(data)
+    damaged[2048:2560] = b"\xff" * 512  # the header of the second sample
+    cut.write_bytes(damaged)
+    assert problems(cut) == {"0": None, "@end": "truncated"}
+    cut.write_bytes(b"<html>404</html>" * 100)
+    with pytest.raises(ValueError, match="not an uncompressed tar"):
+        rows(cut)
+    with tarfile.open(cut, "w:gz") as tar:
+        tar.add(tmp_path / "whole.tar", "x.png")
+    with pytest.raises(ValueError, match="not an uncompressed tar"):
+        rows(cut)
+
+
+def test_negative_sizes_do_not_loop(tmp_path):
+    data = bytearray(tar_of(tmp_path / "x.tar", [("a.png", b"1"), ("b.png", b"2")]).read_bytes())
+    header = data[1024:1536]
+    header[124:136] = b"\xff" * 10 + b"\xfc\x00"  # base 256: minus 1024
+    header[148:156] = b" " * 8
+    header[148:155] = b"%06o\0" % sum(header)
+    data[1024:1536] = header
+    (tmp_path / "x.tar").write_bytes(data)
+    code = "import sys; from pipeline.sources import open_source\n" + (
+        "print([row.problem for row in open_source(sys.argv[1]).rows()])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.tar")], capture_output=True, timeout=60
+    )
+    assert out.stdout.decode().strip() == "['truncated']"
+
+
+def test_fuzzed_tars_end(tmp_path):
+    members = [(f"{i}.{e}", d) for i in range(4) for e, d in (("png", b"x" * 700), ("txt", b"y"))]
+    data = tar_of(tmp_path / "x.tar", members, format=tarfile.PAX_FORMAT).read_bytes()[:9000]
+    rng = np.random.default_rng(3)
+    outcomes = {"listed": 0, "refused": 0}
+    for _ in range(300):
+        bad = bytearray(data)
+        for at in rng.integers(0, len(data), 4):
+            bad[at] = rng.integers(0, 256)
+        (tmp_path / "x.tar").write_bytes(bad[: rng.integers(1, len(bad))])
+        try:
+            listed = rows(tmp_path / "x.tar")
+            assert len(listed) <= 9
+            outcomes["listed"] += 1
+        except ValueError:
+            outcomes["refused"] += 1
+    assert outcomes["listed"] > 100
+
+
+def test_our_own_shards_are_a_source(tmp_path):
+    label = {"style": "noto"}
+    sample = ShardSample("k", picture(), "png", ("a, noto style", "b"), {"label": label})
+    write_shard([sample], str(tmp_path), "train")
+    (row,) = rows(tmp_path / "shards")
+    assert (row.captions, row.label, row.problem) == (("a, noto style", "b"), label, None)
+    assert fetch(row) == picture()
+
+
+# ---- drawn scenes, and what all sources share ------------------------------------------------
+
+
+def test_drawn_scenes():
+    source = open_source("shapes://?scenes=3&seed=5&side=16&objects=2")
+    listed = list(source.rows())
+    assert len(listed) == 3
+    scene = shapes.scene(5, 2, 2)
+    assert listed[2].captions == (shapes.caption(scene, 5, 2),)
+    assert listed[2].pair == shapes.combination(scene.truth())
+    assert listed[2].label == scene.truth()
+    pixels = np.asarray(Image.open(io.BytesIO(fetch(listed[2]))))
+    assert (pixels == shapes.draw(scene, 16)).all()
+    more = list(open_source("shapes://?scenes=5&seed=5&side=16&objects=2").rows())
+    assert more[:3] == listed
+    assert len(list(open_source("shapes://?scenes=7").rows())) == 7
+
+
+@pytest.mark.parametrize(
+    "query", ["scene=3", "scenes=x", "objects=3", "side=4", "scenes=0", "seed=-1"]
+)
+def test_drawn_scenes_refuse_what_they_do_not_know(query):
+    with pytest.raises(ValueError, match="wanted"):
+        open_source(f"shapes://?{query}").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("pipe:curl http://x", "commands"),
+        ("simplecache::s3://x", "chained"),
+        ("nowhere", "no such file or folder"),
+        ("empty", "found nothing; wanted captions.jsonl"),
+        ("odd", "found readme.md; wanted"),
+        ("odd/readme.md", "wanted a folder, a .tar or a table"),
+    ],
+)
+def test_what_is_no_source_is_refused(tmp_path, monkeypatch, url, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "readme.md").write_text("x")
+    with pytest.raises(ValueError, match=message):
+        open_source(url)
+
+
+def test_the_fingerprint_is_that_of_the_listing(tmp_path):
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x"}])
+    before, (row,) = open_source(str(tmp_path)).fingerprint(), rows(tmp_path)
+    assert open_source(str(tmp_path)).fingerprint() == before
+    (tmp_path / "deep" / "b.png").write_bytes(b"another")
+    assert open_source(str(tmp_path)).fingerprint() != before
+    assert rows(tmp_path) == [row], "another picture's stamp is its own"
+    (tmp_path / "a.png").write_bytes(picture(9) + b"!")
+    (changed,) = rows(tmp_path)
+    assert (changed.id, changed.stamp != row.stamp) == (row.id, True)
+    folder_of(tmp_path, [{"file": "a.png", "caption": "y"}], pictures=())
+    (worded,) = rows(tmp_path)
+    assert (worded.id, worded.stamp != changed.stamp) == (row.id, True)
+
+
+def test_a_remote_folder_is_a_source():
+    for name, data in (
+        ("a.png", picture()),
+        ("captions.jsonl", b'{"file": "a.png", "caption": "x"}'),
+    ):
+        storage.publish_bytes(f"memory://remote/pictures/{name}", data)
+    tars = [("a.png", picture(1)), ("a.txt", b"y")]
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in tars:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    storage.publish_bytes("memory://remote/tars/0.tar", out.getvalue())
+    (row,) = rows("memory://remote/pictures")
+    assert (row.captions, row.problem, fetch(row)) == (("x",), None, picture())
+    (row,) = rows("memory://remote/tars")
+    assert (row.captions, row.problem, fetch(row)) == (("y",), None, picture(1))
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="caption_template may use"):
+        SourceOptions(caption_template="{colour}")
+    with pytest.raises(ValueError, match="at least 1"):
+        SourceOptions(max_caption_characters=0)

@@ -1,0 +1,169 @@
+"""What is published is whole; what exists is not created again; what a dead process left goes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pipeline import storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request, tmp_path):
+    if request.param == "local":
+        yield str(tmp_path / "data")
+    else:
+        from fsspec.implementations.memory import MemoryFileSystem
+
+        yield "memory://data"
+        MemoryFileSystem.store.clear()
+        MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_what_is_written_is_read(root):
+    url = storage.join(root, "a", "b.bin")
+    assert not storage.exists(url)
+    storage.publish_bytes(url, b"one")
+    storage.publish_bytes(url, b"two")
+    assert storage.read_bytes(url) == b"two"
+    storage.publish_json(storage.join(root, "a", "c.json"), {"b": 1, "a": [None, "é"]})
+    assert storage.read_json(storage.join(root, "a", "c.json")) == {"a": [None, "é"], "b": 1}
+    assert storage.list_names(storage.join(root, "a")) == ["b.bin", "c.json"]
+    assert storage.list_names(storage.join(root, "nowhere")) == []
+    assert storage.read_ranges(url, [(1, 2), (0, 1)]) == [b"wo", b"t"]
+    with storage.open_read(url) as file:
+        assert file.read(2) == b"tw"
+    storage.delete(storage.join(root, "a"))
+    assert not storage.exists(url)
+    storage.delete(storage.join(root, "a"))
+
+
+def test_json_text_is_canonical(tmp_path):
+    assert storage.json_bytes({"b": 1, "a": 2}) == storage.json_bytes({"a": 2, "b": 1})
+    with pytest.raises(ValueError):
+        storage.json_bytes(float("nan"))
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json"):
+        storage.read_json(str(tmp_path / "x.json"))
+
+
+def test_created_once(root):
+    url = storage.join(root, "versions", "1.json")
+    assert storage.create_exclusive(url, b"first")
+    assert not storage.create_exclusive(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    assert storage.list_names(storage.join(root, "versions")) == ["1.json"]
+
+
+def test_one_of_many_threads_creates(tmp_path):
+    url, wins = str(tmp_path / "ledger" / "1.json"), []
+    threads = [
+        threading.Thread(
+            target=lambda i=i: wins.append(storage.create_exclusive(url, b"%d" % i * 9999) and i)
+        )
+        for i in range(1, 9)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [win for win in wins if win]
+    assert storage.read_bytes(url) == b"%d" % winner * 9999
+
+
+def test_a_file_moves_into_place(root, tmp_path):
+    made = tmp_path / "made.bin"
+    made.write_bytes(b"x" * 1000)
+    url = storage.join(root, "deep", "er", "name.bin")
+    storage.publish_file(made, url)
+    assert storage.read_bytes(url) == b"x" * 1000
+    assert not made.exists()
+
+
+def test_an_error_while_writing_leaves_nothing(root):
+    url = storage.join(root, "f.bin")
+    storage.publish_bytes(url, b"old")
+    with pytest.raises(RuntimeError), storage.publishing(url) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert storage.read_bytes(url) == b"old"
+    if storage.is_local(root):
+        assert os.listdir(root) == ["f.bin"]
+
+
+def test_stamps_change_with_content(root):
+    storage.publish_bytes(storage.join(root, "a", "x"), b"1")
+    storage.publish_bytes(storage.join(root, "y"), b"22")
+    before = storage.list_stamps(root)
+    assert list(before) == ["a/x", "y"]
+    assert storage.stamp(storage.join(root, "y")) == before["y"]
+    assert storage.stamp(storage.join(root, "z")) is None
+    assert storage.stamp(root) is None
+    storage.publish_bytes(storage.join(root, "a", "x"), b"333")
+    after = storage.list_stamps(root)
+    assert after["a/x"] != before["a/x"]
+    assert after["y"] == before["y"]
+
+
+def test_remote_files_come_through_a_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+    storage.publish_bytes("memory://cached/shard.tar", b"abc")
+    copy = storage.local_copy("memory://cached/shard.tar")
+    assert copy.read_bytes() == b"abc"
+    storage.delete("memory://cached/shard.tar")
+    assert storage.local_copy("memory://cached/shard.tar") == copy
+    assert storage.sha256(copy).startswith("ba7816bf8f01cfea")
+    assert storage.local_copy(str(copy)) == copy
+
+
+def test_join_and_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.join("s3://b/d/", "x", "y.tar") == "s3://b/d/x/y.tar"
+    assert storage.join("/", "x") == "/x"
+    assert storage.absolute("data/") == f"{tmp_path}/data"
+    assert storage.absolute("s3://b/d/") == "s3://b/d"
+    assert storage.is_local("file:///x")
+    assert not storage.is_local("memory://x")
+
+
+def test_only_the_dead_are_swept(tmp_path):
+    code = (
+        "import sys, os, signal; from pipeline import storage\n"
+        "with storage.publishing(sys.argv[1]) as f:\n"
+        "    f.write(b'half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.bin")])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 1
+    assert storage.list_names(str(tmp_path)) == []
+    with storage.publishing(str(tmp_path / "y.bin")) as file:
+        storage.sweep(str(tmp_path))
+        assert len(os.listdir(tmp_path)) == 1, "ours is still being written"
+        file.write(b"whole")
+    assert os.listdir(tmp_path) == ["y.bin"]
+
+
+def test_a_second_process_waits_for_the_lock(tmp_path):
+    url, log = str(tmp_path / ".lock"), tmp_path / "log"
+    code = (
+        "import sys, time; from pipeline import storage\n"
+        "with storage.lock(sys.argv[1]):\n"
+        "    open(sys.argv[2], 'a').write('in '); time.sleep(0.3)\n"
+        "    open(sys.argv[2], 'a').write('out ')\n"
+    )
+    command = [sys.executable, "-c", code, url, str(log)]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert log.read_text() == "in out in out "
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys, pipeline.storage, pipeline.manifest\n"
+        "print([m for m in ('fsspec', 'pyarrow', 'PIL', 'numpy', 'torch') if m in sys.modules])"
+    )
+    assert json.loads(subprocess.check_output([sys.executable, "-c", code]).decode()) == []
