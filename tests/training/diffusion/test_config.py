@@ -1,0 +1,144 @@
+"""Configs: plain names and numbers that survive JSON and refuse what cannot work."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from training.diffusion import DiffusionConfig, SamplerConfig, flow, normal
+from training.diffusion.config import PATHS
+
+CONFIGS = [
+    DiffusionConfig(),
+    DiffusionConfig(path="ddpm_linear", prediction="eps", times="discrete", table_steps=200),
+    DiffusionConfig(
+        path="ddpm_scaled_linear", zero_terminal_snr=True, prediction="v", weight="min_snr"
+    ),
+    DiffusionConfig(path="edm", prediction="edm", times="lognormal", times_mean=-1.2),
+    DiffusionConfig(prediction="x0", weight="flow", weight_limit=100.0, shift=3.0, stratified=True),
+    DiffusionConfig(path="vp", prediction="score", weight="likelihood", times="uniform"),
+    SamplerConfig(),
+    SamplerConfig(kind="ddim", eta=1.0, guidance=3.0, guidance_interval=(0.1, 0.9)),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_json_round_trip(config):
+    assert type(config)(**json.loads(json.dumps(asdict(config)))) == config
+    assert hash(config) == hash(type(config)(**asdict(config)))
+
+
+@pytest.mark.parametrize("config", CONFIGS[:6])
+def test_a_config_builds_what_it_names(config):
+    """A loss that is finite, and that the network can lower, at the times that the config draws."""
+    position = torch.arange(64)
+    x0, eps = normal(0, "x0", position, (3, 4)), normal(0, "eps", position, (3, 4))
+    t = config.draw_times(0, position)
+    assert t.shape == (64,)
+    assert ((t > 0) & (t <= 1)).all()
+    assert not torch.equal(t, config.draw_times(1, position))
+    assert torch.equal(t[5:9], config.draw_times(0, position[5:9]))
+
+    from training.diffusion import loss
+
+    model = config.build_model(lambda x, label, cond: torch.zeros_like(x))
+    values = loss(model, x0, t, eps, weight=config.build_weight())
+    assert values.shape == (64,)
+    assert values.isfinite().all()
+    assert (values > 0).all()
+
+
+def test_every_path_is_named():
+    for name in (*PATHS, "ddpm_linear", "ddpm_scaled_linear", "ddpm_cosine", "ddpm_sigmoid"):
+        config = DiffusionConfig(path=name, prediction="v")
+        assert config.build_path().name == name
+        assert config.build_path() is config.build_path()
+    assert DiffusionConfig(shift=3.0).build_path().name == "flow*3"
+
+
+def test_sigma_data_reaches_the_prediction():
+    assert DiffusionConfig(path="edm", prediction="edm").build_prediction().sigma_data == 0.5
+    assert DiffusionConfig().build_prediction().sigma_data == 1
+    assert DiffusionConfig(sigma_data=0.7).build_prediction().sigma_data == 0.7
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "vpp"}, "path: got 'vpp', wanted one of flow"),
+        ({"prediction": "eps"}, r"'v', 'flow' or 'x0'"),
+        ({"path": "ddpm_linear", "zero_terminal_snr": True, "prediction": "eps"}, r"a\(1\) = 0"),
+        ({"zero_terminal_snr": True}, "ddpm_ path"),
+        ({"t_min": 0.0}, "t_min"),
+        ({"uniform_share": 1.0}, "uniform_share"),
+        ({"shift": -1.0}, "above 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "euler"}, "dpmpp2m"),
+        ({"steps": 0}, "at least 1"),
+        ({"eta": 1.5}, "deterministic"),
+    ],
+)
+def test_samplers_that_cannot_work_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**fields)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "heun", "dpmpp2m", "unipc", "euler_maruyama", "annealed"])
+@pytest.mark.parametrize("grid", ["uniform", "trailing", "leading", "karras", "shifted"])
+def test_a_sampler_config_samples(mixture, kind, grid):
+    """From normal noise to the mixture, whose network predicts flow, at 40 steps of every kind."""
+    path = flow()
+
+    def network(x, label, cond):
+        t = path.inv((4 * label).exp())
+        a, s = path.at(t, x)
+        x = x * torch.hypot(a, s)  # undoes c_in
+        return (x - mixture.denoiser(path)(x, t, cond)) / s
+
+    config = SamplerConfig(kind=kind, grid=grid, steps=40, sigma_max=60.0, sigma_min=0.01)
+    model = DiffusionConfig().build_model(network)
+    eps = normal(0, "start", torch.arange(600), (2,)).double()
+    noise = lambda x: torch.randn(x.shape, generator=random, dtype=x.dtype)
+    random = torch.Generator().manual_seed(0)
+    errors = mixture.errors(config.sample(model, eps, noise=noise))
+    loose = 3 if kind == "annealed" else 1  # forty Langevin steps of .1 are too few
+    assert errors[0] < 0.12 * loose
+    assert errors[2] < 0.06 * loose
+
+
+def test_a_sampler_config_wires_guidance_thresholds_and_corrections():
+    calls = []
+
+    def network(x, label, cond):
+        calls.append(len(x))
+        return -3 * x * cond["keep"].to(x)[:, None]
+
+    model = DiffusionConfig().build_model(network)
+    eps, cond = torch.randn(2, 3), {"keep": torch.ones(2, dtype=torch.bool)}
+    plain = SamplerConfig(kind="ddim", steps=4)
+    plain.sample(model, eps, cond)
+    assert calls == [2] * 4
+    calls.clear()
+    SamplerConfig(kind="ddim", steps=4, guidance=3.0).sample(model, eps, cond)
+    assert calls == [4] * 4
+    calls.clear()
+    SamplerConfig(kind="heun", steps=4, guidance=0.0, corrections=2).sample(model, eps, cond)
+    assert calls == [2] * (1 + 2 * 2 + 1 + 2 * 3)  # Heun but at both ends; three are corrected
+    for threshold in ("static", "dynamic"):
+        bounded = SamplerConfig(kind="ddim", steps=4, guidance=9.0, threshold=threshold)
+        assert bounded.sample(model, 9 * eps, cond).abs().max() <= 1
+    assert plain.sample(model, 9 * eps, cond).abs().max() > 1
+    shut = {"keep": torch.zeros(2, dtype=torch.bool)}
+    same = SamplerConfig(kind="ddim", steps=4, guidance=2.0).sample(model, eps, cond, negative=cond)
+    torch.testing.assert_close(same, plain.sample(model, eps, cond))
+    assert not torch.allclose(same, plain.sample(model, eps, shut))

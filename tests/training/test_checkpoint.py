@@ -1,0 +1,231 @@
+"""Whole or invisible: round trips, damage, a full disk, and kills."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import checkpoint
+from training.checkpoint import Damaged, Saver, TrainState
+
+
+def state(images_seen: int = 64, size: int = 100) -> TrainState:
+    """Its numbers say when it was made, so that a mixture of two would show."""
+    return TrainState(
+        {
+            "weights/a": torch.full((size, 3), float(images_seen)),
+            "weights/b.c": torch.arange(5) + images_seen,
+            "ema/a": torch.full((size, 3), images_seen / 7, dtype=torch.float64),
+            "optimizer/a:step": torch.tensor(float(images_seen)),
+        },
+        step=images_seen // 8,
+        images_seen=images_seen,
+        numbers={"window": {"loss": [0.1, 1 / 3, None]}, "skipped": 2},
+    )
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    return (
+        (a.step, a.images_seen, a.numbers) == (b.step, b.images_seen, b.numbers)
+        and a.tensors.keys() == b.tensors.keys()
+        and all(t.equal(b.tensors[n]) and t.dtype == b.tensors[n].dtype for n, t in a.tensors.items())
+    )
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    saved = state()
+    saved.tensors |= {
+        "weights/half": torch.randn(3).half(),
+        "weights/brain": torch.randn(3).bfloat16(),
+        "weights/bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),
+        "weights/flag": torch.tensor(True),
+        "weights/strided": torch.randn(4, 6).T,
+        "weights/empty": torch.empty(0, 3),
+    }
+    path = checkpoint.save(tmp_path, saved, "f")
+    assert same(checkpoint.load(path, "f"), saved)
+    assert same(checkpoint.newest(tmp_path, "f"), saved)
+    assert load_file(path / "state.safetensors").keys() == saved.tensors.keys()
+    assert [p.name for p in tmp_path.iterdir()] == ["000000000064"]
+
+
+def test_the_last_two_are_kept_and_what_killed_writers_left_is_not(tmp_path):
+    (tmp_path / ".000000000008.dead").mkdir()
+    for images_seen in (64, 128, 1024, 256):
+        checkpoint.save(tmp_path, state(images_seen))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000256", "000000001024"]
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert checkpoint.newest(tmp_path / "missing") is None
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray((path / "state.safetensors").read_bytes())
+    data[-5] ^= 1
+    (path / "state.safetensors").write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path / "state.safetensors", 200)
+
+
+def lie_in_the_header(path: Path) -> None:
+    file = path / "state.safetensors"
+    data = file.read_bytes()
+    file.write_bytes((2**40).to_bytes(8, "little") + data[8:])
+    described = json.loads((path / "checkpoint.json").read_bytes())
+    described["sha256"] = checkpoint.hashlib.sha256(file.read_bytes()).hexdigest()
+    (path / "checkpoint.json").write_text(json.dumps(described))
+
+
+def lose_the_description(path: Path) -> None:
+    (path / "checkpoint.json").unlink()
+
+
+def garble_the_description(path: Path) -> None:
+    (path / "checkpoint.json").write_text('{"bytes": 3')
+
+
+def empty_the_description(path: Path) -> None:
+    (path / "checkpoint.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_byte,
+        cut,
+        lie_in_the_header,
+        lose_the_description,
+        garble_the_description,
+        empty_the_description,
+    ],
+)
+def test_a_damaged_newest_gives_way_to_the_one_before_and_says_so(tmp_path, caplog, damage):
+    checkpoint.save(tmp_path, state(64))
+    newest = checkpoint.save(tmp_path, state(128))
+    damage(newest)
+    with pytest.raises(Damaged):
+        checkpoint.load(newest)
+    with caplog.at_level(logging.WARNING):
+        assert same(checkpoint.newest(tmp_path), state(64))
+    assert str(newest) in caplog.text
+    assert "the one before" in caplog.text
+
+
+def test_a_damaged_one_is_replaced_when_training_comes_there_again(tmp_path):
+    flip_a_byte(checkpoint.save(tmp_path, state(64)))
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.save(tmp_path, state(64))
+    assert same(checkpoint.newest(tmp_path), state(64))
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    checkpoint.save(tmp_path, state(), "abc")
+    with pytest.raises(ValueError, match="checkpoint of training abc, but this is training def"):
+        checkpoint.newest(tmp_path, "def")
+
+
+def test_a_full_disk_is_told_and_nothing_partial_shows(tmp_path):
+    checkpoint.save(tmp_path, state(64))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"128 \(.* MiB\) could not be written.*Make room"):
+            checkpoint.save(tmp_path, state(128, size=50_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["000000000064"]
+    checkpoint.save(tmp_path, state(128, size=50_000))
+    assert checkpoint.newest(tmp_path).images_seen == 128
+
+
+BIG = 500_000
+
+
+def test_saving_in_the_background_keeps_what_was(tmp_path):
+    with Saver(tmp_path, "f") as saver:
+        for images_seen in (64, 128):
+            live = state(images_seen, size=BIG)
+            saver.save(live)
+            for tensor in live.tensors.values():
+                tensor.zero_()
+    assert same(checkpoint.newest(tmp_path, "f"), state(128, size=BIG))
+    assert same(checkpoint.load(tmp_path / "000000000064"), state(64, size=BIG))
+
+
+def test_saving_twice_at_the_same_place_writes_once(tmp_path):
+    with Saver(tmp_path) as saver:
+        saver.save(state())
+        written = (tmp_path / "000000000064" / "checkpoint.json").stat().st_mtime_ns
+        saver.save(state(), wait=True)
+    assert (tmp_path / "000000000064" / "checkpoint.json").stat().st_mtime_ns == written
+
+
+def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    saver = Saver(tmp_path / "file")
+    saver.save(state(64, size=BIG))
+    with pytest.raises(OSError, match="could not be written"):
+        saver.save(state(128, size=BIG))
+
+
+def keep_saving(directory: str) -> None:
+    with Saver(directory, "f") as saver:
+        for images_seen in range(8, 8_000_000, 8):
+            saver.save(state(images_seen, size=20_000))
+
+
+def kill_savers(directory: str, kills: int) -> None:
+    """Fork, kill after a moment, look; each time a new process saves over what the last one left."""
+    started = time.perf_counter()
+    checkpoint.save(directory, state(8, size=20_000), "f")
+    one_save = time.perf_counter() - started
+    chance, seen = random.Random(0), 0
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            try:
+                keep_saving(directory)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0, 3 * one_save))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for path in checkpoint.visible(directory):
+            found = checkpoint.load(path, "f")
+            assert same(found, state(found.images_seen, size=20_000)), path
+            seen += 1
+    print(seen)
+
+
+def test_a_kill_never_shows_a_part(tmp_path):
+    """Promise 4 at 40 kills; `python tests/training/test_checkpoint.py DIR 1000` makes them all."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), "40"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 40
+
+
+if __name__ == "__main__":
+    logging.disable()
+    torch.set_num_threads(1)
+    kill_savers(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,195 @@
+"""CLIP's stage: open_clip's model and tokenizer, a vocabulary of the first merges, a loss over all workers."""
+
+import math
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+
+from training import contrastive, stages
+from training.contrastive import ClipStage, ClipStageConfig, compare, names, tokenizer
+
+TEXTS = (
+    "A red  Circle at the top",
+    "it's 3 o'clock, caf\u00e9 &amp; th\u00e9 \u2014 \u65e5\u672c",
+    "",
+    "photosynthesis of hippopotamuses " * 12,
+)
+
+
+def test_the_full_vocabulary_is_open_clips_tokenizer():
+    import open_clip
+
+    wanted = open_clip.SimpleTokenizer(context_length=32)(list(TEXTS)).numpy()
+    np.testing.assert_array_equal(tokenizer(contrastive.FULL_VOCABULARY, 32)(TEXTS), wanted)
+
+
+@pytest.mark.parametrize("vocabulary", [contrastive.SPECIAL, 1024, 8192])
+def test_the_first_merges_are_a_vocabulary_in_their_own_right(vocabulary):
+    import open_clip
+
+    whole = open_clip.SimpleTokenizer(context_length=200)
+    ids = tokenizer(vocabulary, 200)(TEXTS)
+    assert ids.max() == vocabulary - 1
+    assert (ids.argmax(1) > 0).all()
+    names_of = list(whole.encoder)
+    for text, row in zip(TEXTS, ids, strict=True):
+        words = row[1 : row.argmax()]
+        spelt = "".join(names_of[i] for i in words)
+        full = "".join(names_of[i] for i in whole.encode(text))
+        assert full.startswith(spelt)
+        assert len(spelt) == len(full) or len(words) == 198  # all of it, or as much as fits
+
+
+def test_the_quick_way_of_cleaning_changes_nothing():
+    import open_clip
+
+    whole = open_clip.SimpleTokenizer(context_length=64)
+    texts = [" Tabs\tand  CAPS ", "a&b", "x &lt;3", "plain", "don't 'quote' \"this\"", "a_b-c/d\\e~"]
+    np.testing.assert_array_equal(
+        tokenizer(contrastive.FULL_VOCABULARY, 64)(texts), whole(texts).numpy()
+    )
+
+
+def test_its_learning_makes_the_right_caption_likelier(line):
+    losses = [record["loss"] for record in line.history("clip")]
+    assert losses[0] < math.log(16) * 1.3
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_loaded_stage_is_the_trained_one_and_open_clips_own_class(line, scenes):
+    from open_clip.model import CLIP
+    from safetensors.torch import load_file
+
+    pixels, captions = scenes
+    stage = stages.load(line.stages["clip"])
+    stored = load_file(f"{line.stages['clip']}/weights.safetensors")
+    model = CLIP(**contrastive.model_config(stage.config)).eval()
+    model.load_state_dict({name.removeprefix("model."): t for name, t in stored.items()})
+    with torch.no_grad():
+        x = torch.from_numpy(pixels).float() / 127.5 - 1
+        wanted = model.encode_image(x, normalize=True)
+        ids = stage.tokens(captions)
+        words = model.encode_text(ids, normalize=True)
+    torch.testing.assert_close(stage.images(torch.from_numpy(pixels)), wanted)
+    torch.testing.assert_close(stage.texts(captions), words)
+    assert not any(p.requires_grad for p in stage.parameters())
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_both_towers_give_a_loss_for_each_row(kind, scenes):
+    pixels, captions = scenes
+    image = {"kind": kind, "side": 32, "width": 32, "layers": 1} if kind == "vit" else {"kind": kind, "width": 8}
+    config = {"image": image, "embed": 16, "text": {"vocabulary": 600, "width": 16, "heads": 2, "layers": 1}}
+    torch.manual_seed(0)
+    stage = stages.create("clip", config)
+    big = torch.from_numpy(pixels[:4]).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    out = stage({"pixels": big, "caption": captions[:4]})
+    assert out["loss"].shape == (4,)
+    out["loss"].sum().backward()
+    assert all(p.grad is not None for p in stage.parameters())
+
+
+def test_the_loss_is_open_clips_where_no_caption_repeats(scenes):
+    from open_clip.loss import ClipLoss
+
+    torch.manual_seed(1)
+    images, texts = (torch.nn.functional.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
+    per_image, per_text, own = compare(images, texts, torch.tensor(7.0), torch.arange(6))
+    ours = [torch.nn.functional.cross_entropy(x, own) for x in (per_image, per_text)]
+    torch.testing.assert_close(sum(ours) / 2, ClipLoss()(images, texts, torch.tensor(7.0)))
+
+
+def test_the_same_caption_is_no_counterexample():
+    images = texts = torch.eye(3)
+    captions = torch.tensor([4, 9, 4])
+    per_image, per_text, own = compare(images, texts, torch.tensor(2.0), captions)
+    inf = -math.inf
+    wanted = torch.tensor([[2.0, 0, inf], [0, 2, 0], [inf, 0, 2]])
+    torch.testing.assert_close(per_image, wanted)
+    torch.testing.assert_close(per_text, wanted)
+    assert own.tolist() == [0, 1, 2]
+
+
+def test_captions_are_told_apart_by_their_tokens():
+    ids = torch.from_numpy(tokenizer(1024, 16)(["a b", "b a", "a  B", "a b b"]))
+    first, second, third, fourth = names(ids).tolist()
+    assert first == third
+    assert len({first, second, fourth}) == 3
+
+
+def _worker(rank, size, place, sent):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
+    images, texts = _features()
+    rows = slice(rank * 3, rank * 3 + 3)
+    mine = [x[rows].clone().requires_grad_() for x in (images, texts)]
+    per_image, per_text, own = compare(*mine, torch.tensor(5.0), torch.tensor([0, 1, 2, 3, 0, 5])[rows])
+    loss = sum(torch.nn.functional.cross_entropy(x, own, reduction="sum") for x in (per_image, per_text))
+    loss.backward()
+    uneven = ""
+    try:
+        compare(images[: 2 + rank], texts[: 2 + rank], torch.tensor(5.0), torch.arange(2 + rank))
+    except ValueError as error:
+        uneven = str(error)
+    sent.put((rank, loss.detach().numpy(), [x.grad.numpy() for x in mine], uneven))
+    torch.distributed.destroy_process_group()
+
+
+def _features():
+    draws = torch.Generator().manual_seed(3)
+    return [torch.nn.functional.normalize(torch.randn(6, 4, generator=draws), dim=1) for _ in range(2)]
+
+
+def test_two_workers_have_the_gradients_of_one(tmp_path):
+    import open_clip.loss  # noqa: F401  (imported before the fork, not by each worker)
+
+    fork = multiprocessing.get_context("fork")
+    sent = fork.Queue()
+    workers = [fork.Process(target=_worker, args=(r, 2, tmp_path / "meet", sent)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict((rank, rest) for rank, *rest in (sent.get(timeout=60) for _ in workers))
+    for worker in workers:
+        worker.join(timeout=60)
+    whole = [x.requires_grad_() for x in _features()]
+    per_image, per_text, own = compare(*whole, torch.tensor(5.0), torch.tensor([0, 1, 2, 3, 0, 5]))
+    loss = sum(torch.nn.functional.cross_entropy(x, own, reduction="sum") for x in (per_image, per_text))
+    loss.backward()
+    np.testing.assert_allclose(found[0][0] + found[1][0], loss.detach().numpy(), rtol=1e-5)
+    for which in range(2):
+        together = np.concatenate([found[rank][1][which] for rank in range(2)])
+        np.testing.assert_allclose(together, whole[which].grad.numpy(), rtol=1e-4, atol=1e-6)
+    assert "rows" in found[0][2]
+    assert "workers divide" in found[1][2]
+
+
+def test_pictures_of_another_side_are_refused(line, scenes):
+    stage = stages.load(line.stages["clip"])
+    with pytest.raises(ValueError, match=r"side 16, got \(8, 8\)"):
+        stage.images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": {"kind": "vit", "side": 30, "patch": 4}}, "patch must divide side"),
+        ({"image": {"kind": "resnet", "side": 48}}, "multiple of 32"),
+        ({"text": {"vocabulary": 100}}, "vocabulary must lie in 514"),
+        ({"temperature": 0.001}, "temperature at least 0.01"),
+    ],
+)
+def test_configs_say_why_they_refuse(changes, message):
+    with pytest.raises(ValueError, match=message):
+        stages.config_of("clip", changes)
+
+
+def test_what_it_measures_is_retrieval_among_a_hundred(line):
+    from training.results import committed
+
+    measured = committed(line.stages["clip"])["measured"]
+    assert measured["among"] == 64
+    assert 3 / 64 < measured["accuracy"] <= 1
+    assert 0 <= measured["heldout_accuracy"] <= 1
+    assert isinstance(ClipStage(ClipStageConfig()), torch.nn.Module)

@@ -1,0 +1,238 @@
+"""The base stage: what it is told and when it is not told; draws by position; latents of deviation 1."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from training import stages
+from training.diffusion import DiffusionConfig, uniform
+from training.networks import ContextConfig
+from training.results import committed
+from training.stage import to_tensors
+
+TINY = {"channels": 8, "channel_mult": [1], "attention": [1], "head_width": 8, "blocks": 1}
+FIELDS = ("autoencoder", "clip", "t5")
+
+
+@pytest.fixture(scope="module")
+def base(line):
+    return stages.load(line.stages["base"])
+
+
+@pytest.fixture(scope="module")
+def batch(line):
+    return to_tensors(line.loader(*FIELDS).batch(0))
+
+
+class Still:
+    """A loader of one batch."""
+
+    def __init__(self, batch):
+        self.whole, self.samples = batch, len(batch["position"])
+
+    def batch(self, step):
+        return self.whole
+
+    def rows(self, indices):
+        kept = {n: v[indices] if isinstance(v, np.ndarray) else v for n, v in self.whole.items()}
+        return kept | {"position": np.asarray(indices)}
+
+
+def random_batch(rows=8, channels=3, side=4):
+    draws = np.random.default_rng(0)
+    moments = draws.normal(size=(rows, 2 * channels, side, side)).astype(np.float16)
+    return {"moments": moments, "position": np.arange(rows)}
+
+
+def test_its_learning_lowers_the_loss(line):
+    losses = [record["loss"] for record in line.history("base")]
+    assert np.mean(losses[-3:]) < losses[0] - 0.2
+    measured = committed(line.stages["base"])["measured"]
+    assert measured["heldout_fixed_loss"] == pytest.approx(measured["fixed_loss"], rel=0.3)
+
+
+def test_what_the_config_leaves_out_is_taken_from_the_inputs(base):
+    network = base.config.network
+    assert network.in_channels == 3
+    assert network.contexts == (ContextConfig("clip", 32, 24), ContextConfig("t5", 32, 32))
+
+
+def test_it_listens_to_whom_it_is_told(line):
+    inputs = {n: line.stages[n] for n in FIELDS}
+    made = stages.create("base", {"network": TINY, "listens": ["t5"]}, inputs)
+    assert [c.name for c in made.config.network.contexts] == ["t5"]
+    assert stages.create("base", {"network": TINY, "listens": []}, inputs).config.network.contexts == ()
+    with pytest.raises(ValueError, match="listens names glove, the inputs are autoencoder, clip, t5"):
+        stages.create("base", {"network": TINY, "listens": ["glove"]}, inputs)
+
+
+def test_widths_that_the_encoders_do_not_have_are_refused(line):
+    inputs = {n: line.stages[n] for n in FIELDS}
+    wrong = {**TINY, "contexts": [{"name": "clip", "width": 77}]}
+    with pytest.raises(ValueError, match=r"clip has width 77 .* the encoder gives 32 and 24"):
+        stages.create("base", {"network": wrong}, inputs)
+    with pytest.raises(ValueError, match="in_channels is 7, the autoencoder has 3"):
+        stages.create("base", {"network": {**TINY, "in_channels": 7}}, inputs)
+
+
+def test_latents_are_those_that_the_autoencoder_measured(line, base):
+    measured = committed(line.stages["autoencoder"])["measured"]
+    assert base.shift.tolist() == pytest.approx(measured["shift"])
+    assert base.scale.tolist() == pytest.approx(measured["scale"])
+    assert base.latent_shape.tolist() == [3, 4, 4]
+    z = base.latents(to_tensors(line.loader(*FIELDS).rows(np.arange(64))), 3)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=0.12, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(3), atol=0.12, rtol=0)
+
+
+def test_latents_of_an_unknown_autoencoder_are_measured():
+    found = random_batch(rows=256)
+    found["moments"][:, :3] = found["moments"][:, :3] * 4 + 2
+    found["moments"][:, 3:] = -20
+    stage = stages.create("base", {"network": {**TINY, "in_channels": 3}})
+    stage.prepare(Still(found))
+    z = stage.latents(to_tensors(found), 0)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(stage.unscaled(z), to_tensors(found)["moments"][:, :3], atol=1e-2, rtol=0)
+
+
+def test_encoders_without_a_posterior_give_the_latent_itself():
+    found = random_batch()
+    found["moments"] = found["moments"][:, :3]
+    stage = stages.create("base", {"network": {**TINY, "in_channels": 3}})
+    z = stage.latents(to_tensors(found), 0)
+    assert torch.equal(z, to_tensors(found)["moments"])
+
+
+def test_pixels_can_be_denoised_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), np.uint8)
+    stage = stages.create("base", {"network": TINY, "data": "pixels", "preview": {"steps": 2}})
+    stage.prepare(Still(found := {"pixels": pixels, "position": np.arange(4)}))
+    assert torch.equal(stage.latents(to_tensors(found), 0), torch.from_numpy(pixels) / 127.5 - 1)
+    assert stage.preview(Still(found), 0).shape == (4, 8, 8, 3)
+
+
+def test_an_untrained_network_costs_the_variance_of_its_target():
+    """Its output is 0, and the flow's target is eps - x0: 1 + the second moment of the latents, 1 once they are scaled."""
+    stage = stages.create("base", {"network": {**TINY, "in_channels": 3}})
+    found = random_batch(rows=256)
+    found["moments"][:, 3:] = -20
+    stage.prepare(Still(found))
+    assert stage(to_tensors(found))["loss"].mean().item() == pytest.approx(2, abs=0.05)
+
+
+def test_a_row_is_drawn_by_its_position_alone(base, batch):
+    whole = base(batch)["loss"]
+    part = {n: v[4:7] for n, v in batch.items() if isinstance(v, torch.Tensor)}
+    torch.testing.assert_close(base(part)["loss"], whole[4:7], rtol=1e-4, atol=1e-5)
+    later = {**batch, "position": batch["position"] + 16}
+    assert (base(later)["loss"] != whole).all()
+
+
+def told(stage, batch):
+    """The conditions that the network sees in one forward pass."""
+    seen = []
+    hook = stage.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    stage(batch)
+    hook.remove()
+    return seen[0]
+
+
+def test_captions_are_dropped_row_by_row_as_often_as_asked(base, batch):
+    few = {n: v[:1].expand(2000, *v.shape[1:]) for n, v in batch.items() if isinstance(v, torch.Tensor)}
+    few["position"] = torch.arange(2000)
+    base.config = replace(base.config, caption_dropout=0.3, context_dropout=0.2)
+    try:
+        cond = told(base, few)
+    finally:
+        base.config = replace(base.config, caption_dropout=0.1, context_dropout=0.0)
+    assert torch.equal(cond["keep"], uniform(0, "keep", few["position"]) >= 0.3)
+    # Within four deviations of a binomial.
+    for name, share in {"keep": 0.7, "clip_keep": 0.8, "t5_keep": 0.8}.items():
+        assert cond[name].float().mean().item() == pytest.approx(share, abs=4 * (0.21 / 2000) ** 0.5)
+    both = (cond["clip_keep"] & cond["t5_keep"]).float().mean().item()
+    assert both == pytest.approx(0.64, abs=0.045), "the encoders are dropped independently"
+
+
+def test_without_dropout_nothing_is_dropped_on_fixed_triples(base, batch):
+    first, second = base.heldout_loss(batch, 4), base.heldout_loss(batch, 4)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, base.heldout_loss(batch, 5))
+    seen = []
+    hook = base.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    base.heldout_loss(batch)
+    hook.remove()
+    assert set(seen[0]) == {f"{e}_{part}" for e in ("clip", "t5") for part in ("tokens", "mask", "pooled")}
+
+
+def test_a_dropped_caption_has_no_say(base, batch):
+    nothing = {**base.cond(batch), "keep": torch.zeros(16, dtype=torch.bool)}
+    other = {n: v.flip(0) for n, v in nothing.items()}
+    x, label = torch.randn(16, 3, 4, 4), torch.zeros(16)
+    torch.testing.assert_close(base.network(x, label, nothing), base.network(x, label, other))
+    heard = {**base.cond(batch), "keep": torch.ones(16, dtype=torch.bool)}
+    assert (base.network(x, label, heard) - base.network(x, label, nothing)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("diffusion", ["v", "edm", "eps"])
+def test_other_diffusions_train_through_the_same_stage(diffusion):
+    config = {
+        "v": {"path": "cosine", "prediction": "v", "weight": "min_snr"},
+        "edm": {"path": "edm", "prediction": "edm", "times": "lognormal", "times_mean": -1.2},
+        "eps": {"path": "ddpm_linear", "prediction": "eps", "times": "discrete"},
+    }[diffusion]
+    torch.manual_seed(0)
+    stage = stages.create("base", {"network": {**TINY, "in_channels": 3}, "diffusion": config})
+    found = random_batch(rows=32)
+    stage.prepare(Still(found))
+    optimizer = torch.optim.Adam(stage.parameters(), 3e-3)
+    losses = []
+    for _ in range(30):
+        loss = stage(to_tensors(found))["loss"].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_previews_are_drawn_from_fixed_captions(line, base):
+    base.inputs = {"autoencoder": line.stages["autoencoder"]}
+    first = base.preview(line.loader(*FIELDS), 0)
+    assert first.shape == (16, 16, 16, 3)
+    assert first.dtype == np.uint8
+    np.testing.assert_array_equal(base.preview(line.loader(*FIELDS), 0), first)
+    assert (base.preview(line.loader(*FIELDS), 1) != first).any()
+    assert not any("codec" in name for name in base.state_dict())
+
+
+def test_a_batch_that_lacks_words_is_refused(base, batch):
+    without = {n: v for n, v in batch.items() if not n.startswith("clip")}
+    with pytest.raises(ValueError, match="no clip_tokens, clip_mask, clip_pooled"):
+        base(without)
+    with pytest.raises(ValueError, match="no moments"):
+        base({n: v for n, v in batch.items() if n != "moments"})
+    five = {**batch, "moments": torch.zeros(16, 5, 4, 4)}
+    with pytest.raises(ValueError, match="moments with 5 channels for a network with in_channels 3"):
+        base(five)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\)"),
+        ({"network": {"learned_variance": True}}, "neither learned_variance nor low_channels"),
+        ({"diffusion": {"path": "flow", "prediction": "eps"}}, "base.diffusion: .*eps.*a > 0"),
+        ({"diffusion": {"weight": "snrr"}}, "base.diffusion.weight: got 'snrr'"),
+    ],
+)
+def test_configs_say_why_they_refuse(changes, message):
+    with pytest.raises(ValueError, match=message):
+        stages.config_of("base", changes)
+
+
+def test_the_default_diffusion_is_flow_with_logit_normal_times():
+    assert stages.CONFIGS["base"]().diffusion == DiffusionConfig(path="flow", times="logit_normal")

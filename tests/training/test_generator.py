@@ -1,0 +1,235 @@
+"""A generator is one directory, and a picture is a function of its own prompt and seed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training import stages
+from training.diffusion import normal
+from training.generator import Generator, assemble
+from training.stage import to_tensors
+
+PROMPTS = ["a red circle on the left", "a small blue square at the top", "one green ring, black canvas"]
+DEFAULTS = {"kind": "dpmpp2m", "steps": 4, "guidance": 2.0}
+
+
+@pytest.fixture(scope="module")
+def package(line, tmp_path_factory) -> Path:
+    """Assembled, then moved, with the stages out of reach."""
+    first = tmp_path_factory.mktemp("made") / "generator"
+    assemble(first, line.stages, DEFAULTS)
+    return shutil.copytree(first, tmp_path_factory.mktemp("moved") / "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def generator(package) -> Generator:
+    return Generator.load(package, "cpu", precision="fp32")
+
+
+def test_the_package_is_json_and_safetensors_and_says_what_it_is(package, line):
+    names = sorted(str(p.relative_to(package)) for p in package.rglob("*") if p.is_file())
+    assert names == sorted(
+        ["generator.json", *(f"{s}/{f}" for s in line.stages for f in ("config.json", "weights.safetensors"))]
+    )
+    described = json.loads((package / "generator.json").read_text())
+    assert described["resolution"] == 16
+    assert described["defaults"]["guidance"] == 2.0
+    assert described["stages"]["base"]["fingerprint"] == "base"
+    assert str(line.root) not in json.dumps(described["defaults"])
+
+
+def test_assembling_again_gives_the_same_bytes(line, package, tmp_path):
+    for _ in range(2):
+        assemble(tmp_path / "again", line.stages, DEFAULTS)
+    for path in package.rglob("*.*"):
+        again = tmp_path / "again" / path.relative_to(package)
+        assert again.read_bytes() == path.read_bytes(), path
+    assert [p.name for p in tmp_path.iterdir()] == ["again"]
+
+
+def test_pictures_are_repeatable_and_follow_prompt_and_seed(generator):
+    pictures = generator(PROMPTS, seed=3)
+    assert pictures.shape == (3, 16, 16, 3)
+    assert pictures.dtype == np.uint8
+    np.testing.assert_array_equal(generator(PROMPTS, seed=3), pictures)
+    assert (generator(PROMPTS, seed=4) != pictures).any((1, 2, 3)).all()
+    other = generator([PROMPTS[1], *PROMPTS[1:]], seed=3)
+    assert (other[0] != pictures[0]).any()
+    assert np.abs(other[1:].astype(int) - pictures[1:]).max() <= 1
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(generator):
+    """Beyond the last bit: kernels may add in another order for another batch."""
+    seeds = [11, 5, 23]
+    together = generator.latents(PROMPTS, seed=seeds)
+    longer = generator.latents(["x" * 90, *PROMPTS, ""], seed=[1, *seeds, 2])
+    torch.testing.assert_close(longer[1:4], together, atol=1e-3, rtol=1e-3)
+    for row, (prompt, seed) in enumerate(zip(PROMPTS, seeds, strict=True)):
+        alone = generator.latents([prompt], seed=seed)
+        torch.testing.assert_close(alone[0], together[row], atol=1e-3, rtol=1e-3)
+
+
+def test_an_integer_seed_counts_up(generator):
+    torch.testing.assert_close(
+        generator.latents(PROMPTS, seed=7), generator.latents(PROMPTS, seed=[7, 8, 9])
+    )
+
+
+def test_stochastic_samplers_draw_from_the_pictures_own_seed(generator):
+    options = {"kind": "ddim", "eta": 1.0, "steps": 5}
+    together = generator.latents(PROMPTS, seed=7, **options)
+    alone = generator.latents(PROMPTS[1:2], seed=8, **options)
+    torch.testing.assert_close(alone[0], together[1], atol=1e-3, rtol=1e-3)
+    assert (generator.latents(PROMPTS, seed=7, **{**options, "eta": 0.0}) - together).abs().max() > 0.1
+
+
+def test_sampling_is_the_samplers_with_classifier_free_guidance(generator):
+    """Against the plain formula: D_u + s (D_c - D_u), two network calls a step, Euler on the flow."""
+    cond, scale, steps = generator.cond(PROMPTS), 2.5, 6
+    model = generator.base.model
+    null = {**cond, "keep": torch.zeros(3, dtype=torch.bool)}
+    shape = generator.base.latent_shape.tolist()
+    x = torch.cat([normal(seed, "sample", torch.tensor([0]), shape) for seed in (4, 5, 6)])
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    with torch.no_grad():
+        for t, u in zip(times[:-1], times[1:], strict=True):
+            x0 = model(x, t, null) + scale * (model(x, t, cond) - model(x, t, null))
+            x = x + (u - t).item() * (x - x0) / t.item()
+    ours = generator.latents(PROMPTS, seed=4, kind="ddim", steps=steps, guidance=scale)
+    torch.testing.assert_close(ours, x, atol=2e-4, rtol=2e-4)
+
+
+def test_guidance_calls_the_network_once_a_step(generator):
+    rows = []
+    hook = generator.base.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    generator.latents(PROMPTS, kind="ddim", steps=5)
+    generator.latents(PROMPTS, kind="ddim", steps=5, guidance=1.0)
+    generator.latents(PROMPTS, kind="ddim", steps=4, guidance_interval=(0.4, 0.8))
+    hook.remove()
+    assert rows[:10] == [6] * 5 + [3] * 5
+    assert rows[10:] == [3, 6, 6, 3]  # t = 1, .75, .5, .25
+
+
+def test_an_empty_prompt_is_the_null_condition(generator):
+    blank = generator.latents(["", "  "], seed=[1, 2], guidance=1.0)
+    unguided = generator.latents(PROMPTS[:2], seed=[1, 2], guidance=0.0)
+    torch.testing.assert_close(blank, unguided, atol=1e-4, rtol=1e-4)
+
+
+def test_negatives_take_the_place_of_the_null(generator):
+    plain = generator.latents(PROMPTS, guidance=3.0)
+    blank = generator.latents(PROMPTS, guidance=3.0, negative="")
+    torch.testing.assert_close(blank, plain, atol=1e-4, rtol=1e-4)
+    itself = generator.latents(PROMPTS, guidance=3.0, negative=PROMPTS)
+    torch.testing.assert_close(itself, generator.latents(PROMPTS, guidance=1.0), atol=2e-3, rtol=2e-3)
+    assert (generator.latents(PROMPTS, guidance=3.0, negative="a red circle") - plain).abs().max() > 1e-3
+
+
+def test_defaults_can_be_overruled_call_by_call(generator):
+    plain = generator(PROMPTS)
+    assert generator.defaults["steps"] == 4
+    np.testing.assert_array_equal(generator(PROMPTS, steps=4, guidance=2.0, sampler="dpmpp2m"), plain)
+    for change in ({"steps": 2}, {"guidance": 5.0}, {"sampler": "ddim"}, {"guidance_rescale": 0.7}):
+        assert (generator(PROMPTS, **change) != plain).any(), change
+
+
+def test_many_prompts_are_drawn_in_batches(generator, monkeypatch):
+    from training import generator as module
+
+    whole = generator(PROMPTS * 2)
+    monkeypatch.setattr(module, "BATCH", 4)
+    parts = generator(PROMPTS * 2)
+    assert np.abs(parts.astype(int) - whole).max() <= 1
+    assert generator([]).shape == (0, 16, 16, 3)
+
+
+def test_bf16_is_close(package, generator):
+    half = Generator.load(package, "cpu", precision="bf16").latents(PROMPTS)
+    full = generator.latents(PROMPTS)
+    assert (half - full).norm() / full.norm() < 0.03
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+
+
+def test_the_heldout_loss_is_the_base_stages_on_fixed_triples(line, generator):
+    batch = line.loader("autoencoder", "clip", "t5", splits=("heldout",)).rows(np.arange(16))
+    losses = generator.denoising_loss(batch, seed=1)
+    with torch.no_grad():
+        wanted = stages.load(line.stages["base"]).heldout_loss(to_tensors(batch), 1)
+    np.testing.assert_allclose(losses, wanted.numpy(), rtol=1e-5)
+    assert losses.shape == (16,)
+    assert (generator.denoising_loss(batch, seed=2) != losses).all()
+
+
+def test_encoders_that_the_base_did_not_learn_from_are_refused(line, tmp_path):
+    other = tmp_path / "clip"
+    shutil.copytree(line.stages["clip"], other)
+    done = json.loads((other / "stage.json").read_text())
+    (other / "stage.json").write_text(json.dumps(done | {"weights_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match=r"clip at .* the base was trained with"):
+        assemble(tmp_path / "g", {**line.stages, "clip": str(other)})
+    assert not (tmp_path / "g").exists()
+
+
+def test_what_is_missing_is_named(line, tmp_path):
+    some = {n: line.stages[n] for n in ("base", "clip")}
+    with pytest.raises(ValueError, match="needs autoencoder, t5 too"):
+        assemble(tmp_path / "g", some)
+    with pytest.raises(ValueError, match="needs a base stage"):
+        assemble(tmp_path / "g", {"clip": line.stages["clip"]})
+    with pytest.raises(ValueError, match="defaults: no key 'guidence'; did you mean 'guidance'"):
+        assemble(tmp_path / "g", line.stages, {"guidence": 3.0})
+    with pytest.raises(ValueError, match="no generator"):
+        Generator.load(tmp_path)
+
+
+def test_wrong_calls_are_refused(generator):
+    with pytest.raises(ValueError, match="wanted a list of texts, got one text"):
+        generator("a red circle")
+    with pytest.raises(ValueError, match="seed: got 1 for 3 prompts"):
+        generator(PROMPTS, seed=[1])
+    with pytest.raises(ValueError, match="negative: got 2 for 3 prompts"):
+        generator(PROMPTS, negative=["a", "b"])
+    with pytest.raises(ValueError, match="a sampler has no stps; it has .*steps"):
+        generator(PROMPTS, stps=3)
+    with pytest.raises(ValueError, match="kind: got 'eulr'"):
+        generator(PROMPTS, sampler="eulr")
+
+
+def test_pretrained_encoders_travel_in_the_package(line, tmp_path):
+    """The autoencoder of diffusers: copied, and found again when the original is gone."""
+    import diffusers
+
+    from pipeline.encode import encode
+    from pipeline.execute import Executor
+    from training import encoders
+    from training.job import Job, run
+
+    torch.manual_seed(0)
+    where = tmp_path / "vae"
+    diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(where)  # fmt: skip
+    spec = encoders.spec_of(str(where), "autoencoder", side=16)
+    encode(line.data, [spec], encoders.build, Executor(kind="local"))
+    run(
+        Job(
+            kind="base", fingerprint="pretrained", output=str(tmp_path / "base"),
+            config={"network": {"channels": 8, "channel_mult": [1], "attention": [1], "head_width": 8},
+                    "preview": {"steps": 2}},
+            training={"images": 32, "batch": 16, "learning_rate": 1e-3},
+            dataset=line.data.dataset, version=1, inputs={"autoencoder": str(where)},
+            encodings=({"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint},),
+        )
+    )  # fmt: skip
+    assert (tmp_path / "base" / "preview.png").exists()
+    assemble(tmp_path / "g", {"base": tmp_path / "base", "autoencoder": where}, {"steps": 2})
+    shutil.rmtree(where)
+    generator = Generator.load(tmp_path / "g", "cpu")
+    assert generator(["anything"]).shape == (1, 16, 16, 3)
+    assert generator.base.scale.tolist() != [1, 1, 1, 1]

@@ -1,0 +1,332 @@
+"""A stage directory after kills, signals and second starts is that of an undisturbed run, byte for byte.
+
+Run as a script, this file is the process that is disturbed: `test_job.py SPEC.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pipeline.plan import BatchPlan
+from training import checkpoint, job, results
+from training.job import Job, run
+from training.stage import Stage, to_tensors
+from training.supervision import Stopped
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    kind: str = "tiny"
+    width: int = 16
+    fails_to_finish: bool = False
+
+
+class Tiny(Stage):
+    """Denoises vectors: noise from (seed, position), dropout from torch's generator, a measured buffer."""
+
+    kind = "tiny"
+
+    def __init__(self, config: TinyConfig):
+        super().__init__(config)
+        width = config.width
+        self.net = nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Dropout(0.1), nn.Linear(width, 4))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def prepare(self, loader):
+        self.mean.copy_(to_tensors(loader.batch(0))["x"].mean(0))
+
+    def forward(self, batch):
+        x = batch["x"] - self.mean
+        phase = batch["position"][:, None] * torch.tensor([1.0, 2.0, 3.0, 5.0]) + self.seed
+        loss = (self.net(x + torch.sin(phase)) - x).square().mean(1)
+        return {"loss": loss, "size": x.abs().mean()}
+
+    def finish(self, loader):
+        if self.config.fails_to_finish:
+            raise RuntimeError("no room")
+        assert not self.training
+        with torch.no_grad():
+            return {"final": self(to_tensors(loader.batch(0)))["loss"].mean().item()}
+
+    def preview(self, loader, seed):
+        return np.full((5, 8, 6, 3), 128, np.uint8)
+
+
+class TinyLoader:
+    """Real plan, made-up samples; `pause` seconds for each batch."""
+
+    def __init__(self, batch: int, seed: int, worker: int, workers: int, pause: float):
+        self.plan, self.worker, self.workers = BatchPlan((40, 60), "d", seed, batch), worker, workers
+        self.data = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float16)
+        self.pause = pause
+
+    def batch(self, step: int):
+        rows, indices = self.plan.slice(step, self.worker, self.workers)
+        position = step * self.plan.global_batch + rows
+        keys = [f"k{i}" for i in indices.tolist()]
+        return {"x": self.data[indices], "position": position, "key": keys}
+
+    def batches(self, start_step: int = 0, prefetch: int = 2):
+        while True:
+            time.sleep(self.pause)
+            yield self.batch(start_step)
+            start_step += 1
+
+
+def build(job: Job, world):
+    loader = TinyLoader(
+        job.training["batch"], job.seed, world.rank, world.size, job.meta.get("pause", 0)
+    )
+    return Tiny(TinyConfig(**job.config)), loader, "the data"
+
+
+def tiny(output: Path, **changes) -> Job:
+    training = {
+        "images": 8 * 150,
+        "batch": 8,
+        "learning_rate": 1e-2,
+        "warmup_images": 80,
+        "schedule": "linear",
+        "checkpoint_images": 160,
+        "log_images": 56,  # no divisor of the former: a window is open at most checkpoints
+        "ema_halflife_images": 200,
+        "threads": 1,
+    }
+    training |= changes.pop("training", {})
+    made = Job(kind="tiny", fingerprint="f1", config={}, training=training, output=str(output), seed=3)
+    return replace(made, **changes)
+
+
+CLOCKS = ("seconds", "images_per_second", "data_wait_share")
+
+
+def lines(stage_dir: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in results.history(stage_dir)]
+
+
+def assert_same(stage_dir: Path, undisturbed: Path) -> None:
+    for name in (results.WEIGHTS, results.PREVIEW, results.CONFIG):
+        assert (stage_dir / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert lines(stage_dir) == lines(undisturbed)
+    one, other = (results.committed(d) for d in (stage_dir, undisturbed))
+    assert {**one, "seconds": 0, "meta": {}} == {**other, "seconds": 0, "meta": {}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    run(tiny(output), build=build)
+    return output
+
+
+def test_a_finished_directory_holds_what_is_promised(undisturbed):
+    done = results.committed(undisturbed)
+    stage, loader, _ = build(tiny(undisturbed), job.World())
+    stage.seed = 3
+    stage.load_state_dict(checkpoint.load_file(undisturbed / results.WEIGHTS))
+    assert stage.eval().finish(loader) == pytest.approx(done["measured"], rel=1e-6)
+    assert done["measured"]["final"] < 0.8 * lines(undisturbed)[0]["loss"]
+    wanted = {"kind": "tiny", "fingerprint": "f1", "data_digest": "the data", "images_seen": 1200}
+    assert wanted.items() <= done.items()
+    assert done["config"] == {"kind": "tiny", "width": 16, "fails_to_finish": False}
+    assert done["weights_sha256"] == job.storage.sha256(undisturbed / results.WEIGHTS)
+    assert done["parameters"] == 4 * 16 + 16 + 16 * 4 + 4
+    assert json.loads((undisturbed / results.CONFIG).read_text())["kind"] == "tiny"
+    seen = [line["images_seen"] for line in lines(undisturbed)]
+    assert seen == [*range(56, 1200, 56), 1200]
+    assert {"loss", "size", "grad_norm", "learning_rate", "skipped", "step"} < set(lines(undisturbed)[0])
+    with Image.open(undisturbed / results.PREVIEW) as sheet:
+        assert sheet.size == (2 + 3 * 8, 2 + 2 * 10)
+
+
+def test_what_is_finished_is_not_trained_again(undisturbed):
+    def never(job, world):
+        raise AssertionError("built")
+
+    again = run(tiny(undisturbed), build=never)
+    assert again == results.committed(undisturbed)
+
+
+def test_a_directory_belongs_to_one_training(undisturbed, tmp_path):
+    with pytest.raises(ValueError, match=r"stage.json is of training f1, but this is training f2"):
+        run(tiny(undisturbed, fingerprint="f2"), build=build)
+    run(tiny(tmp_path), build=build)
+    (tmp_path / results.STAGE).unlink()
+    with pytest.raises(ValueError, match=r"job.json is of training f1, but this is training f2"):
+        run(tiny(tmp_path, fingerprint="f2"), build=build)
+
+
+def test_each_line_is_handed_over_as_it_is_written(tmp_path):
+    records = []
+    run(tiny(tmp_path), on_progress=records.append, build=build)
+    assert records == results.history(tmp_path)
+
+
+def test_what_fails_at_the_end_goes_on_from_the_end(tmp_path, undisturbed):
+    broken = tiny(tmp_path, config={"fails_to_finish": True})
+    with pytest.raises(RuntimeError, match="no room"):
+        run(broken, build=build)
+    assert results.committed(tmp_path) is None
+    records = []
+    run(tiny(tmp_path), on_progress=records.append, build=build)
+    assert records == []
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_damaged_checkpoint_costs_an_interval_and_no_bit(tmp_path, undisturbed, caplog):
+    broken = tiny(tmp_path, config={"fails_to_finish": True})
+    with pytest.raises(RuntimeError):
+        run(broken, build=build)
+    newest = checkpoint.visible(tmp_path / results.CHECKPOINTS)[-1]
+    os.truncate(newest / checkpoint.TENSORS, 100)
+    records = []
+    with caplog.at_level(logging.WARNING):
+        run(tiny(tmp_path), on_progress=records.append, build=build)
+    assert "going back to the one before" in caplog.text
+    assert [r["images_seen"] for r in records] == [1176, 1200]
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_warm_start_begins_with_the_parent(tmp_path, undisturbed):
+    child = tiny(tmp_path / "child", parent=str(undisturbed), training={"learning_rate": 1e-9})
+    done = run(child, build=build)
+    before, after = (
+        checkpoint.load_file(d / results.WEIGHTS) for d in (undisturbed, tmp_path / "child")
+    )
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-4, atol=1e-5)
+    assert done["parent"] == str(undisturbed)
+
+
+def test_a_parent_that_was_changed_is_refused(tmp_path):
+    run(tiny(tmp_path / "parent", training={"images": 80}), build=build)
+    weights = tmp_path / "parent" / results.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ValueError, match=r"weights.safetensors: sha256 .* it was changed"):
+        run(tiny(tmp_path / "child", parent=str(tmp_path / "parent")), build=build)
+    with pytest.raises(ValueError, match="no finished stage"):
+        run(tiny(tmp_path / "orphan", parent=str(tmp_path / "child")), build=build)
+
+
+def test_previews_on_the_way_change_nothing(tmp_path, undisturbed):
+    run(tiny(tmp_path, training={"preview_images": 80}), build=build)
+    weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
+    assert weights[0] == weights[1]
+
+
+def test_stopping_on_request_goes_on_from_there(tmp_path, undisturbed):
+    requests = iter([False, False, True])
+    world = job.World(stop=lambda: next(requests))
+    with pytest.raises(Stopped, match="168 images"):
+        run(tiny(tmp_path), world, build=build)
+    assert checkpoint.newest(tmp_path / results.CHECKPOINTS).images_seen == 168
+    run(tiny(tmp_path), build=build)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_jobs_are_json(tmp_path):
+    made = tiny(tmp_path, encodings=({"name": "clip", "kind": "text", "fingerprint": "ab"},))
+    assert Job.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_a_wrong_key_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"learning_rat.*learning_rate"):
+        run(tiny(tmp_path, training={"learning_rat": 1}), build=build)
+
+
+class Taken(BaseException):
+    """What an orchestrator's handler raises."""
+
+
+def take(number, frame):
+    raise Taken
+
+
+@pytest.mark.parametrize(
+    ("number", "handler", "ending"),
+    [
+        (signal.SIGTERM, signal.SIG_DFL, SystemExit),
+        (signal.SIGTERM, take, Taken),
+        (signal.SIGTERM, lambda number, frame: None, Stopped),
+        (signal.SIGINT, signal.default_int_handler, KeyboardInterrupt),
+    ],
+)
+def test_a_signal_waits_for_a_checkpoint(tmp_path, undisturbed, number, handler, ending):
+    def interrupt(record):
+        if record["images_seen"] == 280:
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(ending) as caught:
+            run(tiny(tmp_path), on_progress=interrupt, build=build)
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    if ending is SystemExit:
+        assert caught.value.code == 143
+    assert checkpoint.newest(tmp_path / results.CHECKPOINTS).images_seen in (280, 288)
+    run(tiny(tmp_path), build=build)
+    assert_same(tmp_path, undisturbed)
+
+
+def test_killed_at_random_steps_it_ends_bit_identical(tmp_path, undisturbed):
+    """Promise 2: SIGKILL anywhere; weights and losses as if undisturbed, one interval redone."""
+    made, spec = tiny(tmp_path / "killed", meta={"pause": 0.001}), tmp_path / "spec.json"
+    spec.write_text(json.dumps(made.to_json()))
+    done = subprocess.run(
+        [sys.executable, __file__, str(spec)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len({kill["resumes_at"] for kill in kills}) >= 3
+    for kill in kills:
+        assert kill["resumes_at"] >= kill["reached"] - 160
+    assert_same(tmp_path / "killed", undisturbed)
+
+
+def disturb(made: Job, kills: int) -> None:
+    """Run the job in forks that are killed after a moment, then in one that is left alone."""
+    started = time.perf_counter()
+    for name in ("warm", "timed"):  # the first run imports
+        started = time.perf_counter()
+        run(replace(made, output=made.output + name), build=build)
+    whole, chance = time.perf_counter() - started, random.Random(7)
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            run(made, build=build)
+            os._exit(0)
+        time.sleep(chance.uniform(0, whole / 3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if results.committed(made.output):
+            break
+        state = checkpoint.newest(Path(made.output, results.CHECKPOINTS))
+        reached = max((r["images_seen"] for r in results.history(made.output)), default=0)
+        print(json.dumps({"reached": reached, "resumes_at": state.images_seen if state else 0}))
+    run(made, build=build)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    disturb(Job.from_json(json.loads(Path(sys.argv[1]).read_text())), kills=12)

@@ -1,0 +1,295 @@
+"""The loop against a bare one, against itself resumed, and against numbers that are none."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from training import checkpoint
+from training.checkpoint import TrainState
+from training.loop import Diverged, TrainingConfig, World, train
+from training.optimizer import AdamWConfig, MuonConfig
+from training.stage import Stage
+
+CONFIG = TrainingConfig(
+    images=8 * 20,
+    batch=8,
+    learning_rate=1e-2,
+    warmup_images=40,
+    schedule="cosine",
+    optimizer=AdamWConfig(weight_decay=0.1),
+    max_grad_norm=0.5,
+    ema_halflife_images=100,
+)
+
+
+class Regression(Stage):
+    """A small network with dropout; `noise` depends on the position alone."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__(None)
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 32), nn.SiLU(), nn.Dropout(dropout), nn.Linear(32, 1))
+        self.frozen = nn.Parameter(torch.ones(6), requires_grad=False)
+
+    def forward(self, batch):
+        noise = torch.sin(batch["position"].double() * 12.9898).float()[:, None]
+        y = self.net(batch["x"] * self.frozen + 0.01 * noise)[:, 0].float()
+        loss = (y - batch["y"]).square()
+        return {"loss": loss, "error": (y - batch["y"]).detach().abs().mean()}
+
+
+class Rows:
+    """One worker's rows of endless batches; `poison` (step -> row) holds values that are not numbers."""
+
+    def __init__(self, batch: int = 8, worker: int = 0, workers: int = 1, poison: dict | None = None):
+        self.batch_size, self.worker, self.workers = batch, worker, workers
+        self.poison, self.closed, self.asked = poison or {}, False, []
+
+    def batch(self, step: int):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(self.batch_size, 6, generator=generator)
+        if step in self.poison:
+            x[self.poison[step], 0] = float("nan")
+        position = step * self.batch_size + torch.arange(self.batch_size)
+        whole = {
+            "x": x.numpy(),
+            "y": x[:, :3].sum(1).numpy(),
+            "position": position.numpy(),
+            "key": [f"k{p}" for p in position.tolist()],
+        }
+        cut = [self.batch_size * n // self.workers for n in (self.worker, self.worker + 1)]
+        return {name: value[slice(*cut)] for name, value in whole.items()}
+
+    def batches(self, start_step: int = 0, prefetch: int = 2):
+        try:
+            for step in itertools.count(start_step):
+                self.asked.append(step)
+                yield self.batch(step)
+        finally:
+            self.closed = True
+
+
+def weights(stage: Stage) -> dict:
+    return {n: p.detach().clone() for n, p in stage.named_parameters()}
+
+
+def test_it_does_what_a_bare_loop_does():
+    stage, bare = Regression(), Regression()
+    losses = [float(p.loss) for p in train(stage, Rows(), CONFIG)]
+
+    matrices = [p for p in bare.net.parameters() if p.ndim > 1]
+    vectors = [p for p in bare.net.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0}],
+        betas=(0.9, 0.99),
+    )
+    expected, average = [], weights(bare)
+    for step in range(20):
+        seen = 8 * step
+        done = (seen - 40) / (160 - 40)
+        warm = min(1, (seen + 8) / 40)
+        rate = 1e-2 * (warm if seen < 40 else 0.5 + 0.5 * math.cos(math.pi * done))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = {k: torch.as_tensor(v) for k, v in Rows().batch(step).items() if k != "key"}
+        loss = bare(batch)["loss"].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(bare.net.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+        decay = 0.5 ** (8 / min(100, 0.05 * (seen + 8)))
+        average = {n: decay * average[n] + (1 - decay) * p for n, p in weights(bare).items()}
+
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for name, p in weights(stage).items():
+        torch.testing.assert_close(p, weights(bare)[name], rtol=1e-4, atol=1e-6)
+
+    ema = list(train(Regression(), Rows(), CONFIG))[-1].ema.tensors()
+    assert "frozen" not in ema
+    for name, p in ema.items():
+        torch.testing.assert_close(p, average[name], rtol=1e-4, atol=1e-6)
+
+
+def test_it_learns():
+    config = replace(CONFIG, images=64 * 300, batch=64, max_grad_norm=0.0)
+    losses = [float(p.loss) for p in train(Regression(), Rows(64), config)]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("optimizer", [AdamWConfig(), MuonConfig()], ids=lambda c: c.kind)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resuming_anywhere_is_bit_identical(tmp_path, optimizer, precision):
+    config = replace(CONFIG, optimizer=optimizer, precision=precision)
+    unbroken = Regression(dropout=0.5)
+    steps = list(train(unbroken, Rows(), config))
+    for stop in (1, 7, 19):
+        stage = Regression(dropout=0.5)
+        progress = next(itertools.islice(train(stage, Rows(), config), stop - 1, None))
+        checkpoint.save(tmp_path / str(stop), progress.state)
+        torch.rand(3)  # what else draws random numbers does not matter
+        resumed = Regression(dropout=0.5)
+        nn.init.zeros_(resumed.net[0].weight)
+        state = checkpoint.newest(tmp_path / str(stop))
+        later = list(train(resumed, Rows(), config, state=state))
+        assert [float(p.loss) for p in later] == [float(p.loss) for p in steps[stop:]]
+        assert all(p.equal(weights(unbroken)[n]) for n, p in weights(resumed).items())
+        final, wanted = later[-1].state, steps[-1].state
+        assert all(t.equal(wanted.tensors[n]) for n, t in final.tensors.items())
+        assert later[-1].images_seen == config.images
+
+
+def test_a_finished_state_has_no_more_steps():
+    state = list(train(Regression(), Rows(), CONFIG))[-1].state
+    rows = Rows()
+    assert list(train(Regression(), rows, CONFIG, state=state)) == []
+    assert rows.asked == []
+
+
+def test_the_loader_is_closed_when_the_caller_stops():
+    rows = Rows()
+    progress = train(Regression(), rows, CONFIG)
+    next(progress)
+    progress.close()
+    assert rows.closed
+
+
+def test_masters_stay_float32_in_bf16():
+    stage, seen = Regression(), []
+    stage.net[0].register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    progress = list(train(stage, Rows(), replace(CONFIG, precision="bf16")))
+    assert set(seen) == {torch.bfloat16}
+    tensors = progress[-1].state.tensors
+    assert {t.dtype for n, t in tensors.items() if n != "weights/frozen"} == {torch.float32}
+    exact = list(train(Regression(), Rows(), CONFIG))
+    assert float(progress[0].loss) == pytest.approx(float(exact[0].loss), rel=0.05)
+    assert float(progress[0].loss) != float(exact[0].loss)
+
+
+def test_an_update_that_is_not_finite_is_not_applied():
+    stage = Regression()
+    before = weights(stage)
+    for progress in train(stage, Rows(poison={3: 5}), CONFIG):
+        changed = any(not p.equal(before[n]) for n, p in weights(stage).items())
+        assert changed != (progress.step == 4)
+        assert bool(progress.skipped) == (progress.step == 4)
+        assert all(t.isfinite().all() for t in progress.state.tensors.values())
+        before = weights(stage)
+    assert progress.images_seen == CONFIG.images
+
+
+def test_a_gradient_that_overflows_is_not_applied_either():
+    class Steep(Regression):
+        def forward(self, batch):
+            out = super().forward(batch)
+            steep = 1e38 if 24 in batch["position"] else 1.0
+            return {"loss": steep * out["loss"]}
+
+    skipped = [bool(p.skipped) for p in train(Steep(), Rows(), CONFIG)]
+    assert [n for n, s in enumerate(skipped) if s] == [3]
+
+
+def test_too_many_in_a_row_stop_and_name_the_samples():
+    poison = {5: 0, 6: 1, 7: 2, 8: 3}
+    steps = []
+    with pytest.raises(Diverged, match=r"step 8 \(64 images\).*4 updates in a row.*k40, k49, k58, k67") as e:
+        for progress in train(Regression(), Rows(poison=poison), CONFIG):
+            steps.append(progress.step)
+    assert steps[-1] == 8
+    assert e.value.keys == ["k40", "k49", "k58", "k67"]
+
+
+def test_a_finite_update_in_between_starts_the_count_anew():
+    poison = {2: 0, 3: 0, 4: 0, 6: 0, 7: 0, 8: 0}
+    assert len(list(train(Regression(), Rows(poison=poison), CONFIG))) == 20
+
+
+def test_the_count_survives_resuming():
+    rows = Rows(poison=dict.fromkeys(range(4, 8), 0))
+    progress = next(itertools.islice(train(Regression(), rows, CONFIG), 5, None))
+    assert progress.state.numbers == {"skipped": 2}
+    with pytest.raises(Diverged, match="step 7"):
+        list(train(Regression(), rows, CONFIG, state=progress.state))
+
+
+def test_where_no_row_is_to_blame_all_are_named():
+    class Broken(Regression):
+        def forward(self, batch):
+            out = super().forward(batch)
+            zero = self.net[0].weight.sum() * 0
+            return {"loss": out["loss"] + zero.sqrt()}  # finite, but its gradient is not
+
+    with pytest.raises(Diverged, match=r"Their samples: k0, .* and 16 more") as e:
+        list(train(Broken(), Rows(), CONFIG))
+    assert e.value.keys == [f"k{n}" for n in range(32)]
+
+
+def test_a_worker_averages_over_the_global_batch():
+    """Shares of 3 and 5 rows, each worker's gradient doubled by the other's: sums, not means of means."""
+    whole = list(train(Regression(), Rows(), CONFIG))[0]
+    sums = []
+    for worker, rows in enumerate((3, 5)):
+        stage = Regression()
+        world = World(worker, 2, sum=lambda t: (sums.append(t), t)[1])
+        config = replace(CONFIG, max_grad_norm=0.0, images=8)
+        share = Rows(worker=worker, workers=2)
+        share.batch = lambda step, cut=slice(0, 3) if rows == 3 else slice(3, 8): {
+            k: v[cut] for k, v in Rows().batch(step).items()
+        }
+        list(train(stage, share, config, world))
+    total = (sums[0] + sums[1]) / 8  # [error, loss] of the two shares
+    assert total[0] == pytest.approx(float(whole.loss), rel=1e-6)
+    assert total[1] == pytest.approx(float(whole.metrics["error"]), rel=1e-6)
+
+
+def test_a_state_of_another_network_is_refused():
+    state = TrainState({"weights/net.0.weight": torch.zeros(2)}, 1, 8, {"skipped": 0})
+    with pytest.raises(ValueError, match="the checkpoint is of another network: frozen"):
+        next(train(Regression(), Rows(), CONFIG, state=state))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_learning_rates(schedule, expected):
+    config = TrainingConfig(
+        images=80, batch=10, learning_rate=1.0, warmup_images=40, schedule=schedule
+    )
+    rates = [config.rate(seen) for seen in range(0, 80, 10)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("learning_rate", -1.0, "learning_rate must be greater than 0, got -1.0"),
+        ("learning_rate", float("nan"), "learning_rate must be greater than 0"),
+        ("warmup_images", -5, "warmup_images must be finite and not negative"),
+        ("ema_halflife_images", math.inf, "ema_halflife_images must be finite"),
+        ("schedule", "step", "schedule must be one of constant, cosine, linear, got 'step'"),
+        ("workers", 9, "batch 8 is smaller than workers 9"),
+    ],
+)
+def test_configs_refuse_what_cannot_work(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **{field: value})
+
+
+@pytest.mark.gpu
+def test_the_gpu_does_what_the_cpu_does():
+    cpu = [float(p.loss) for p in train(Regression(), Rows(), CONFIG)]
+    gpu = [float(p.loss) for p in train(Regression().cuda(), Rows(poison={}), CONFIG)]
+    assert gpu == pytest.approx(cpu, rel=1e-3)
+    with pytest.raises(Diverged):
+        list(train(Regression().cuda(), Rows(poison=dict.fromkeys(range(20), 0)), CONFIG))

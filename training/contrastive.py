@@ -1,0 +1,286 @@
+"""CLIP's stage: of all captions in the batch a picture's own must be the likeliest, and the other way round.
+
+The model, its tokenizer and its gathering of features over workers are open_clip's (Radford et al. 2021). Two things
+are ours. The tokenizer may keep a part of the 48,894 merges: byte-pair merges are ordered, so that their first n are a
+vocabulary in their own right, which spells rarer words in more pieces, and a small model is not mostly a table of
+words. And pictures with the same caption do not count as each other's counterexamples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from .autoencoding import to_unit
+from .measuring import fixed_rows, heldout
+from .stage import Batch, Stage, evaluating, to_tensors
+
+FULL_VOCABULARY = 49408
+SPECIAL = 2 * 256 + 2  # each byte, inside a word and at its end; begin and end of text
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTransformerConfig:
+    """A transformer over patches."""
+
+    kind: Literal["vit"] = "vit"
+    side: int = 32
+    patch: int = 4
+    width: int = 96
+    layers: int = 4
+    head_width: int = 32
+
+    def __post_init__(self):
+        if self.side % self.patch or self.width % self.head_width:
+            raise ValueError(
+                f"patch must divide side and head_width must divide width, got {self.patch} and {self.side}, "
+                f"{self.head_width} and {self.width}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResNetConfig:
+    """CLIP's ResNet: it learns more from few pictures. Its side shrinks 32 times before the attention pool."""
+
+    kind: Literal["resnet"] = "resnet"
+    side: int = 32
+    width: int = 32
+    """Width of the first blocks; the last are 32 times as wide."""
+    layers: tuple[int, int, int, int] = (1, 1, 1, 1)
+    head_width: int = 64
+
+    def __post_init__(self):
+        if self.side % 32 or (self.width * 32) % self.head_width:
+            raise ValueError(
+                f"side must be a multiple of 32 and head_width divide 32 times the width, got {self.side}, "
+                f"{self.head_width} and {self.width}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTransformerConfig:
+    """A causal transformer over byte-pair tokens."""
+
+    kind: Literal["text"] = "text"
+    context: int = 32
+    """Tokens of a caption that are read, with begin and end; the rest is cut off."""
+    vocabulary: int = 8192
+    """Tokens known, from the most frequent on; 49408 is open_clip's own vocabulary."""
+    width: int = 96
+    layers: int = 3
+    heads: int = 3
+
+    def __post_init__(self):
+        if not SPECIAL <= self.vocabulary <= FULL_VOCABULARY:
+            raise ValueError(
+                f"vocabulary must lie in {SPECIAL} to {FULL_VOCABULARY}, got {self.vocabulary}"
+            )
+        if self.width % self.heads or self.context < 3:
+            raise ValueError(
+                f"heads must divide width and context be at least 3, got {self.heads}, {self.width} and {self.context}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipStageConfig:
+    """Two towers that meet in `embed` dimensions."""
+
+    kind: Literal["clip"] = "clip"
+    embed: int = 96
+    image: VisionTransformerConfig | ResNetConfig = field(default_factory=VisionTransformerConfig)
+    text: TextTransformerConfig = field(default_factory=TextTransformerConfig)
+    temperature: float = 0.07
+    """Where the learned temperature starts; it never falls below 0.01."""
+
+    def __post_init__(self):
+        if self.embed < 1 or not self.temperature >= 0.01:
+            raise ValueError(
+                f"embed must be at least 1 and temperature at least 0.01, got {self.embed} and {self.temperature}"
+            )
+
+
+class ClipStage(Stage):
+    """Trains on `pixels` (uint8 [B, 3, side, side]) and `caption`; `model` is open_clip's CLIP."""
+
+    kind = "clip"
+
+    def __init__(self, config: ClipStageConfig, inputs: dict[str, str] | None = None):
+        super().__init__(config)
+        self.config: ClipStageConfig
+        from open_clip.model import CLIP
+
+        self.model = CLIP(**model_config(config), init_logit_scale=-np.log(config.temperature))
+        self._tokenize = tokenizer(config.text.vocabulary, config.text.context)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        ids = self.tokens(batch["caption"]).to(batch["pixels"].device)
+        images = self.model.encode_image(self.pixels(batch), normalize=True).float()
+        texts = self.model.encode_text(ids, normalize=True).float()
+        scale = self._scale()
+        # Finished stages are measured by one worker alone: only in training do all of them meet.
+        per_image, per_text, own = compare(images, texts, scale, names(ids), self.training)
+        losses = [F.cross_entropy(x, own, reduction="none") for x in (per_image, per_text)]
+        same = per_image.isneginf().any(1)
+        return {
+            "loss": (losses[0] + losses[1]) / 2,
+            "accuracy": (per_image.detach().argmax(1) == own).float().mean(),
+            "same_caption": same.float().mean(),
+            "temperature": 1 / scale.detach(),
+        }
+
+    def tokens(self, captions: Sequence[str]) -> Int64[Tensor, "text token"]:
+        """Ids padded with 0 to the context; the end token is the largest id."""
+        return torch.from_numpy(self._tokenize(captions))
+
+    def pixels(self, batch: Batch) -> Float[Tensor, "batch 3 side side"]:
+        """What the image tower reads. ValueError when the pictures have another side."""
+        pixels, side = batch["pixels"], self.config.image.side
+        if tuple(pixels.shape[-2:]) != (side, side):
+            raise ValueError(
+                f"clip was made for pictures of side {side}, got {tuple(pixels.shape[-2:])}: "
+                f"set clip's image.side, or encode pixels at side {side}"
+            )
+        return to_unit(pixels)
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Float[Tensor, "batch embed"]:
+        """Normalised features of pictures, uint8 [B, 3, side, side]."""
+        return self.model.encode_image(self.pixels({"pixels": pixels}), normalize=True).float()
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Float[Tensor, "batch embed"]:
+        """Normalised features of captions."""
+        ids = self.tokens(captions).to(self.model.logit_scale.device)
+        return self.model.encode_text(ids, normalize=True).float()
+
+    def finish(self, loader: Any) -> dict[str, Any]:
+        """Share of pictures whose own caption is the likeliest among 100 (fewer in a small set), and the temperature."""
+        measured = {"accuracy": self._accuracy(loader)}
+        unseen = heldout(loader)
+        if unseen is not None:
+            measured["heldout_accuracy"] = self._accuracy(unseen)
+        return {**measured, "among": min(100, loader.samples), "temperature": 1 / self._scale().item()}
+
+    def _accuracy(self, loader: Any) -> float:
+        batch = loader.rows(fixed_rows(loader.samples, 100))
+        with evaluating(self):
+            return self(to_tensors(batch, self.model.logit_scale.device))["accuracy"].item()
+
+    def _scale(self) -> Tensor:
+        return self.model.logit_scale.exp().clamp(max=100)
+
+
+def model_config(config: ClipStageConfig) -> dict[str, Any]:
+    """The arguments of open_clip.model.CLIP, plain values: what open_clip_config.json calls model_cfg."""
+    image, text = config.image, config.text
+    vision: dict[str, Any] = {
+        "image_size": image.side,
+        "width": image.width,
+        "layers": image.layers,
+        "head_width": image.head_width,
+    }
+    if isinstance(image, VisionTransformerConfig):
+        vision["patch_size"] = image.patch
+    return {
+        "embed_dim": config.embed,
+        "vision_cfg": vision,
+        "text_cfg": {
+            "context_length": text.context,
+            "vocab_size": text.vocabulary,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+        },
+    }
+
+
+@lru_cache(4)
+def tokenizer(
+    vocabulary: int, context: int
+) -> Callable[[Sequence[str]], Int64[np.ndarray, "text token"]]:
+    """open_clip's SimpleTokenizer with the first merges only: texts -> ids [n, context], each text looked up once."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenize = SimpleTokenizer(context_length=context)
+    merges = list(tokenize.bpe_ranks)[: vocabulary - SPECIAL]
+    tokenize.bpe_ranks = dict(zip(merges, range(len(merges)), strict=True))
+    kept = list(tokenize.encoder)[: vocabulary - 2] + list(tokenize.encoder)[-2:]
+    tokenize.encoder = dict(zip(kept, range(vocabulary), strict=True))
+    tokenize.decoder = {i: token for token, i in tokenize.encoder.items()}
+    tokenize.all_special_ids = [vocabulary - 2, vocabulary - 1]
+    tokenize.sot_token_id, tokenize.eot_token_id = tokenize.all_special_ids
+    tokenize.vocab_size = vocabulary
+    thorough = tokenize.clean_fn
+
+    def clean(text: str) -> str:
+        # Mending broken encodings takes most of the time, and printable ASCII without entities has none.
+        if text.isascii() and text.isprintable() and "&" not in text:
+            return " ".join(text.split()).lower()
+        return thorough(text)
+
+    tokenize.clean_fn = clean
+
+    @lru_cache(1 << 18)
+    def row(text: str) -> Int64[np.ndarray, " token"]:
+        return tokenize([text])[0].numpy()
+
+    return lambda texts: np.stack([row(text) for text in texts])
+
+
+def names(ids: Int64[Tensor, "text token"]) -> Int64[Tensor, " text"]:
+    """A number for each caption, the same for the same tokens: a polynomial hash modulo 2^64."""
+    powers = torch.tensor([pow(0x5851F42D4C957F2D, k, 1 << 63) for k in range(ids.shape[1])])
+    return (ids * powers.to(ids.device)).sum(1)
+
+
+def compare(
+    images: Float[Tensor, "batch embed"],
+    texts: Float[Tensor, "batch embed"],
+    scale: Tensor,
+    captions: Int64[Tensor, " batch"],
+    gathered: bool = True,
+) -> tuple[
+    Float[Tensor, "batch all"], Float[Tensor, "batch all"], Int64[Tensor, " batch"]
+]:
+    """(logits per image, logits per text, each sample's own column).
+
+    Rows are this worker's samples, columns those of all workers: open_clip's ClipLoss gathers them
+    with gradients, so that the sum of the workers' gradients is that of one process with the whole
+    batch. Another sample with the very same caption is no counterexample: its logit is -inf.
+    """
+    from open_clip.loss import ClipLoss
+
+    world = torch.distributed
+    together = gathered and world.is_available() and world.is_initialized()
+    rank, size = (world.get_rank(), world.get_world_size()) if together else (0, 1)
+    everyone = captions
+    if size > 1:
+        rows = torch.tensor([len(captions), -len(captions)], device=captions.device)
+        world.all_reduce(rows, world.ReduceOp.MAX)
+        if rows[0] != -rows[1]:
+            raise ValueError(
+                f"clip: the workers have from {-rows[1]} to {rows[0]} rows: choose a batch that the "
+                f"{size} workers divide"
+            )
+        parts = [torch.empty_like(captions) for _ in range(size)]
+        world.all_gather(parts, captions)
+        everyone = torch.cat(parts)
+    gather = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=size)
+    own = gather.get_ground_truth(images.device, len(images))
+    same = captions[:, None] == everyone
+    same[torch.arange(len(own), device=own.device), own] = False
+    with warnings.catch_warnings():  # open_clip gathers by a name that torch is about to drop
+        warnings.filterwarnings("ignore", ".*all_gather is deprecated", FutureWarning)
+        logits = gather.get_logits(images, texts, scale)
+    per_image, per_text = (x.masked_fill(same, -torch.inf) for x in logits)
+    return per_image, per_text, own

@@ -1,0 +1,273 @@
+"""The base stage: a network learns the denoiser of latents, told by captions; with a share of the captions dropped.
+
+Latents are sampled anew from their moments at every look, and shifted and scaled to mean 0 and deviation 1 by what was
+measured once. Every draw (latent, time, noise, dropout) is a function of (seed, purpose, global position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import networks
+from .autoencoding import sample_latent, to_bytes, to_unit
+from .diffusion import Cond, DiffusionConfig, Model, SamplerConfig, loss, normal, uniform
+from .measuring import ChannelStatistics, fixed_rows, heldout
+from .networks import ContextConfig, UNetConfig
+from .stage import Batch, Stage, evaluating, to_tensors
+
+Latents = Float[Tensor, "batch channel height width"]
+NetworkConfig = UNetConfig
+NETWORKS: Mapping[type, type[nn.Module]] = {UNetConfig: networks.UNet}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseStageConfig:
+    """What is denoised by what network, and what it is told."""
+
+    kind: Literal["base"] = "base"
+    network: NetworkConfig = field(default_factory=UNetConfig)
+    """Channels and contexts that are left out are those of the inputs: the autoencoder's and the text encoders'."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: Literal["moments", "pixels"] = "moments"
+    """Latents of an autoencoder, or the pictures themselves."""
+    listens: tuple[str, ...] | None = None
+    """The text encoders that are listened to; None: all of the inputs."""
+    caption_dropout: float = 0.1
+    """Share of rows that are trained without any caption, which is what guidance needs."""
+    context_dropout: float = 0.0
+    """Share of rows that lose one encoder's words, for each encoder on its own (unCLIP's decoder)."""
+    measured_pictures: int = 4096
+    """Pictures over which the latents are measured, where their autoencoder was not trained here."""
+    preview: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(kind="dpmpp2m", steps=16, guidance=3.0)
+    )
+    """How previews are drawn."""
+
+    def __post_init__(self):
+        for name in ("caption_dropout", "context_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if getattr(self.network, "learned_variance", False) or getattr(
+            self.network, "low_channels", 0
+        ):
+            raise ValueError(
+                "a base stage has neither learned_variance nor low_channels: set them to 0"
+            )
+        if self.listens is not None:
+            object.__setattr__(self, "listens", tuple(self.listens))
+
+
+class BaseStage(Stage):
+    """Trains on `moments` (or `pixels`) and the text fields of its contexts."""
+
+    kind = "base"
+
+    def __init__(self, config: BaseStageConfig, inputs: Mapping[str, str] | None = None):
+        self.inputs = dict(inputs or {})
+        config = resolved(config, self.inputs)
+        super().__init__(config)
+        self.config: BaseStageConfig
+        self.network = NETWORKS[type(config.network)](config.network)
+        self.weight = config.diffusion.build_weight()
+        channels = config.network.in_channels
+        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("latent_shape", torch.zeros(3, dtype=torch.int64))
+
+    @property
+    def model(self) -> Model:
+        """The network as a denoiser of shifted and scaled latents."""
+        return self.config.diffusion.build_model(self.network)
+
+    def prepare(self, loader: Any) -> None:
+        """Take the latents' shift, scale and shape from the autoencoder's stage, or measure them."""
+        batch = to_tensors(loader.batch(0), self.shift.device)
+        shape = self._plain(batch).shape[1:]
+        self.latent_shape.copy_(torch.tensor(shape))
+        if self.config.data == "pixels":
+            return
+        measured = _measured(self.inputs.get("autoencoder"))
+        if measured is None:
+            measured = self._measure(loader)
+        for name in ("shift", "scale"):
+            value = torch.as_tensor(measured[name], dtype=torch.float32)
+            if len(value) != shape[0]:
+                raise ValueError(
+                    f"base: latents have {shape[0]} channels, the autoencoder in {self.inputs.get('autoencoder')} "
+                    f"measured {len(value)}: encode the pictures with that autoencoder"
+                )
+            getattr(self, name).copy_(value)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        position, config = batch["position"], self.config
+        cond = dict(self.cond(batch))
+        cond["keep"] = uniform(self.seed, "keep", position) >= config.caption_dropout
+        if config.context_dropout:
+            for context in config.network.contexts:
+                drawn = uniform(self.seed, f"keep/{context.name}", position)
+                cond[f"{context.name}_keep"] = drawn >= config.context_dropout
+        return {"loss": self._loss(batch, cond, self.seed, "")}
+
+    def heldout_loss(self, batch: Batch, seed: int = 0) -> Float[Tensor, " batch"]:
+        """The loss on (latent, time, noise) triples that are fixed by seed and position; no caption is dropped."""
+        return self._loss(batch, self.cond(batch), seed, "heldout/")
+
+    def _loss(self, batch: Batch, cond: Cond, seed: int, purpose: str) -> Float[Tensor, " batch"]:
+        position = batch["position"]
+        x0 = self.latents(batch, seed, f"{purpose}posterior")
+        t = self.config.diffusion.draw_times(seed, position, f"{purpose}time")
+        eps = normal(seed, f"{purpose}noise", position, x0.shape[1:])
+        return loss(self.model, x0, t, eps, cond, self.weight)
+
+    def latents(self, batch: Batch, seed: int, purpose: str = "posterior") -> Latents:
+        """What is denoised: sampled from the batch's moments, shifted and scaled."""
+        x = self._plain(batch)
+        if self.config.data == "moments" and batch["moments"].shape[1] != x.shape[1]:
+            x = sample_latent(batch["moments"], seed, batch["position"], purpose)
+        return (x - self.shift[:, None, None]) * self.scale[:, None, None]
+
+    def unscaled(self, x: Latents) -> Latents:
+        """What the autoencoder decodes."""
+        return x / self.scale[:, None, None] + self.shift[:, None, None]
+
+    def cond(self, batch: Batch) -> Cond:
+        """The fields that the network reads. ValueError names one that the batch lacks."""
+        wanted = [
+            f"{context.name}_{part}"
+            for context in self.config.network.contexts
+            for part in (
+                *(("tokens", "mask") if context.width else ()),
+                *(("pooled",) if context.pooled_width else ()),
+            )
+        ]
+        if missing := [name for name in wanted if name not in batch]:
+            raise ValueError(
+                f"base: the batch has no {', '.join(missing)} (it has {', '.join(sorted(batch))}): "
+                "encode the captions with these encoders and give their encodings to the stage"
+            )
+        return {name: batch[name] for name in wanted}
+
+    def finish(self, loader: Any) -> dict[str, Any]:
+        """The loss on fixed triples, of training and held-out pictures, and what sampling must know."""
+        measured: dict[str, Any] = {
+            "shift": self.shift.tolist(),
+            "scale": self.scale.tolist(),
+            "latent_shape": self.latent_shape.tolist(),
+            "fixed_loss": self._fixed_loss(loader),
+        }
+        unseen = heldout(loader)
+        if unseen is not None:
+            measured["heldout_fixed_loss"] = self._fixed_loss(unseen)
+        return measured
+
+    def preview(self, loader: Any, seed: int) -> np.ndarray | None:
+        """Samples for fixed captions, held-out where there are some: uint8 [n, H, W, 3], n up to 16."""
+        shown = heldout(loader) or loader
+        batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.shift.device)
+        position = torch.arange(len(batch["position"]), device=self.shift.device)
+        with evaluating(self):
+            eps = normal(seed, "preview", position, self.latent_shape.tolist())
+            x = self.config.preview.sample(self.model, eps, self.cond(batch))
+            if self.config.data == "pixels":
+                return to_bytes(x).permute(0, 2, 3, 1).cpu().numpy()
+            if "autoencoder" not in self.inputs:
+                return None
+            from .encoders.autoencoder import open_codec
+            from .encoders.sources import open_source
+
+            codec = open_codec(open_source(self.inputs["autoencoder"], "autoencoder"), x.device)
+            return codec.decode(self.unscaled(x)).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _plain(self, batch: Batch) -> Latents:
+        """Pictures in [-1, 1], or the means of the latents. ValueError when their channels are not the network's."""
+        field = self.config.data
+        if field not in batch:
+            raise ValueError(
+                f"base: the batch has no {field} (it has {', '.join(sorted(batch))}): encode the pictures first"
+            )
+        x, channels = batch[field], self.config.network.in_channels
+        if field == "pixels":
+            x = to_unit(x)
+        elif x.shape[1] == 2 * channels:
+            x = x.chunk(2, dim=1)[0]
+        if x.shape[1] != channels:
+            raise ValueError(
+                f"base: {field} with {batch[field].shape[1]} channels for a network with in_channels {channels}; "
+                "wanted as many, or twice as many (mean and log-variance)"
+            )
+        return x.float()
+
+    def _measure(self, loader: Any) -> dict[str, Tensor]:
+        statistics, step = ChannelStatistics(), 0
+        while statistics.rows < min(self.config.measured_pictures, loader.samples):
+            # One worker's rows are others than another's: all measure the same samples instead.
+            rows = np.arange(statistics.rows, min(statistics.rows + 256, loader.samples))
+            batch = to_tensors(loader.rows(rows), self.shift.device)
+            statistics.add(self.latents(batch, self.seed))
+            step += 1
+        shift, scale = statistics.shift_and_scale()
+        return {"shift": shift, "scale": scale}
+
+    def _fixed_loss(self, loader: Any) -> float:
+        """Mean over up to 1024 pictures."""
+        chosen = fixed_rows(loader.samples, 1024)
+        found = []
+        with evaluating(self):
+            for rows in np.array_split(chosen, -(-len(chosen) // 128)):
+                found.append(self.heldout_loss(to_tensors(loader.rows(rows), self.shift.device)))
+        return torch.cat(found).mean().item()
+
+
+def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageConfig:
+    """The config with the channels and contexts of the inputs filled in where it leaves them out.
+
+    ValueError when it states others than the inputs have.
+    """
+    from .encoders import shapes
+
+    network = config.network
+    if "autoencoder" in inputs and config.data == "moments":
+        channels = shapes.latent_channels(inputs["autoencoder"])
+        if network.in_channels not in (channels, UNetConfig().in_channels):
+            raise ValueError(
+                f"network.in_channels is {network.in_channels}, the autoencoder has {channels} latent channels: leave it out"
+            )
+        network = replace(network, in_channels=channels)
+    elif config.data == "pixels":
+        network = replace(network, in_channels=3)
+    found = {
+        name: ContextConfig(name, *shapes.text_widths(where, name))
+        for name, where in inputs.items()
+        if name != "autoencoder" and (config.listens is None or name in config.listens)
+    }
+    if config.listens and inputs and (missing := set(config.listens) - found.keys()):
+        raise ValueError(
+            f"listens names {', '.join(sorted(missing))}, the inputs are {', '.join(inputs)}"
+        )
+    if not network.contexts:
+        return replace(config, network=replace(network, contexts=tuple(found.values())))
+    for context in network.contexts:
+        has = found.get(context.name)
+        if has and (
+            context.width not in (0, has.width) or context.pooled_width not in (0, has.pooled_width)
+        ):
+            raise ValueError(
+                f"network.contexts: {context.name} has width {context.width} and pooled_width {context.pooled_width}, "
+                f"the encoder gives {has.width} and {has.pooled_width}: leave contexts out"
+            )
+    return replace(config, network=network)
+
+
+def _measured(autoencoder: str | None) -> dict[str, Any] | None:
+    """What the autoencoder's stage measured; None for a pretrained one."""
+    from .results import committed
+
+    done = committed(autoencoder) if autoencoder else None
+    return done["measured"] if done else None

@@ -1,0 +1,218 @@
+"""T5's stage: spans of a caption are replaced by sentinels, and the decoder writes what was there.
+
+Span corruption (Raffel et al. 2020, section 3.1.4) over bytes (ByT5, Xue et al. 2022): no vocabulary, no file. The
+decoder serves the training alone; later stages read the encoder. Which spans go is drawn from (seed, position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from .diffusion import uniform
+from .measuring import fixed_rows, heldout
+from .stage import Batch, Stage, evaluating, to_tensors
+
+PAD, EOS, OFFSET, SENTINEL = 0, 1, 3, 259
+"""Ids of ByT5: padding, end, byte 0, and the first of the sentinels, which follow the bytes."""
+SENTINELS = 125
+IGNORED = -100  # what cross_entropy skips
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5StageConfig:
+    """A T5 over bytes. The defaults: 0.4 M parameters."""
+
+    kind: Literal["t5"] = "t5"
+    width: int = 64
+    layers: int = 3
+    decoder_layers: int = 1
+    heads: int = 4
+    head_width: int = 16
+    feedforward: int = 192
+    max_bytes: int = 128
+    """Bytes of a caption that are read, with the end token; the rest is cut off."""
+    corrupted: float = 0.15
+    """Share of the bytes that are replaced."""
+    mean_span: float = 3.0
+    """Bytes in a span, on average. Words are five or six bytes: longer spans ask for more than spelling."""
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        sizes = {
+            name: getattr(self, name)
+            for name in ("width", "layers", "decoder_layers", "heads", "head_width")
+        }
+        if wrong := {name: size for name, size in sizes.items() if size < 1}:
+            raise ValueError(f"sizes must be at least 1, got {wrong}")
+        if not 0 < self.corrupted < 1 or self.mean_span < 1:
+            raise ValueError(
+                f"corrupted must lie in (0, 1) and mean_span be at least 1, got {self.corrupted} and {self.mean_span}"
+            )
+        if not 4 <= self.max_bytes <= 4096:
+            raise ValueError(f"max_bytes must lie in 4 to 4096, got {self.max_bytes}")
+        if self.corrupted * self.max_bytes / self.mean_span > SENTINELS:
+            raise ValueError(
+                f"{self.max_bytes} bytes would need more than {SENTINELS} sentinels: raise mean_span above {self.mean_span}"
+            )
+
+
+class T5Stage(Stage):
+    """Trains on the captions of a batch; `model` is transformers' T5ForConditionalGeneration."""
+
+    kind = "t5"
+
+    def __init__(self, config: T5StageConfig, inputs: dict[str, str] | None = None):
+        super().__init__(config)
+        self.config: T5StageConfig
+        from transformers import T5ForConditionalGeneration
+
+        self.model = T5ForConditionalGeneration(hub_config(config))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        device = self.model.device
+        ids, lengths = byte_tokens(batch["caption"], self.config.max_bytes)
+        # As many draws for a short text as for a long one: they must not depend on a text's neighbours.
+        draws = uniform(self.seed, "spans", torch.as_tensor(batch["position"]).cpu(), (2, self.config.max_bytes))
+        inputs, labels = corrupt_spans(
+            ids, lengths, draws, self.config.corrupted, self.config.mean_span
+        )
+        inputs, labels = inputs.to(device), labels.to(device)
+        logits = self.model(
+            input_ids=inputs,
+            attention_mask=(inputs != PAD).long(),
+            decoder_input_ids=self.model._shift_right(labels),
+            use_cache=False,
+        ).logits.float()
+        nats = F.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
+        counted = labels != IGNORED
+        right = (logits.detach().argmax(-1) == labels) & counted
+        total = counted.sum().clamp(min=1)
+        return {
+            "loss": nats.sum(1) / counted.sum(1).clamp(min=1),
+            "accuracy": right.sum() / total,
+        }
+
+    def finish(self, loader: Any) -> dict[str, Any]:
+        """Nats and accuracy per restored token, over up to 512 captions."""
+        measured = self._measured(loader)
+        unseen = heldout(loader)
+        if unseen is not None:
+            measured |= {f"heldout_{name}": v for name, v in self._measured(unseen).items()}
+        return measured
+
+    def _measured(self, loader: Any) -> dict[str, float]:
+        with evaluating(self):
+            found = self(to_tensors(loader.rows(fixed_rows(loader.samples, 512))))
+        return {"nats": found["loss"].mean().item(), "accuracy": found["accuracy"].item()}
+
+
+def hub_config(config: T5StageConfig) -> Any:
+    """The same as transformers' T5Config."""
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=SENTINEL + SENTINELS,
+        d_model=config.width,
+        d_kv=config.head_width,
+        d_ff=config.feedforward,
+        num_layers=config.layers,
+        num_decoder_layers=config.decoder_layers,
+        num_heads=config.heads,
+        relative_attention_max_distance=config.max_bytes,
+        dropout_rate=config.dropout,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=PAD,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+    )
+
+
+def byte_tokens(
+    texts: Sequence[str], limit: int
+) -> tuple[Int64[Tensor, "text token"], Int64[Tensor, " text"]]:
+    """(ids padded with 0, lengths): ByT5Tokenizer's ids, byte + 3 and an end token, at most `limit` of them.
+
+    A text is bytes and nothing else: "</s>" in a caption is four characters, not the end token.
+    """
+    data = [text.encode("utf-8", "replace")[: limit - 1] for text in texts]
+    lengths = np.fromiter(map(len, data), np.int64, len(data))
+    ids = np.zeros((len(data), int(lengths.max(initial=0)) + 1), np.int64)
+    place = np.arange(ids.shape[1])
+    ids[place < lengths[:, None]] = (
+        np.frombuffer(b"".join(data), np.uint8).astype(np.int64) + OFFSET
+    )
+    ids[place == lengths[:, None]] = EOS
+    return torch.from_numpy(ids), torch.from_numpy(lengths + 1)
+
+
+def corrupt_spans(
+    ids: Int64[Tensor, "text token"],
+    lengths: Int64[Tensor, " text"],
+    draws: Float[Tensor, "text 2 limit"],
+    share: float,
+    mean_span: float,
+) -> tuple[Int64[Tensor, "text input"], Int64[Tensor, "text label"]]:
+    """(inputs padded with 0, labels padded with -100), from numbers drawn uniformly in [0, 1).
+
+    Of n bytes round(n share) are in round(n share / mean_span) spans, at least one, with a byte between two
+    spans; every such choice of the spans' places is equally likely, and so is every choice of their lengths. Input:
+    the text with its k-th span replaced by sentinel k. Labels: each sentinel and what it stands for, then the end.
+    A text of one byte or none stays as it is and has no labels.
+    """
+    n = lengths - 1
+    noise = torch.minimum((n * share).round().long().clamp(min=1), n - 1).clamp(min=0)
+    spans = (noise / mean_span).round().long().clamp(min=1)
+    # A gap between two spans takes one kept byte, and a text has only so many.
+    spans = torch.minimum(torch.minimum(spans, noise), n - noise + 1)
+    kept, most = n - noise, int(spans.max())
+    if most == 0:
+        return ids, torch.full((len(ids), 1), IGNORED)
+
+    length = ids.shape[1]
+    slot = smallest(draws[:, 0], kept + 1, spans, most)  # kept bytes before each span
+    cuts = smallest(draws[:, 1], noise - 1, spans - 1, most)  # after which noise byte a span ends
+    real = torch.arange(most) < spans[:, None]
+    ends = torch.where(torch.arange(most) < spans[:, None] - 1, cuts + 1, noise[:, None])
+    begins = F.pad(ends[:, :-1], (1, 0))
+    first, last = slot + begins, slot + ends  # the span is [first, last) of the text
+
+    place = torch.arange(length)
+    inside = (first[:, :, None] <= place) & (place < last[:, :, None]) & real[:, :, None]
+    begin = (first[:, :, None] == place) & real[:, :, None]
+    masked, starts = inside.any(1), begin.any(1)
+    sentinel = SENTINEL + starts.cumsum(1) - 1
+
+    there = place < lengths[:, None]
+    inputs, _ = compact(torch.where(starts, sentinel, ids), there & (starts | ~masked), PAD)
+    end = (place == n[:, None]) & (spans > 0)[:, None]
+    pairs = torch.stack([sentinel, ids], dim=2).flatten(1)
+    labels, _ = compact(pairs, torch.stack([starts, masked | end], dim=2).flatten(1), IGNORED)
+    return inputs, labels
+
+
+def smallest(draws: Tensor, among: Tensor, count: Tensor, width: int) -> Int64[Tensor, "text span"]:
+    """Ascending indices of the `count` smallest of the first `among` draws of each row; what lies beyond count is `big`."""
+    place = torch.arange(draws.shape[1])
+    rank = draws.masked_fill(place >= among[:, None], 2.0).argsort(1).argsort(1)
+    chosen = rank < count[:, None]
+    found = torch.where(chosen, place, draws.shape[1]).sort(1).values
+    return F.pad(found, (0, width), value=draws.shape[1])[:, :width]
+
+
+def compact(
+    values: Tensor, keep: Bool[Tensor, "text token"], padding: int
+) -> tuple[Int64[Tensor, "text token"], Int64[Tensor, " text"]]:
+    """(the kept values of each row moved to its front, padded, their number), cut to the longest row."""
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+    counts = keep.sum(1)
+    longest = max(1, int(counts.max()))
+    values = values.gather(1, order)[:, :longest]
+    return values.masked_fill(torch.arange(longest) >= counts[:, None], padding), counts

@@ -1,0 +1,212 @@
+"""The same job on several workers: Ray Train starts them and starts them again; all else is as in one process.
+
+The batches, the noise and the mean over the global batch do not depend on the number of workers. Ray keeps no state of
+the training: the newest checkpoint in the stage directory does, which also survives the death of Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import results
+from .job import Build, Job, OnProgress, build, run
+from .loop import Diverged, World
+from .supervision import Interrupts, Stopped
+
+RAY, STOP = "ray", "stop"
+POLL_SECONDS = 0.5
+_PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG")
+log = logging.getLogger(__name__)
+
+
+def fit(
+    job: Job,
+    on_progress: OnProgress | None = None,
+    force_ray: bool = False,
+    build: Build = build,
+) -> dict[str, Any]:
+    """Train the job's stage on as many workers as it asks for; the content of its stage.json.
+
+    One worker is this process, unless `force_ray`. More are Ray actors, each with a GPU where the cluster has enough of
+    them; `output`, `dataset` and `inputs` must mean the same everywhere. `build` must then be picklable. On SIGTERM or
+    Ctrl-C in the main thread they write a checkpoint at the next log point.
+    """
+    workers = job.training_config().workers
+    if workers == 1 and not force_ray:
+        return run(job, None, on_progress, build)
+    with results.owning(job.output):
+        if results.committed(job.output) is None:
+            with _ray(workers):
+                _fit(job, workers, on_progress, build)
+        return run(job, World(), None, build)  # what is finished is only checked and read
+
+
+def _fit(job: Job, workers: int, on_progress: OnProgress | None, build: Build) -> None:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    output = Path(job.output).absolute()
+    (output / STOP).unlink(missing_ok=True)
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    config = job.training_config()
+    threads = config.threads or max(1, cores // workers)
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "job": job.to_json(),
+            "build": build,
+            "threads": threads,
+            "directory": os.getcwd(),
+        },
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.stall_seconds) or 1800
+        ),
+        # No CPU is reserved for what is computed on a GPU or by OpenMP's threads; Ray only places.
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=_resources(use_gpu)
+        ),
+        run_config=RunConfig(
+            # Ray resumes by name from what it remembers of it; only our checkpoints count.
+            name=f"{job.fingerprint}-{secrets.token_hex(4)}",
+            storage_path=str(output / RAY),
+            failure_config=FailureConfig(max_failures=3),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["returned"] = trainer.fit().return_value
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, name="ray-train", daemon=True)
+    follow = _follow(job.output, on_progress or (lambda record: None))
+    with Interrupts() as interrupts:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            follow()
+            if interrupts.received is not None:
+                (output / STOP).touch()
+        follow()
+        (output / STOP).unlink(missing_ok=True)
+        shutil.rmtree(output / RAY, ignore_errors=True)
+        if interrupts.received is not None:
+            interrupts.deliver()
+    if "error" in outcome:
+        raise outcome["error"]
+    if failure := (outcome["returned"] or {}).get("diverged"):
+        raise Diverged(failure["message"], failure["keys"])
+    if results.committed(job.output) is None:
+        raise Stopped(f"training in {job.output} was stopped; run it again to go on")
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each of Ray's workers does: `run`, in a world of several."""
+    import ray.train
+    import ray.train.torch
+
+    if os.path.isdir(settings["directory"]):
+        os.chdir(settings["directory"])  # relative paths mean what they mean to the driver
+    torch.set_num_threads(settings["threads"])
+    job, context = Job.from_json(settings["job"]), ray.train.get_context()
+    world = of_process_group(
+        context.get_world_rank(),
+        context.get_world_size(),
+        ray.train.torch.get_device(),
+        stop=(Path(job.output) / STOP).exists,
+    )
+    try:
+        run(job, world, None, settings["build"])
+    except Stopped:
+        return {"stopped": True}
+    except Diverged as error:  # would happen again: no reason for Ray to try
+        return {"diverged": {"message": str(error), "keys": error.keys}}
+    return {}
+
+
+def of_process_group(
+    rank: int, size: int, device: torch.device, stop: Callable[[], bool] = lambda: False
+) -> World:
+    """This process's world in the torch.distributed group that it is in."""
+
+    def total(tensor: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def wrap(module: nn.Module) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # they are measured once, alike everywhere
+            gradient_as_bucket_view=True,
+            find_unused_parameters=True,  # a condition may be absent from all of a worker's rows
+        )
+
+    def any_stops() -> bool:
+        return bool(total(torch.tensor(float(stop()), device=device)) > 0)
+
+    return World(rank, size, device, wrap, total, any_stops, restarts=True)
+
+
+def _follow(stage_dir: str, on_progress: OnProgress) -> Callable[[], None]:
+    """A function that hands over what is new in history.jsonl since it was called last."""
+    reported = max((r["images_seen"] for r in results.history(stage_dir)), default=0)
+    path, size = Path(stage_dir, results.HISTORY), -1
+
+    def follow() -> None:
+        nonlocal reported, size
+        if not path.exists() or path.stat().st_size == size:
+            return
+        size = path.stat().st_size
+        for record in results.history(stage_dir):
+            if record["images_seen"] > reported:  # what a restarted worker repeats is not new
+                reported = record["images_seen"]
+                on_progress(record)
+
+    return follow
+
+
+def _resources(use_gpu: bool) -> dict[str, float]:
+    return {"CPU": 0.5, "GPU": 1} if use_gpu else {"CPU": 0.5}
+
+
+@contextmanager
+def _ray(workers: int) -> Iterator[None]:
+    """Ray, for as long as the block lasts where nobody has started it."""
+    import signal
+
+    import ray
+
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            main = threading.current_thread() is threading.main_thread()
+            before = signal.getsignal(signal.SIGTERM)
+            ray.init(include_dashboard=False, log_to_driver=True)
+            if main and before is not None:
+                signal.signal(signal.SIGTERM, before)  # ray.init takes it and never gives it back
+            stack.callback(ray.shutdown)
+        free = ray.cluster_resources().get("CPU", 0)
+        if free < 0.5 * workers:
+            raise ValueError(
+                f"{workers} workers need {0.5 * workers:g} CPUs in the Ray cluster, it has {free:g}: "
+                "set training.workers lower or add nodes"
+            )
+        yield

@@ -1,0 +1,77 @@
+"""The frozen encoders that `pipeline.encode` is handed: pictures -> latents, captions -> tokens.
+
+One comes from a stage that was trained here or from a pretrained model (a local folder or a hub id, safetensors only).
+Either way it is one class per family, and its fingerprint covers all that can change a number it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipeline import storage
+from pipeline.manifest import fingerprint
+from pipeline.schema import EncoderSpec
+
+from . import autoencoder, clip, t5
+from .sources import Source, open_source
+
+__all__ = ["build", "spec_of"]
+
+LOADERS: Mapping[str, Callable[..., Any]] = {
+    "autoencoder": autoencoder.load,
+    "clip": clip.load,
+    "t5": t5.load,
+}
+VERSIONS = {"autoencoder": 1, "clip": 1, "t5": 1}
+"""Raised by hand when the code of a family gives other numbers."""
+
+
+def spec_of(source: str | Source, name: str, side: int | None = None) -> EncoderSpec:
+    """The encoder of a stage directory, or of a pretrained model (folder or hub id, "#subfolder" allowed).
+
+    `name` begins the names of its batch fields. A stage knows its family; for a pretrained model the family
+    is the name up to an underscore: "autoencoder", "clip" or "t5". `side`, in pixels, is for pictures: a stage of ours
+    takes any that its factor divides.
+    """
+    found = open_source(source, name)
+    if found.family not in LOADERS:
+        raise ValueError(
+            f"encoder {name}: a stage of kind {found.family!r} encodes nothing; wanted {', '.join(LOADERS)}"
+        )
+    image = found.family == "autoencoder"
+    if image and not side:
+        raise ValueError(f"encoder {name}: say the side in pixels that pictures are fitted to")
+    identity = {
+        "family": found.family,
+        "version": VERSIONS[found.family],
+        "weights": found.weights_sha256(),
+        "config": found.config(),
+        "dtype": "float32",
+        "stored": "float16",
+        "side": side if image else None,
+    }
+    return EncoderSpec(
+        name,
+        "image" if image else "text",
+        fingerprint(identity),
+        {**found.options(), "batch": 64 if image else 256},
+        side if image else None,
+    )
+
+
+def build(spec: EncoderSpec) -> Callable[..., Any]:
+    """The encoder that a spec names: what `pipeline.encode` is handed.
+
+    Of an image encoder: uint8 [n, 3, side, side] -> {"moments": float16 [n, 2C, h, w]} (mean and log-variance; C channels, the
+    latent itself, where there is no posterior). Of a text encoder: n captions -> (n arrays float16 [length, width],
+    float16 [n, width]). ValueError when the weights are no longer those of the spec.
+    """
+    source = Source.of(spec.options, spec.name)
+    now = spec_of(source, spec.name, spec.side)
+    if now.fingerprint != spec.fingerprint:
+        raise ValueError(
+            f"encoder {spec.name} at {source.where}: its weights or config are {now.fingerprint}, the spec names "
+            f"{spec.fingerprint}; encode with a spec of what is there now, or put the old weights back"
+        )
+    return LOADERS[source.family](source)

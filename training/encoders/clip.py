@@ -1,0 +1,79 @@
+"""CLIP's text tower: its last hidden states up to the end token, and the normalised projection of the end token's.
+
+Ours and a pretrained one are both open_clip's; a folder holds open_clip_config.json and open_clip_model.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sources import Source
+from .text import TextEncoder
+
+
+def load(source: Source, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text tower of a CLIP stage or of a pretrained folder."""
+    if source.pretrained:
+        import open_clip
+
+        name = f"local-dir:{source.directory()}"
+        model = open_clip.create_model(name, precision="fp32", load_weights=True)
+        tokenizer, end = open_clip.get_tokenizer(name), None
+        return text_encoder(model, lambda texts: np.asarray(tokenizer(list(texts))), device)
+    from ..stages import load as load_stage
+
+    stage = load_stage(source.where)
+    return text_encoder(stage.model, lambda texts: stage.tokens(texts).numpy(), device)
+
+
+def text_encoder(model: Any, tokenize: Any, device: torch.device | str) -> TextEncoder:
+    """The text tower of an open_clip model. ValueError for towers that read text in another way."""
+    tower = getattr(model, "text", model)
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    if (
+        pool not in ("argmax", "eos")
+        or not hasattr(tower, "token_embedding")
+        or getattr(tower, "cls_emb", None) is not None
+    ):
+        raise ValueError(
+            f"{type(tower).__name__} pools by {pool!r}: wanted a CLIP whose text ends in an end token (pool type argmax or eos)"
+        )
+    eos = (
+        None if pool == "argmax" else getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    )
+    tower = tower.to(device).eval().requires_grad_(False)
+
+    def cut(texts: Sequence[str]) -> list[np.ndarray]:
+        ids = tokenize(texts)
+        last = ids.argmax(1) if eos is None else (ids == eos).argmax(1)
+        return [
+            row[: end + 1].astype(np.int64) for row, end in zip(ids, last.tolist(), strict=True)
+        ]
+
+    def run(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        length = ids.shape[1]
+        x = tower.token_embedding(ids) + tower.positional_embedding[:length]
+        causal = tower.attn_mask
+        # Padding comes last and a causal tower does not look ahead: only one that is not must be told of it.
+        if causal is None:
+            seen = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+            heads = tower.transformer.resblocks[0].attn.num_heads
+            causal = seen[:, None, None].expand(-1, heads, length, -1).flatten(0, 1)
+        else:
+            causal = causal[:length, :length]
+        x = tower.ln_final(tower.transformer(x, attn_mask=causal))
+        pooled = x[torch.arange(len(x), device=x.device), mask.sum(1) - 1]
+        projection = tower.text_projection
+        if projection is not None:
+            pooled = (
+                projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+            )
+        return x, F.normalize(pooled, dim=-1)
+
+    return TextEncoder(cut, run, tower.context_length, torch.device(device))

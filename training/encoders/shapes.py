@@ -1,0 +1,40 @@
+"""What an encoder gives, read from its config alone: nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from .sources import open_source
+
+
+def latent_channels(where: str) -> int:
+    """Channels of an autoencoder's latents."""
+    source = open_source(where, "autoencoder")
+    if not source.pretrained:
+        return source.config()["network"]["latent_channels"]
+    return _json(source.directory(), "config.json")["latent_channels"]
+
+
+def text_widths(where: str, name: str) -> tuple[int, int]:
+    """(width of the tokens, width of the pooled vector) of a text encoder."""
+    source = open_source(where, name)
+    if source.family == "clip":
+        if not source.pretrained:
+            config = source.config()
+            return config["text"]["width"], config["embed"]
+        described = _json(source.directory(), "open_clip_config.json")
+        described = described.get("model_cfg", described)
+        return described["text_cfg"]["width"], described["embed_dim"]
+    if source.family == "t5":
+        width = (
+            source.config()["width"]
+            if not source.pretrained
+            else _json(source.directory(), "config.json")["d_model"]
+        )
+        return width, width
+    raise ValueError(f"{where}: a {source.family} is no text encoder; wanted clip or t5")
+
+
+def _json(directory: Any, name: str) -> Any:
+    return json.loads((directory / name).read_text())

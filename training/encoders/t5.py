@@ -1,0 +1,77 @@
+"""T5's encoder: its last hidden states up to the end token, and their mean.
+
+Ours and a pretrained one are both transformers' T5EncoderModel; only the tokenizers differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sources import Source
+from .text import TextEncoder, Tokenize
+
+LIMIT = 256
+"""Tokens that are read of a caption by a pretrained T5."""
+
+
+def load(source: Source, device: torch.device | str = "cpu") -> TextEncoder:
+    """The encoder of a T5 stage or of a pretrained folder."""
+    if source.pretrained:
+        from transformers import T5EncoderModel
+
+        directory = str(source.directory())
+        model = T5EncoderModel.from_pretrained(directory, use_safetensors=True, dtype=torch.float32)
+        return _encoder(model, _hub_tokenizer(directory, LIMIT), LIMIT, device)
+    from ..stages import load as load_stage
+
+    stage = load_stage(source.where)
+    limit = stage.config.max_bytes
+    return _encoder(encoder_of(stage.model), _bytes(limit), limit, device)
+
+
+def encoder_of(model: Any) -> Any:
+    """The T5EncoderModel with the encoder of a T5ForConditionalGeneration; weights are shared, not copied."""
+    from transformers import T5EncoderModel
+
+    with torch.device("meta"):
+        encoder = T5EncoderModel(model.config)
+    encoder.encoder, encoder.shared = model.encoder, model.shared
+    return encoder
+
+
+def _encoder(model: Any, tokenize: Tokenize, limit: int, device: torch.device | str) -> TextEncoder:
+    model = model.to(device).eval().requires_grad_(False)
+
+    def run(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        states = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        weight = mask[:, :, None].to(states.dtype)
+        return states, (states * weight).sum(1) / weight.sum(1)
+
+    return TextEncoder(tokenize, run, limit, torch.device(device))
+
+
+def _bytes(limit: int) -> Tokenize:
+    from ..denoising_text import byte_tokens
+
+    def tokenize(texts: Sequence[str]) -> list[np.ndarray]:
+        ids, lengths = byte_tokens(texts, limit)
+        return [row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)]
+
+    return tokenize
+
+
+def _hub_tokenizer(directory: str, limit: int) -> Tokenize:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    def tokenize(texts: Sequence[str]) -> list[np.ndarray]:
+        rows = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+        return [np.array(row, np.int64) for row in rows]
+
+    return tokenize

@@ -1,0 +1,320 @@
+"""Text -> pictures: captions are encoded, latents are sampled, the autoencoder decodes them.
+
+A generator is one directory: generator.json and a folder for each stage, JSON and safetensors only.
+Picture i is a function of its own prompt and seed: its noise comes from (seed, "sample"), and its
+words are padded to a length that no neighbour changes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from .diffusion import Cond, SamplerConfig, normal
+from .stage import to_tensors
+
+GENERATOR, MODEL = "generator.json", "model"
+FORMAT = 1
+BATCH = 32
+"""Pictures drawn at once: a bound on memory."""
+
+Pictures = UInt8[np.ndarray, "picture height width 3"]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """generator(prompts) -> pictures. Make one by `load`."""
+
+    base: Any
+    """The base stage: network, diffusion, and the latents' shift, scale and shape."""
+    codec: Any
+    """The autoencoder, encode and decode; None where the base draws pixels."""
+    encoders: Mapping[str, Any]
+    """The text encoders, by the names of the base's contexts."""
+    sampler: SamplerConfig
+    resolution: int
+    """Side of the pictures in pixels."""
+    precision: str
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        device: torch.device | str | None = None,
+        precision: str | None = None,
+    ) -> Generator:
+        """The generator that `assemble` wrote, on a GPU where there is one.
+
+        `precision` is "bf16" or "fp32"; by default bf16 (about 0.5 % off in each network call) where
+        the device computes in it. ValueError when the directory holds no generator.
+        """
+        from .stages import reconstruct
+
+        path = Path(directory, GENERATOR)
+        if not path.is_file():
+            raise ValueError(f"{directory}: no generator ({GENERATOR} is missing)")
+        described = json.loads(path.read_text())
+        if described.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: format {described.get('format')}, this version reads {FORMAT}"
+            )
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        sampler = reconstruct(SamplerConfig, described["defaults"], "defaults")
+        sources = {name: Path(directory, name) for name in described["stages"]}
+        return _open(sources, sampler, device, precision or _precision(device))
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a call that names nothing uses: the fields of SamplerConfig."""
+        return asdict(self.sampler)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: str | Sequence[str] | None = None,
+        guidance: float | None = None,
+        steps: int | None = None,
+        seed: int | Sequence[int] = 0,
+        sampler: str | None = None,
+        **options: Any,
+    ) -> Pictures:
+        """Pictures uint8 [n, H, W, 3], one for each prompt; picture i of an integer seed has seed + i.
+
+        `negative` is what guidance leads away from: one text, or one for each prompt. `sampler` is a
+        kind of SamplerConfig, and `options` are any other fields of it (guidance_interval, eta, ...).
+        What is left out is the generator's default. An empty text is no caption at all.
+        """
+        chosen = {"guidance": guidance, "steps": steps, "kind": sampler, **options}
+        pictures = [
+            self._decoded(x)
+            for x in self._latents(prompts, negative, seed, self._sampler(chosen))
+        ]
+        shape = (0, self.resolution, self.resolution, 3)
+        return np.concatenate(pictures) if pictures else np.zeros(shape, np.uint8)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        **options: Any,
+    ) -> Float[Tensor, "picture channel height width"]:
+        """What `__call__` decodes, still shifted and scaled; `options` are fields of SamplerConfig."""
+        return torch.cat([*self._latents(prompts, negative, seed, self._sampler(options))])
+
+    @torch.no_grad()
+    def denoising_loss(
+        self, batch: Mapping[str, Any], seed: int = 0
+    ) -> Float[np.ndarray, " sample"]:
+        """The base's loss for each row of a loader's batch, with fixed (latent, time, noise).
+
+        In fp32 whatever the precision: it is compared between models to the fourth digit.
+        """
+        return self.base.heldout_loss(to_tensors(batch, self._device), seed).cpu().numpy()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.base.shift.device
+
+    def _sampler(self, chosen: Mapping[str, Any]) -> SamplerConfig:
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if unknown := chosen.keys() - asdict(self.sampler).keys():
+            raise ValueError(
+                f"a sampler has no {', '.join(sorted(unknown))}; it has {', '.join(self.defaults)}"
+            )
+        return replace(self.sampler, **chosen)
+
+    @torch.no_grad()
+    def _latents(
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None,
+        seed: int | Sequence[int],
+        sampler: SamplerConfig,
+    ):
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts: wanted a list of texts, got one text: {prompts!r:.80}")
+        count = len(prompts)
+        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [*map(int, seed)]
+        negatives = [negative] * count if isinstance(negative, str) else negative
+        for name, values in {"seed": seeds, "negative": negatives}.items():
+            if values is not None and len(values) != count:
+                raise ValueError(f"{name}: got {len(values)} for {count} prompts")
+        for start in range(0, count, BATCH):
+            rows = slice(start, start + BATCH)
+            against = None if negatives is None else self.cond(negatives[rows])
+            yield self._sampled(self.cond(prompts[rows]), against, seeds[rows], sampler)
+
+    def cond(self, texts: Sequence[str]) -> Cond:
+        """What the network is told by these texts; a blank one is the null condition."""
+        cond = {"keep": torch.tensor([bool(text.strip()) for text in texts], device=self._device)}
+        for context in self.base.config.network.contexts:
+            encoder, name = self.encoders[context.name], context.name
+            tokens, pooled = encoder(texts)
+            padded = np.zeros((len(tokens), encoder.limit, tokens[0].shape[1]), np.float32)
+            mask = np.zeros(padded.shape[:2], bool)
+            for row, found in enumerate(tokens):
+                padded[row, : len(found)], mask[row, : len(found)] = found, True
+            fields = {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled}
+            cond |= to_tensors(fields, self._device)
+        return cond
+
+    def _sampled(
+        self, cond: Cond, against: Cond | None, seeds: Sequence[int], sampler: SamplerConfig
+    ) -> Tensor:
+        shape = self.base.latent_shape.tolist()
+        origin = torch.zeros(1, dtype=torch.int64, device=self._device)
+        calls = iter(range(1 << 62))
+
+        def drawn(purpose: str) -> Tensor:
+            return torch.cat([normal(seed, purpose, origin, shape) for seed in seeds])
+
+        def network(x: Tensor, label: Tensor, cond: Cond) -> Tensor:
+            # Autocast around the network alone: the sampler's arithmetic stays in float32.
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                return self.base.network(x, label, cond)
+
+        return sampler.sample(
+            self.base.config.diffusion.build_model(network),
+            drawn("sample"),
+            cond,
+            negative=against,
+            noise=lambda x: drawn(f"sample/{next(calls)}").to(x),
+        )
+
+    @torch.no_grad()
+    def _decoded(self, x: Tensor) -> Pictures:
+        from .autoencoding import to_bytes
+
+        pixels = to_bytes(x) if self.codec is None else self.codec.decode(self.base.unscaled(x))
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def assemble(
+    directory: str | Path, stages: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Make a self-contained generator of trained stages.
+
+    `stages` maps "base", "autoencoder" and the names of the base's text encoders to stage
+    directories, or to pretrained models (folder or hub id), whose files are copied. `defaults` are
+    fields of SamplerConfig (guidance, steps, ...). What was in the directory is replaced.
+    ValueError when a stage is missing or not the one that the base was trained with.
+    """
+    from .encoders.sources import files, open_source
+    from .results import CONFIG, WEIGHTS, committed
+    from .stages import reconstruct
+
+    target = Path(directory)
+    sources = {name: open_source(where, name) for name, where in stages.items()}
+    if "base" not in sources or sources["base"].family != "base":
+        raise ValueError(f"{target}: a generator needs a base stage, got {', '.join(stages)}")
+    sampler = reconstruct(SamplerConfig, dict(defaults or {}), "defaults")
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        origins = {}
+        for name, source in sources.items():
+            origin, place = source.directory(), draft / name
+            place.mkdir()
+            origins[name] = {"pretrained": source.where, "weights_sha256": source.weights_sha256()}
+            if source.pretrained:
+                for file in files(origin):
+                    copied = place / MODEL / file.relative_to(origin)
+                    copied.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copied)
+                described = {"kind": "pretrained", "config": {"family": source.family}}
+                _write(place / CONFIG, described)
+            else:
+                for file in (CONFIG, WEIGHTS):
+                    shutil.copyfile(origin / file, place / file)
+                done = committed(origin) or {}
+                origins[name] |= {"pretrained": None, "fingerprint": done.get("fingerprint")}
+        generator = _open({name: draft / name for name in sources}, sampler, "cpu", "fp32")
+        _same_encoders(committed(sources["base"].directory()), sources, generator.resolution)
+        described = {
+            "format": FORMAT,
+            "stages": origins,
+            "resolution": generator.resolution,
+            "defaults": generator.defaults,
+        }
+        _write(draft / GENERATOR, described)
+        draft.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _open(
+    directories: Mapping[str, Path],
+    sampler: SamplerConfig,
+    device: torch.device | str,
+    precision: str,
+) -> Generator:
+    """The generator of these stage folders. ValueError when the base needs one that is not there."""
+    from .encoders import LOADERS
+    from .encoders.autoencoder import open_codec
+    from .encoders.sources import open_source
+    from .stages import load
+
+    if precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision: got {precision!r}, wanted 'bf16' or 'fp32'")
+    base = load(directories["base"]).to(device)
+    texts = [context.name for context in base.config.network.contexts]
+    wanted = [*(["autoencoder"] if base.config.data == "moments" else []), *texts]
+    if missing := [name for name in wanted if name not in directories]:
+        raise ValueError(
+            f"the base stage needs {', '.join(missing)} too (given: {', '.join(directories)})"
+        )
+    sources = {name: open_source(directories[name], name) for name in wanted}
+    codec = open_codec(sources["autoencoder"], device) if "autoencoder" in sources else None
+    encoders = {name: LOADERS[sources[name].family](sources[name], device) for name in texts}
+    shape = base.latent_shape.tolist()
+    side = shape[-1]
+    if codec is not None:
+        with torch.no_grad():
+            side = codec.decode(torch.zeros(1, *shape, device=device)).shape[-1]
+    return Generator(base, codec, encoders, sampler, side, precision)
+
+
+def _same_encoders(
+    base: Mapping[str, Any] | None, sources: Mapping[str, Any], resolution: int
+) -> None:
+    """ValueError when an encoder is not the one whose numbers the base learned from."""
+    from .encoders import spec_of
+
+    for encoding in (base or {}).get("encodings", ()):
+        if (name := encoding["name"]) in sources:
+            side = resolution if encoding["kind"] == "image" else None
+            given = spec_of(sources[name], name, side).fingerprint
+            if given != encoding["fingerprint"]:
+                raise ValueError(
+                    f"{name} at {sources[name].where} is encoder {given}, the base was trained with "
+                    f"{encoding['fingerprint']}: give that one, or train the base anew"
+                )
+
+
+def _precision(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    # Without the instructions bf16 on a CPU is emulated, and slower than fp32.
+    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def _write(path: Path, described: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,340 @@
+"""One stage's training, from a JSON description to a finished stage directory.
+
+To resume, run it again: it goes on from the newest checkpoint, and a finished stage is not trained again. The result of
+a run that was killed anywhere and run again is that of an undisturbed one, bit for bit on a CPU with the same workers.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import storage
+
+from . import checkpoint, results
+from .loop import Progress, TrainingConfig, World, train
+from .stage import Stage, copy_exactly, distinct_tensors, evaluating
+from .supervision import Interrupts, Stopped, Watchdog
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[dict[str, Any]], None]
+Build = Callable[["Job", World], tuple[Stage, Any, str]]
+"""(job, this worker) -> (stage, its loader, digest of the data)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, on what, and where the result goes; all of it JSON."""
+
+    kind: str
+    fingerprint: str
+    """Covers everything that the result depends on; a directory belongs to one fingerprint."""
+    config: dict[str, Any]
+    training: dict[str, Any]
+    dataset: str = ""
+    version: int = 0
+    encodings: tuple[dict[str, Any], ...] = ()
+    """{name, kind, fingerprint} of each encoding that batches are made of."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Stage name -> directory of an earlier stage."""
+    output: str
+    """The stage directory; on a file system that all workers share."""
+    parent: str | None = None
+    """A finished stage of the same config whose weights are the first ones."""
+    seed: int = 0
+    meta: dict[str, Any] = field(default_factory=dict)
+    """Copied into stage.json."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "encodings": list(self.encodings)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Job:
+        return cls(**{**values, "encodings": tuple(values.get("encodings", ()))})
+
+    def training_config(self) -> TrainingConfig:
+        from .stages import reconstruct
+
+        config = reconstruct(TrainingConfig, self.training, "training")
+        # A warm start begins with averages worth keeping: a ramp would forget them at once.
+        return replace(config, seed=self.seed, ema_ramp=0.0 if self.parent else config.ema_ramp)
+
+
+def build(job: Job, world: World) -> tuple[Stage, Any, str]:
+    """The stage of the job's kind and config, and this worker's loader of its data."""
+    from pipeline import manifest
+    from pipeline.load import Loader
+    from pipeline.schema import Encoding
+
+    from . import stages
+
+    data = manifest.read(job.dataset, job.version)
+    encodings = [
+        Encoding.at(job.dataset, e["name"], e["kind"], e["fingerprint"]) for e in job.encodings
+    ]
+    loader = Loader(
+        data,
+        encodings,
+        global_batch=job.training_config().batch,
+        seed=job.seed,
+        worker=world.rank,
+        workers=world.size,
+    )
+    return stages.create(job.kind, job.config, job.inputs), loader, data.digest
+
+
+def run(
+    job: Job,
+    world: World | None = None,
+    on_progress: OnProgress | None = None,
+    build: Build = build,
+) -> dict[str, Any]:
+    """Train the job's stage, or find it trained, and return the content of its stage.json.
+
+    Alone, it waits while another process trains in the same directory; SIGTERM and Ctrl-C in the main thread first write
+    a checkpoint. With a `world`, it is one of several workers whose caller owns the directory, and only rank 0 returns
+    something. `on_progress` is handed each new line of history.jsonl. Raises Diverged, Stopped, ValueError, OSError.
+    """
+    with nullcontext() if world else results.owning(job.output):
+        if done := results.committed(job.output):
+            _same_fingerprint(job, done["fingerprint"], results.STAGE)
+            return done
+        world = world or World(device="cuda" if torch.cuda.is_available() else "cpu")
+        with _threads(job.training_config().threads):
+            return _train(job, world, on_progress or (lambda record: None), build)
+
+
+def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dict[str, Any]:
+    output, config, leads = Path(job.output), job.training_config(), world.rank == 0
+    if (output / results.JOB).exists():
+        asked = storage.read_json(str(output / results.JOB))
+        _same_fingerprint(job, asked["fingerprint"], results.JOB)
+    elif leads:
+        storage.publish_json(str(output / results.JOB), job.to_json())
+
+    torch.manual_seed(job.seed)
+    stage, loader, data_digest = build(job, world)
+    stage.seed = job.seed
+    stage.to(world.device)
+    state = checkpoint.newest(output / results.CHECKPOINTS, job.fingerprint)
+    _agree(world, state.step if state else 0)
+    if state:
+        log.info("%s: going on from the checkpoint at %d images", job.kind, state.images_seen)
+    elif job.parent:
+        warm_start(stage, job.parent)
+    else:
+        stage.prepare(loader)
+
+    window = Window(state.numbers if state else {})
+    with ExitStack() as stack:
+        if leads:
+            history = results.History(output, state.images_seen if state else 0)
+            stack.callback(history.close)
+            saver = checkpoint.Saver(output / results.CHECKPOINTS, job.fingerprint)
+            stack.enter_context(saver)
+        watchdog = stack.enter_context(Watchdog(config.stall_seconds, end=world.restarts))
+        interrupts = stack.enter_context(Interrupts())
+        for progress in train(stage, loader, config, world, state):
+            watchdog.beat()
+            window.add(progress)
+            last, stop = progress.step == config.steps, False
+            if last or progress.passed(config.log_images):
+                record = window.close(progress)
+                stop = world.stop()
+                if leads:
+                    history.append(record)
+                    on_progress(record)
+            signalled = interrupts.received is not None
+            stop = stop or signalled
+            if leads and (last or stop or progress.passed(config.checkpoint_images)):
+                state = progress.state
+                state.numbers |= window.numbers()
+                saver.save(state, wait=last or stop)
+            if signalled:
+                interrupts.deliver()
+            if stop:
+                raise Stopped(f"stopped at {progress.images_seen} images, as asked")
+            if leads and not last and progress.passed(config.preview_images):
+                with progress.ema.applied():
+                    _preview(stage, loader, job)
+    if not leads:
+        return {}
+    assert state is not None and state.step == config.steps
+    return _commit(job, stage, loader, data_digest, state)
+
+
+def _commit(
+    job: Job, stage: Stage, loader: Any, data_digest: str, state: checkpoint.TrainState
+) -> dict[str, Any]:
+    """Export the averaged weights and what was measured on them; stage.json comes last."""
+    output = Path(job.output)
+    copy_exactly(state.averaged(), distinct_tensors(stage), "the checkpoint")
+    with evaluating(stage):
+        measured = stage.finish(loader)
+    _preview(stage, loader, job)
+
+    hidden = output / f".{results.WEIGHTS}"
+    exported = {n: t.detach().cpu().contiguous() for n, t in distinct_tensors(stage).items()}
+    save_file(exported, hidden)
+    digest = storage.sha256(hidden)
+    storage.publish_file(hidden, str(output / results.WEIGHTS))
+    config = asdict(stage.config)
+    storage.publish_json(str(output / results.CONFIG), {"kind": job.kind, "config": config})
+    described = {
+        **job.to_json(),
+        "config": config,
+        "data_digest": data_digest,
+        "images_seen": state.images_seen,
+        "measured": measured,
+        "parameters": sum(p.numel() for p in stage.parameters()),
+        "seconds": state.numbers["seconds"],
+        "weights_sha256": digest,
+    }
+    del described["output"]  # a directory may be moved
+    storage.publish_json(str(output / results.STAGE), described)
+    checkpoint.prune(output / results.CHECKPOINTS, keep=1)
+    done = results.committed(job.output)
+    assert done is not None
+    return done
+
+
+class Window:
+    """The updates since the last log point. It travels in checkpoints, so that a resumed run logs
+    the very lines that an undisturbed one does."""
+
+    def __init__(self, numbers: dict[str, Any]):
+        self._values: dict[str, list[Any]] = numbers.get("window", {})
+        self._before: float = numbers.get("seconds", 0.0)
+        self._started = self._opened = time.perf_counter()
+        self._images, self._waited = 0, 0.0
+
+    def add(self, progress: Progress) -> None:
+        own = {"loss": progress.loss, "grad_norm": progress.grad_norm, "skipped": progress.skipped}
+        for name, value in {**progress.metrics, **own}.items():
+            self._values.setdefault(name, []).append(value)
+        self._images += progress.images
+        self._waited += progress.data_wait_seconds
+
+    def close(self, progress: Progress) -> dict[str, Any]:
+        """The log line of the updates so far: means over those that were applied; and start anew."""
+        values = self._read()
+        now = time.perf_counter()
+        passed = max(now - self._opened, 1e-9)
+        record = {
+            **{name: _mean(numbers) for name, numbers in values.items()},
+            "images_seen": progress.images_seen,
+            "step": progress.step,
+            "learning_rate": progress.learning_rate,
+            "skipped": int(sum(values["skipped"])),
+            "images_per_second": self._images / passed,
+            "data_wait_share": self._waited / passed,
+            "seconds": self._seconds(),
+        }
+        self._values, self._opened, self._images, self._waited = {}, now, 0, 0.0
+        return record
+
+    def numbers(self) -> dict[str, Any]:
+        """What `Window(numbers)` goes on from, JSON."""
+        values = {name: [_finite(v) for v in values] for name, values in self._read().items()}
+        return {"window": values, "seconds": self._seconds()}
+
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def _read(self) -> dict[str, list[float]]:
+        """All values as numbers, by one look at the device."""
+        waiting = [v for vs in self._values.values() for v in vs if isinstance(v, torch.Tensor)]
+        numbers = iter(torch.stack([v.double() for v in waiting]).tolist() if waiting else [])
+        self._values = {
+            name: [next(numbers) if isinstance(v, torch.Tensor) else v for v in values]
+            for name, values in self._values.items()
+        }
+        return self._values
+
+
+def warm_start(stage: Stage, parent: str) -> None:
+    """Give a stage the weights of a finished one. ValueError when they are not what was committed."""
+    done = results.committed(parent)
+    if done is None:
+        raise ValueError(f"{parent}: no finished stage ({results.STAGE} is missing) to start from")
+    weights = Path(parent, results.WEIGHTS)
+    if (digest := storage.sha256(weights)) != done["weights_sha256"]:
+        raise ValueError(
+            f"{weights}: sha256 {digest[:16]}..., but {results.STAGE} says "
+            f"{done['weights_sha256'][:16]}...: it was changed; restore it or train without it"
+        )
+    copy_exactly(load_file(weights), distinct_tensors(stage), str(weights))
+
+
+def contact_sheet(pictures: np.ndarray, gap: int = 2) -> np.ndarray:
+    """Pictures uint8 [n, height, width, 3] on one white sheet, in rows about as long as it is high."""
+    n, height, width, _ = pictures.shape
+    columns = min(n, math.ceil(math.sqrt(n * height / width)))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = (
+            gap + (height + gap) * (number // columns),
+            gap + (width + gap) * (number % columns),
+        )
+        sheet[top : top + height, left : left + width] = picture
+    return sheet
+
+
+def _preview(stage: Stage, loader: Any, job: Job) -> None:
+    with evaluating(stage):
+        pictures = stage.preview(loader, job.seed)
+    if pictures is not None and len(pictures):
+        from PIL import Image
+
+        data = io.BytesIO()
+        Image.fromarray(contact_sheet(pictures)).save(data, format="PNG")
+        storage.publish_bytes(str(Path(job.output, results.PREVIEW)), data.getvalue())
+
+
+def _agree(world: World, step: int) -> None:
+    mine = torch.tensor(float(step), dtype=torch.float64, device=world.device)
+    if float(world.sum(mine.clone())) != step * world.size:
+        raise ValueError(
+            f"rank {world.rank} would go on from step {step}, other workers from another: the stage "
+            "directory must lie on a file system that all workers share"
+        )
+
+
+def _same_fingerprint(job: Job, found: str, where: str) -> None:
+    if found != job.fingerprint:
+        raise ValueError(
+            f"{job.output}/{where} is of training {found}, but this is training {job.fingerprint}: "
+            "give it a directory of its own, or remove that one"
+        )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _mean(numbers: list[float | None]) -> float | None:
+    finite = [n for n in map(_finite, numbers) if n is not None]
+    return math.fsum(finite) / len(finite) if finite else None

@@ -1,0 +1,314 @@
+"""The training loop: a generator, torch only. Its clock is images seen.
+
+It yields after each update; whoever iterates logs, saves and stops. Nothing in it waits for the
+device: what it yields are tensors. Every random number is a function of (seed, step, rank) or, in
+stages, of (seed, purpose, global position), so the state of a run is its weights, averages,
+optimizer state and a few integers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import TrainState
+from .ema import Ema
+from .optimizer import AdamWConfig, Optimizer, OptimizerConfig, gradient_norm
+from .stage import Stage, copy_exactly, distinct_tensors, seed_of, to_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a stage is trained; everything that is counted is counted in images."""
+
+    kind: Literal["training"] = "training"
+    images: int = 100_000
+    batch: int = 64
+    """Images per update, over all workers together."""
+    learning_rate: float = 1e-3
+    """Of the whole batch; nothing scales it by workers or batch."""
+    warmup_images: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: as it is, or down to zero at `images`."""
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    ema_halflife_images: float = 10_000
+    ema_ramp: float = 0.05
+    """The EMA's halflife is at most this share of the images seen; 0: no ramp."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast around the forward; weights, averages and optimizer state are fp32 always."""
+    max_skipped: int = 3
+    """Updates in a row that may be skipped because the loss or a gradient is not finite."""
+    checkpoint_images: int = 20_000
+    log_images: int = 1_000
+    preview_images: int = 0
+    """Pictures are drawn this often; 0: at the end only."""
+    seed: int = 0
+    stall_seconds: float = 1800
+    """Without an update for so long, all stacks are dumped, and a worker that gets restarted ends."""
+    workers: int = 1
+    threads: int = 0
+    """CPU threads of each worker; 0: torch's choice, or the cores shared between the workers."""
+    compile: bool = False
+    """Run `stage.compile()`, which a stage may confine to its network."""
+
+    def __post_init__(self):
+        positive = (
+            "images",
+            "batch",
+            "learning_rate",
+            "checkpoint_images",
+            "log_images",
+            "workers",
+        )
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        for name, known in {
+            "schedule": ("constant", "cosine", "linear"),
+            "precision": ("fp32", "bf16"),
+        }.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.batch < self.workers:
+            raise ValueError(
+                f"batch {self.batch} is smaller than workers {self.workers}: "
+                "each worker needs an image per update"
+            )
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.images / self.batch)
+
+    def rate(self, images_seen: int) -> float:
+        """The learning rate of the update that follows `images_seen` images."""
+        if images_seen < self.warmup_images:
+            return self.learning_rate * min(1.0, (images_seen + self.batch) / self.warmup_images)
+        done = (images_seen - self.warmup_images) / max(self.images - self.warmup_images, 1)
+        decay = {
+            "constant": 1.0,
+            "linear": 1 - done,
+            "cosine": 0.5 + 0.5 * math.cos(math.pi * done),
+        }
+        return self.learning_rate * decay[self.schedule]
+
+
+@dataclass(frozen=True)
+class World:
+    """This worker among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | str = "cpu"
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    """Makes backward average the gradients over the workers."""
+    sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """The sum of a tensor over the workers."""
+    stop: Callable[[], bool] = lambda: False
+    """Whether all of them are to stop; asked by all at each log point."""
+    restarts: bool = False
+    """Whether somebody starts a worker anew that ends."""
+
+
+@dataclass
+class Progress:
+    """One update. Tensors are scalars on the training device; reading them waits for it."""
+
+    step: int
+    images_seen: int
+    loss: Tensor
+    """The mean over the global batch."""
+    metrics: dict[str, Tensor]
+    grad_norm: Tensor
+    """Before clipping."""
+    skipped: Tensor
+    """Whether the update was skipped, because the loss or the norm is not finite."""
+    learning_rate: float
+    seconds: float
+    data_wait_seconds: float
+    images: int
+    """In this update, over all workers."""
+    ema: Ema
+    capture: Callable[[], TrainState]
+
+    @property
+    def state(self) -> TrainState:
+        """What a checkpoint needs; its tensors are the live ones, so save it before going on."""
+        return self.capture()
+
+    def passed(self, images: int) -> bool:
+        """Whether this update reached a multiple of `images`; never for 0."""
+        return images > 0 and self.images_seen % images < self.images
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    @property
+    def data_wait_share(self) -> float:
+        return self.data_wait_seconds / self.seconds
+
+
+class Diverged(ArithmeticError):
+    """Too many updates in a row were not finite. `keys` names the samples behind them."""
+
+    def __init__(self, message: str, keys: list[str]):
+        super().__init__(message)
+        self.keys = keys
+
+
+def train(
+    stage: Stage,
+    loader: Any,
+    config: TrainingConfig,
+    world: World | None = None,
+    state: TrainState | None = None,
+) -> Iterator[Progress]:
+    """Train `stage` in place until `config.images`, from `state` on, and yield after each update.
+
+    Each worker's `loader` gives its rows of the same global batches. Raises Diverged.
+    """
+    world = world or World()
+    device = next(stage.parameters()).device
+    optimizer = Optimizer(config.optimizer, stage)
+    ema = Ema(stage, config.ema_halflife_images, config.ema_ramp)
+    done = _restore(state, stage, ema, optimizer) if state else 0
+    health = Health(config, device, state.numbers["skipped"] if state else 0)
+    if config.compile:
+        stage.compile()
+    model = world.wrap(stage.train())
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    with closing(loader.batches(start_step=done)) as batches:
+        for step in range(done, config.steps):
+            started = time.perf_counter()
+            images_seen = step * config.batch
+            batch = next(batches)
+            waited = time.perf_counter() - started
+            _seed(device, config.seed, step, world.rank)
+
+            with autocast:
+                outputs = model(to_tensors(batch, device))
+            losses = outputs.pop("loss").float()
+            # Workers' gradients get averaged: times their number, this is the mean over all rows.
+            (losses.sum() * (world.size / config.batch)).backward()
+
+            loss, metrics = _global_mean(losses.detach(), outputs, config.batch, world)
+            norm = gradient_norm(optimizer.parameters)
+            skip = health.check(step, batch.get("key", []), losses.detach(), loss + norm)
+            rate = config.rate(images_seen)
+            optimizer.step(rate, norm, config.max_grad_norm, skip)
+            optimizer.zero_grad()
+            images_seen += config.batch
+            ema.update(images_seen)
+
+            yield Progress(
+                step=step + 1,
+                images_seen=images_seen,
+                images=config.batch,
+                loss=loss,
+                metrics=metrics,
+                grad_norm=norm,
+                skipped=skip,
+                learning_rate=rate,
+                seconds=time.perf_counter() - started,
+                data_wait_seconds=waited,
+                ema=ema,
+                capture=partial(_capture, stage, ema, optimizer, health, step + 1, images_seen),
+            )
+
+
+class Health:
+    """Counts the updates in a row that were not finite, on the device. The host looks at each one
+    on a CPU, at every sixteenth on a GPU; meanwhile none of them is applied."""
+
+    def __init__(self, config: TrainingConfig, device: torch.device, streak: int):
+        self.config, self.every = config, 1 if device.type == "cpu" else 16
+        self.streak = torch.tensor(streak, device=device)
+        self.worst = self.streak
+        # (keys, the rows' losses, whether skipped) of the batches that could be to blame
+        self.recent: deque[tuple[list[str], Tensor, Tensor]] = deque(
+            maxlen=self.every + config.max_skipped
+        )
+
+    def check(self, step: int, keys: list[str], losses: Tensor, value: Tensor) -> Tensor:
+        """Whether to skip this update, a bool scalar; Diverged when too many were skipped."""
+        skip = ~torch.isfinite(value)
+        self.streak = (self.streak + 1) * skip
+        self.worst = torch.maximum(self.worst, self.streak)
+        self.recent.append((keys, losses, skip))
+        looking = step % self.every == 0 or step == self.config.steps - 1
+        if looking and int(self.worst) > self.config.max_skipped:
+            raise self._error(step)
+        return skip
+
+    def _error(self, step: int) -> Diverged:
+        batches = [(keys, torch.isfinite(losses)) for keys, losses, skip in self.recent if skip]
+        everyone = [key for keys, _ in batches for key in keys]
+        culprits = [k for keys, ok in batches for k, fine in zip(keys, ok.tolist()) if not fine]  # noqa: B905
+        named, config = culprits or everyone, self.config
+        more = f" and {len(named) - 16} more" if len(named) > 16 else ""
+        return Diverged(
+            f"step {step} ({step * config.batch} images): loss or gradient was not finite in "
+            f"{int(self.worst)} updates in a row ({config.max_skipped} may be skipped); none of "
+            f"them was applied. {'Samples with such a loss' if culprits else 'Their samples'}: "
+            f"{', '.join(named[:16])}{more}. Look at these samples, or lower learning_rate "
+            f"({config.learning_rate:g}) or max_grad_norm ({config.max_grad_norm:g})",
+            named,
+        )
+
+
+def _global_mean(
+    losses: Tensor, outputs: dict[str, Tensor], batch: int, world: World
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Means over the global batch, by one reduction; metrics count by the rows behind them."""
+    if world.size == 1:
+        return losses.mean(), {name: value.detach() for name, value in outputs.items()}
+    names = sorted(outputs)
+    parts = [losses.sum(), *(outputs[name].detach().float() * len(losses) for name in names)]
+    loss, *metrics = (world.sum(torch.stack(parts)) / batch).unbind()
+    return loss, dict(zip(names, metrics, strict=True))
+
+
+def _seed(device: torch.device, *parts: int) -> None:
+    """What is still drawn from torch's own generators (dropout) becomes a function of `parts`."""
+    seed = seed_of(*parts)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def _capture(
+    stage: Stage, ema: Ema, optimizer: Optimizer, health: Health, step: int, images_seen: int
+) -> TrainState:
+    parts = {
+        "weights": distinct_tensors(stage),
+        "ema": ema.tensors(),
+        "optimizer": optimizer.tensors(),
+    }
+    tensors = {f"{part}/{n}": t.detach() for part, named in parts.items() for n, t in named.items()}
+    return TrainState(tensors, step, images_seen, {"skipped": int(health.streak)})
+
+
+@torch.no_grad()
+def _restore(state: TrainState, stage: Stage, ema: Ema, optimizer: Optimizer) -> int:
+    copy_exactly(state.part("weights"), distinct_tensors(stage), "the checkpoint")
+    ema.load(state.part("ema"), state.images_seen)
+    optimizer.load(state.part("optimizer"))
+    return state.step

@@ -1,0 +1,71 @@
+"""What stages measure once they are trained: always on the same samples, and held-out ones where there are some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline import manifest
+
+
+def fixed_rows(samples: int, count: int) -> np.ndarray:
+    """`count` indices spread evenly over the samples, the same each time; fewer when there are fewer."""
+    return np.linspace(0, samples - 1, min(count, samples)).round().astype(np.int64)
+
+
+def heldout(loader: Any) -> Any:
+    """A loader of the held-out pictures of the data that `loader` trains on; None where there are none, or not encoded."""
+    from pipeline.load import Loader
+
+    if not isinstance(loader, Loader):
+        return None
+    for version in reversed(manifest.versions(loader.dataset)):
+        data = manifest.read(loader.dataset, version)
+        if data.split("train") == loader.shards and data.samples("heldout"):
+            try:
+                return Loader(
+                    data,
+                    loader.encodings,
+                    splits=("heldout",),
+                    global_batch=loader.plan.global_batch,
+                    seed=loader.seed,
+                    captions=loader.captions,
+                )
+            except ValueError:  # not encoded
+                return None
+    return None
+
+
+def per_sample(x: Tensor) -> Float[Tensor, " batch"]:
+    """The mean of each row."""
+    return x.flatten(1).mean(1)
+
+
+def psnr(squared_error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, of mean squared errors in [-1, 1] units."""
+    return 10 * torch.log10(4 / squared_error.clamp(min=1e-10))
+
+
+class ChannelStatistics:
+    """Mean and deviation of each channel of [batch, channel, height, width], accumulated in float64."""
+
+    def __init__(self):
+        self.rows, self.shape = 0, ()
+        self._count, self._total, self._square = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, z: Float[Tensor, "batch channel height width"]) -> None:
+        self.rows, self.shape = self.rows + len(z), tuple(z.shape[1:])
+        values = z.double().cpu().transpose(0, 1).flatten(1)
+        self._count += values.shape[1]
+        self._total = self._total + values.sum(1)
+        self._square = self._square + values.square().sum(1)
+
+    def shift_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Float64 [channel] each: (z - shift) * scale has mean 0 and deviation 1. A channel that never changes is left alone."""
+        mean = self._total / self._count
+        deviation = (self._square / self._count - mean.square()).clamp(min=0).sqrt()
+        return mean, torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 1.0)

@@ -1,0 +1,61 @@
+"""Networks: each a frozen config and a module made of it. Torch alone, and nothing of diffusion.
+
+Denoisers share one contract: network(x, label [B], cond) -> like x; Conditioning says what cond
+may hold.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .autoencoder import Autoencoder, AutoencoderConfig
+from .classifier import Classifier, ClassifierConfig, HeadConfig
+from .conditioning import Cond, ContextConfig
+from .dit import DiT, DiTConfig
+from .efficient_unet import EfficientUNet, EfficientUNetConfig
+from .prior import Prior, PriorConfig
+from .unet import UNet, UNetConfig
+
+DenoiserConfig = UNetConfig | DiTConfig | EfficientUNetConfig
+"""Of pictures and latents."""
+NetworkConfig = DenoiserConfig | PriorConfig | ClassifierConfig | AutoencoderConfig
+
+NETWORKS: dict[type, type[nn.Module]] = {
+    UNetConfig: UNet,
+    DiTConfig: DiT,
+    EfficientUNetConfig: EfficientUNet,
+    PriorConfig: Prior,
+    ClassifierConfig: Classifier,
+    AutoencoderConfig: Autoencoder,
+}
+
+CONFIGS: dict[str, type] = {config.kind: config for config in NETWORKS}
+
+
+def build(config: NetworkConfig) -> nn.Module:
+    """The network of a config."""
+    return NETWORKS[type(config)](config)
+
+
+__all__ = [
+    "CONFIGS",
+    "NETWORKS",
+    "Autoencoder",
+    "AutoencoderConfig",
+    "Classifier",
+    "ClassifierConfig",
+    "Cond",
+    "ContextConfig",
+    "DenoiserConfig",
+    "DiT",
+    "DiTConfig",
+    "EfficientUNet",
+    "EfficientUNetConfig",
+    "HeadConfig",
+    "NetworkConfig",
+    "Prior",
+    "PriorConfig",
+    "UNet",
+    "UNetConfig",
+    "build",
+]

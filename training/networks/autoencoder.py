@@ -1,0 +1,139 @@
+"""The KL autoencoder of latent diffusion: pictures in [-1, 1] <-> a small Gaussian.
+
+Squares of `patch` x `patch` pixels are folded into channels, so that no convolution runs at full
+resolution: the downsampling factor is patch * 2^(levels - 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .layers import (
+    Downsample,
+    Image,
+    ResBlock,
+    SpatialTransformer,
+    Upsample,
+    conv3,
+    freeze,
+    group_norm,
+)
+from .unet import fold, unfold
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Convolutional KL autoencoder (Rombach et al. 2022, section 3.1); by default 0.85 M, f = 4."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    in_channels: int = 3
+    latent_channels: int = 4
+    patch: int = 2
+    """Side of the squares of pixels folded into channels; 1: convolve the pixels themselves."""
+    channels: int = 48
+    """Width of the first level; a multiple of 8."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Width of each level over `channels`; each level after the first halves height and width."""
+    blocks: int = 1
+    """Residual blocks per level, in the encoder and in the decoder."""
+    attention: bool = False
+    """A self-attention in the middle of encoder and decoder."""
+    head_width: int = 32
+
+    def __post_init__(self):
+        freeze(self)
+        if self.channels % 8:
+            raise ValueError(
+                f"channels must be a multiple of 8 (GroupNorm groups), got {self.channels}"
+            )
+        if not self.channel_mult or self.patch < 1 or self.blocks < 1 or self.latent_channels < 1:
+            raise ValueError(
+                f"channel_mult, patch, blocks, latent_channels must not be empty or 0, got {self}"
+            )
+        if self.attention and self.widths[-1] % self.head_width:
+            raise ValueError(
+                f"head_width {self.head_width} must divide the last width {self.widths[-1]}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * m for m in self.channel_mult)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position, along a side."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+
+def middle(config: AutoencoderConfig, width: int) -> list[nn.Module]:
+    attention = (
+        [SpatialTransformer(width, config.head_width, feedforward=0)] if config.attention else []
+    )
+    return [*attention, ResBlock(width, width)]
+
+
+class Autoencoder(nn.Module):
+    """encode, decode; forward decodes the mean of what it encoded."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        pixels = config.in_channels * config.patch**2
+        widths = config.widths
+
+        down: list[nn.Module] = [conv3(pixels, widths[0])]
+        for level, width in enumerate(widths):
+            if level:
+                down.append(Downsample(widths[level - 1], width))
+            down += [ResBlock(width, width) for _ in range(config.blocks)]
+        down += middle(config, widths[-1])
+        self.encoder = nn.Sequential(
+            *down, group_norm(widths[-1]), nn.SiLU(), conv3(widths[-1], 2 * config.latent_channels)
+        )
+
+        up: list[nn.Module] = [
+            conv3(config.latent_channels, widths[-1]),
+            *middle(config, widths[-1]),
+        ]
+        for level, width in reversed(list(enumerate(widths))):
+            up += [ResBlock(width, width) for _ in range(config.blocks)]
+            if level:
+                up.append(Upsample(width, widths[level - 1]))
+        self.decoder = nn.Sequential(
+            *up, group_norm(widths[0]), nn.SiLU(), conv3(widths[0], pixels)
+        )
+
+    def encode(self, x: Image) -> Image:
+        """Pictures [B, C, H, W] in [-1, 1] -> moments [B, 2 C', H / f, W / f].
+
+        The first half is the mean, the second the log-variance, clamped to [-30, 20].
+        """
+        factor = self.config.factor
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise ValueError(
+                f"height and width must be multiples of {factor}, got {tuple(x.shape[-2:])}"
+            )
+        h = fold(x, self.config.patch).contiguous(memory_format=torch.channels_last)
+        mean, logvar = self.encoder(h).chunk(2, dim=1)
+        return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
+
+    def decode(self, z: Image) -> Image:
+        """Latents [B, C', h, w] -> pictures [B, C, f h, f w], about in [-1, 1]: not clamped."""
+        h = self.decoder(z.contiguous(memory_format=torch.channels_last))
+        return unfold(h, self.config.patch)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """The decoder's last weight: balances an adversarial loss (Esser et al. 2021, eq. 7)."""
+        last = self.decoder[-1]
+        assert isinstance(last, nn.Conv2d)
+        return last.weight
+
+    def forward(self, x: Image) -> Image:
+        return self.decode(self.encode(x).chunk(2, dim=1)[0])

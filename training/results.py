@@ -1,0 +1,63 @@
+"""What a stage directory holds, asked without torch: what is done is known before anything heavy starts.
+
+stage.json            written last: where it is, the stage is done
+weights.safetensors   the EMA weights            config.json   how to build the module for them
+history.jsonl         a line per log point       preview.png   what it looks like
+job.json              what was asked             checkpoints/  what resuming needs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+
+STAGE, JOB, CONFIG, HISTORY = "stage.json", "job.json", "config.json", "history.jsonl"
+WEIGHTS, PREVIEW, CHECKPOINTS = "weights.safetensors", "preview.png", "checkpoints"
+
+
+def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The content of stage.json where the stage is done, else None."""
+    path = os.path.join(stage_dir, STAGE)
+    return storage.read_json(path) if os.path.exists(path) else None
+
+
+def history(stage_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The log points so far, oldest first; a line that a killed process left torn is left out."""
+    path = Path(stage_dir, HISTORY)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a newline
+
+
+class History:
+    """Appends to history.jsonl. Opening it drops what lies after `images_seen`, where training resumes."""
+
+    def __init__(self, stage_dir: str | os.PathLike[str], images_seen: int):
+        path = Path(stage_dir, HISTORY)
+        kept = [record for record in history(stage_dir) if record["images_seen"] <= images_seen]
+        storage.publish_bytes(str(path), b"".join(map(_line, kept)))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def append(self, record: dict[str, Any]) -> None:
+        self._file.write(_line(record))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def owning(stage_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """One process at a time trains in a stage directory; a second waits, and then finds the result."""
+    with storage.lock(os.path.join(stage_dir, ".lock")):
+        yield
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, allow_nan=False).encode() + b"\n"

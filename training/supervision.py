@@ -1,0 +1,93 @@
+"""What ends a training from outside: a signal, which waits for a checkpoint, and a watchdog, which waits for nothing."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """Training ended early because it was asked to; its checkpoint is written."""
+
+
+class Interrupts:
+    """Keeps the first SIGTERM or Ctrl-C until `deliver`; a second one acts at once.
+
+    Only in the main thread, where Python has signals; elsewhere nothing is ever received.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def deliver(self) -> NoReturn:
+        """Let the received signal take its course: the handler that was there before, or an exit."""
+        assert self.received is not None
+        self._restore()
+        if signal.getsignal(self.received) == signal.SIG_DFL:
+            raise SystemExit(128 + self.received)  # unlike the default, this runs `finally` blocks
+        signal.raise_signal(self.received)
+        raise Stopped(f"stopped by {signal.Signals(self.received).name}")
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received = number
+        self._restore()
+        log.warning("%s: writing a checkpoint, then ending", signal.Signals(number).name)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class Watchdog:
+    """Dumps every thread's stack to stderr when `beat` was not called for `stall_seconds`.
+
+    With `end` the process then ends, for whoever restarts it: a hung collective cannot be interrupted.
+    """
+
+    def __init__(self, stall_seconds: float, *, end: bool = False):
+        self.stall_seconds, self.end, self.stalls = stall_seconds, end, 0
+        self._beat = time.monotonic()
+        self._done = threading.Event()
+
+    def beat(self) -> None:
+        self._beat = time.monotonic()
+
+    def __enter__(self) -> Watchdog:
+        if self.stall_seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def _watch(self) -> None:
+        while not self._done.wait(self._beat + self.stall_seconds - time.monotonic()):
+            silent = time.monotonic() - self._beat
+            if silent < self.stall_seconds:
+                continue
+            self.stalls += 1
+            log.error("no update for %.0f s; the stacks of all threads follow", silent)
+            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            if self.end:
+                os._exit(70)
+            self.beat()

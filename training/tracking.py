@@ -1,0 +1,389 @@
+"""Whatever is tracked is on the local disk first; MLflow gets it as soon as it can be reached.
+
+A run appends to a spool file and returns. A thread delivers the spool in order, in batches, and
+notes how far it got. A server that is away costs nothing but delay: what is left is delivered by
+the next run on the same spool, or by `deliver`. Metrics carry the time they were logged at, so to
+deliver one twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+
+FINGERPRINT = "darkroom.stage_fingerprint"
+"""The tag by which a resumed training finds its run again."""
+SPOOL, DELIVERED, FILES = "spool.jsonl", "delivered.json", "files"
+_BATCH_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 30.0
+_BATCH_VALUES = 500  # MLflow takes at most 1,000 entities or 1 MB in one request
+_REFUSALS = {
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "INVALID_STATE",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+}
+Operation = dict[str, Any]
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """One MLflow run, written from one process. Its methods only write to the local disk."""
+
+    def __init__(self, spool: str | os.PathLike[str], uri: str):
+        self.spool, self.uri = Path(spool), uri
+        (self.spool / FILES).mkdir(parents=True, exist_ok=True)
+        self._count, self._latest = 0, dict[str, int]()
+        whole = 0
+        for whole, operation in _operations(self.spool, 0):  # noqa: B007
+            self._count += 1
+            for key in operation.get("values", ()):
+                self._latest[key] = max(self._latest.get(key, -1), operation["step"])
+        self._file = open(self.spool / SPOOL, "ab", buffering=0)  # noqa: SIM115
+        self._file.truncate(whole)  # a line that a killed process left torn
+        self._courier = _Courier(self.spool, uri)
+        self._wake, self._last = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(
+        cls,
+        experiment: str,
+        name: str,
+        *,
+        uri: str,
+        spool: str | os.PathLike[str],
+        parent_run_id: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        artifact_location: str | None = None,
+    ) -> Run:
+        """Begin a run, or go on with the one that has the same FINGERPRINT tag.
+
+        It does not wait for the server at `uri`. `spool` is a local directory of the run's own.
+        Nested `params` get dotted names. `artifact_location` is where an experiment that does not
+        exist yet keeps its files; None leaves that to MLflow.
+        """
+        run = cls(spool, uri)
+        parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
+        run._write(
+            "start",
+            experiment=experiment,
+            name=name,
+            tags=_texts({**(tags or {}), **parent}),
+            params=_texts(flatten(params or {})),
+            artifact_location=artifact_location,
+        )
+        return run
+
+    def id(self, timeout_seconds: float = 60) -> str | None:
+        """The MLflow run's id, once the server has given it; None when that takes too long."""
+        self._courier.started.wait(timeout_seconds)
+        return self._courier.run_id
+
+    def log(self, metrics: Mapping[str, Any], images_seen: int) -> None:
+        """Log finite numbers; leaves out the rest, and what a resumed training says again."""
+        values = {
+            _name(key): float(value)
+            for key, value in flatten(metrics).items()
+            if isinstance(value, int | float | np.number) and math.isfinite(value)
+        }
+        values = {k: v for k, v in values.items() if self._latest.get(k, -1) < images_seen}
+        if values:
+            self._latest |= dict.fromkeys(values, images_seen)
+            self._write("metrics", values=values, step=images_seen)
+
+    def image(self, name: str, picture: np.ndarray, images_seen: int) -> None:
+        """Log a picture, uint8 [height, width, 3]; MLflow strings those of one name together."""
+        from PIL import Image
+
+        file = self._new_file(".png")
+        Image.fromarray(picture).save(file)
+        self._write("image", file=file.name, name=_name(name), step=images_seen)
+
+    def figure(self, path: str, figure: Any) -> None:
+        """Log a matplotlib figure as an artifact; the suffix of `path` gives the format."""
+        file = self._new_file(Path(path).suffix)
+        figure.savefig(file)
+        self._write("artifact", file=file.name, path=path)
+
+    def text(self, path: str, text: str) -> None:
+        """Log a text as an artifact."""
+        file = self._new_file(Path(path).suffix)
+        file.write_text(text, encoding="utf-8")
+        self._write("artifact", file=file.name, path=path)
+
+    def dict(self, path: str, values: Any) -> None:
+        """Log JSON as an artifact."""
+        self.text(path, json.dumps(values, indent=1, sort_keys=True))
+
+    def file(self, path: str, source: str | os.PathLike[str]) -> None:
+        """Log a file, as it is now, as an artifact."""
+        file = self._new_file(Path(path).suffix)
+        shutil.copyfile(source, file)
+        self._write("artifact", file=file.name, path=path)
+
+    def tag(self, tags: Mapping[str, Any]) -> None:
+        """Set tags."""
+        self._write("tags", tags=_texts(tags))
+
+    def finish(self, status: str = "FINISHED", timeout_seconds: float = 60) -> bool:
+        """End the run as FINISHED, FAILED or KILLED. False: a part still waits in the spool."""
+        if not self._file.closed:
+            self._write("finish", status=status)
+            self._file.close()
+            self._last.set()
+            self._wake.set()
+            self._thread.join(timeout_seconds)
+            if not self._courier.done():
+                log.warning("MLflow at %s: not all was delivered; see %s", self.uri, self.spool)
+        return self._courier.done()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        ended = (
+            "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        )
+        self.finish(ended)
+
+    def _new_file(self, suffix: str) -> Path:
+        return self.spool / FILES / f"{self._count:08d}{suffix}"
+
+    def _write(self, do: str, **content: Any) -> None:
+        operation = {"do": do, "time": time.time_ns() // 1_000_000, **content}
+        self._file.write(json.dumps(operation, allow_nan=False).encode() + b"\n")
+        self._count += 1
+        if do != "metrics":  # these gather for a while
+            self._wake.set()
+
+    def _work(self) -> None:
+        pause = _BATCH_SECONDS
+        while True:
+            last = self._last.is_set()
+            try:
+                self._courier.deliver()
+            except Exception as error:
+                if pause == _BATCH_SECONDS:
+                    log.warning("MLflow at %s is away, will try again: %s", self.uri, error)
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                time.sleep(min(pause, 1.0))
+                last = False
+            else:
+                pause = _BATCH_SECONDS
+            if last:
+                return
+            self._wake.wait(min(pause, 1.0) if self._last.is_set() else pause)
+            self._wake.clear()
+
+
+def deliver(spool: str | os.PathLike[str], uri: str) -> None:
+    """Deliver what an earlier run left behind; raises what MLflow raises when it is away."""
+    _Courier(Path(spool), uri).deliver()
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, the spelling of keys on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class _Courier:
+    """Carries operations from a spool to MLflow, in order; a crash repeats the last one at most."""
+
+    def __init__(self, spool: Path, uri: str):
+        self.spool, self.uri, self.run_id = spool, uri, None
+        self.started = threading.Event()
+        self._client: Any = None
+        noted = storage.read_json(str(spool / DELIVERED)) if (spool / DELIVERED).exists() else {}
+        self._offset: int = noted.get("offset", 0)
+        self._noted: str | None = noted.get("run_id")
+
+    def done(self) -> bool:
+        """Whether nothing waits."""
+        return self._offset >= (self.spool / SPOOL).stat().st_size
+
+    def deliver(self) -> None:
+        """Deliver all that waits. What MLflow refuses is logged and dropped; failures are raised."""
+        from mlflow.exceptions import MlflowException
+
+        for end, operations in _batches(_operations(self.spool, self._offset)):
+            do = operations[0]["do"]
+            try:
+                self._run(do, operations)
+            except (MlflowException, TypeError, ValueError, FileNotFoundError) as error:
+                if isinstance(error, MlflowException) and error.error_code not in _REFUSALS:
+                    raise
+                log.warning("MLflow at %s refused %s: %s", self.uri, do, error)
+            if do == "start":
+                self.started.set()
+            self._offset = end
+            self._noted = self.run_id or self._noted
+            noted = {"offset": end, "run_id": self._noted}
+            storage.publish_json(str(self.spool / DELIVERED), noted)
+            for operation in operations:
+                if "file" in operation:
+                    (self.spool / FILES / operation["file"]).unlink(missing_ok=True)
+
+    def _run(self, do: str, operations: list[Operation]) -> None:
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(self.uri)
+        if do == "start":
+            self.run_id = self._start(operations[0])
+            return
+        self.run_id = self.run_id or self._noted
+        if self.run_id is None:
+            raise ValueError("the run could not be started")
+        getattr(self, f"_{do}")(*operations)
+
+    def _start(self, operation: Operation) -> str:
+        from mlflow.entities import Param, RunTag
+
+        client, tags = self._client, operation["tags"]
+        run_id = self._find(operation)
+        if run_id is None:
+            run_id = client.create_run(
+                self._experiment(operation),
+                start_time=operation["time"],
+                tags=tags,
+                run_name=operation["name"],
+            ).info.run_id
+        else:
+            client.update_run(run_id, status="RUNNING")
+        params = [Param(k, v) for k, v in operation["params"].items()]
+        for first in range(0, len(params), 100):
+            client.log_batch(run_id, params=params[first : first + 100])
+        client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        return run_id
+
+    def _find(self, operation: Operation) -> str | None:
+        """The run to go on with: it has the same fingerprint."""
+        experiment = self._client.get_experiment_by_name(operation["experiment"])
+        wanted = operation["tags"].get(FINGERPRINT)
+        if experiment is None or wanted is None:
+            return None
+        found = self._client.search_runs(
+            [experiment.experiment_id],
+            filter_string=f"tags.`{FINGERPRINT}` = '{wanted}'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        return found[0].info.run_id if found else None
+
+    def _experiment(self, operation: Operation) -> str:
+        from mlflow.exceptions import MlflowException
+
+        name = operation["experiment"]
+        if found := self._client.get_experiment_by_name(name):
+            return found.experiment_id
+        try:
+            return self._client.create_experiment(name, operation["artifact_location"])
+        except MlflowException:  # another process may have been faster
+            if found := self._client.get_experiment_by_name(name):
+                return found.experiment_id
+            raise
+
+    def _metrics(self, *operations: Operation) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, value, operation["time"], operation["step"])
+            for operation in operations
+            for key, value in operation["values"].items()
+        ]
+        for first in range(0, len(metrics), 1000):
+            self._client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
+
+    def _image(self, operation: Operation) -> None:
+        from PIL import Image
+
+        with Image.open(self.spool / FILES / operation["file"]) as picture:
+            self._client.log_image(
+                self.run_id,
+                picture,
+                key=operation["name"],
+                step=operation["step"],
+                timestamp=operation["time"],
+            )
+
+    def _artifact(self, operation: Operation) -> None:
+        """MLflow names an artifact after its file, so the file takes its name in a folder first."""
+        path = Path(operation["path"])
+        folder = self.spool / FILES / "as"
+        folder.mkdir(exist_ok=True)
+        named = folder / path.name
+        shutil.copyfile(self.spool / FILES / operation["file"], named)
+        where = None if path.parent == Path() else path.parent.as_posix()
+        self._client.log_artifact(self.run_id, str(named), where)
+        named.unlink()
+
+    def _tags(self, operation: Operation) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(k, v) for k, v in operation["tags"].items()]
+        self._client.log_batch(self.run_id, tags=tags)
+
+    def _finish(self, operation: Operation) -> None:
+        self._client.set_terminated(self.run_id, operation["status"], operation["time"])
+
+
+def _operations(spool: Path, offset: int) -> Iterator[tuple[int, Operation]]:
+    """(offset after it, operation) of each whole line from `offset` on."""
+    if not (spool / SPOOL).exists():
+        return
+    with open(spool / SPOOL, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield offset, json.loads(line)
+
+
+def _batches(operations: Iterator[tuple[int, Operation]]) -> Iterator[tuple[int, list[Operation]]]:
+    """Metrics that follow each other together, up to a batch; everything else by itself."""
+    end, waiting, values = 0, list[Operation](), 0
+    for after, operation in operations:
+        is_metrics = operation["do"] == "metrics"
+        if waiting and (not is_metrics or values >= _BATCH_VALUES):
+            yield end, waiting
+            waiting, values = [], 0
+        if is_metrics:
+            waiting.append(operation)
+            values += len(operation["values"])
+        else:
+            yield after, [operation]
+        end = after
+    if waiting:
+        yield end, waiting
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {_name(key): str(value) for key, value in values.items()}
+
+
+def _name(key: str) -> str:
+    """The key in the letters that MLflow allows."""
+    return re.sub(r"[^\w\-./: ]", "_", key, flags=re.ASCII)
