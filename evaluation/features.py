@@ -1,0 +1,92 @@
+"""Features of pictures and captions from a frozen network, and the name under which they may be
+compared.
+
+Offline that network is the line's own CLIP: good for comparing models of the line, blind to what it
+never learned to see. Features of different extractors, weights or resizes are never compared:
+`tuple_id` goes with every value made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy import ndarray
+
+from pipeline import storage
+from pipeline.load import Loader
+from training.measuring import fixed_rows
+from training.results import WEIGHTS
+
+from .sample import Pictures
+
+Features = Float[ndarray, "n width"]
+
+
+class Extractor(Protocol):
+    """What the scorecard asks of features: rows of length 1, one per picture or caption."""
+
+    @property
+    def tuple_id(self) -> Mapping[str, str]: ...
+    def images(self, pictures: Pictures) -> Features: ...
+    def texts(self, captions: Sequence[str]) -> Features: ...
+
+
+class ClipFeatures:
+    """The two towers of a trained CLIP stage (its own directory, or its folder in a generator)."""
+
+    def __init__(
+        self, stage_dir: str | Path, *, device: str | torch.device | None = None, batch: int = 256
+    ):
+        from training import stages
+
+        stage: Any = stages.load(stage_dir)
+        if stage.kind != "clip":
+            raise ValueError(
+                f"{stage_dir}: a stage of kind {stage.kind!r}; features come from kind 'clip'"
+            )
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._stage, self._batch = stage.to(self.device), batch
+        self.side: int = stage.config.image.side
+        weights = storage.local_copy(storage.join(str(stage_dir), WEIGHTS))
+        self.tuple_id = {
+            "extractor": "the line's own CLIP",
+            "weights": storage.sha256(weights),
+            "resize": f"bicubic, antialiased, to {self.side}",
+        }
+
+    def images(self, pictures: Pictures) -> Features:
+        """Normalised features of uint8 pictures [n, H, W, 3] of any square size."""
+        parts = [
+            self._images(pictures[i : i + self._batch])
+            for i in range(0, len(pictures), self._batch)
+        ]
+        return np.concatenate(parts)
+
+    def texts(self, captions: Sequence[str]) -> Features:
+        """Normalised features of captions."""
+        chunks = (list(captions[i : i + self._batch]) for i in range(0, len(captions), self._batch))
+        return np.concatenate([self._stage.texts(chunk).cpu().numpy() for chunk in chunks])
+
+    def _images(self, pictures: Pictures) -> Features:
+        x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).to(self.device)
+        if x.shape[-2] != x.shape[-1]:
+            raise ValueError(f"pictures must be square, got {list(pictures.shape)}")
+        if x.shape[-1] != self.side:
+            x = F.interpolate(x.float(), (self.side, self.side), mode="bicubic", antialias=True)
+            x = x.round().clamp(0, 255).to(torch.uint8)
+        return self._stage.images(x).cpu().numpy()
+
+
+def pictures_of(loader: Loader, count: int, batch: int = 256) -> Pictures:
+    """`count` pictures spread evenly over the samples of a loader that holds `pixels`; fewer when
+    it has fewer.
+    """
+    rows = fixed_rows(loader.samples, count)
+    parts = [loader.rows(rows[i : i + batch])["pixels"] for i in range(0, len(rows), batch)]
+    return np.ascontiguousarray(np.concatenate(parts).transpose(0, 2, 3, 1))

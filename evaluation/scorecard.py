@@ -1,0 +1,498 @@
+"""A model's scores: each value names what it was measured with, and only values that name the same
+are compared.
+
+A scale is chosen on a sweep of few prompts; then all prompts are drawn at that scale, and unguided.
+Picture i depends on its own prompt and seed alone, so the sweep's pictures are the first of the
+full set, and two models scored with one config are paired prompt by prompt. Nothing here loads a
+network: the generator and the extractor are handed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy import ndarray
+from pydantic import BaseModel, ConfigDict
+
+from pipeline import storage
+
+from . import metrics, shapes_oracle
+from .config import EvaluationConfig
+from .gate import Evidence
+from .prompts import Prompt, digest
+from .sample import Painter, Pictures, Progress, Sampler, sheet
+
+if TYPE_CHECKING:
+    from pipeline.load import Loader
+
+    from .features import Extractor
+
+__all__ = ["Basis", "EvaluationConfig", "Scale", "Scorecard", "Scored", "Value", "score"]
+
+UNGUIDED = 1.0
+NEIGHBOURS = 3
+AMONG = 100
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Basis(_Record):
+    """What a value was measured with. Values of different bases are never compared."""
+
+    judge: str
+    """The metric's extractor: "oracle", "the line's own CLIP", or "the model itself"."""
+    weights: str | None = None
+    resize: str | None = None
+    count: int
+    """Pictures, prompts or samples that went in."""
+    prompts: str | None = None
+    reference: str | None = None
+    """Digest of the reference pictures or samples."""
+    reference_count: int = 0
+
+
+class Value(_Record):
+    """A number, its 95 % interval where it has one, and its basis."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    basis: Basis
+
+    def comparable(self, other: Value) -> bool:
+        """May the two be subtracted?"""
+        return self.basis == other.basis
+
+
+class Scale(_Record):
+    """The sweep's row of one guidance scale."""
+
+    scale: float
+    values: dict[str, float]
+    pareto: bool
+    """No other scale is at least as good in fidelity and in distribution, and better in one."""
+
+
+class Scorecard(_Record):
+    """All that is known of how good a model is, as JSON."""
+
+    config: EvaluationConfig
+    scale: float
+    """The guidance scale that everything but the sweep and the unguided values was measured at."""
+    headline: dict[str, float]
+    values: dict[str, Value]
+    sweep: tuple[Scale, ...]
+    groups: dict[str, dict[str, float]]
+    """Group of prompts -> metric -> mean."""
+    attributes: dict[str, dict[str, float]]
+    """Attribute -> "all", each group, "unguided" and "shuffled" (the same pictures, each held
+    against another's prompt).
+    """
+    speed: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scorecard and what it was made from."""
+
+    scorecard: Scorecard
+    prompts: Sequence[Prompt]
+    pictures: Pictures
+    """One per prompt at the chosen scale."""
+    unguided: Pictures
+    sweep: Mapping[float, Pictures]
+    """Scale -> the pictures of the first prompts."""
+    per_prompt: Mapping[str, ndarray] = field(repr=False)
+    """Metric -> float64, one per prompt (or per block or sample); what paired gates subtract."""
+
+    def gallery(self, columns: int = 12) -> ndarray:
+        """The first pictures on one sheet, uint8 [H, W, 3]."""
+        return sheet(self.pictures[: self.scorecard.config.gallery], columns)
+
+    def grid(self, rows: int = 8) -> ndarray:
+        """Prompts (down) by guidance scales (across) on one sheet, uint8 [H, W, 3]."""
+        stacked = np.stack([pictures[:rows] for _, pictures in sorted(self.sweep.items())], 1)
+        return sheet(stacked.reshape(-1, *stacked.shape[2:]), len(self.sweep))
+
+    def evidence(
+        self, name: str = "candidate", facts: Mapping[str, bool | str] | None = None
+    ) -> Evidence:
+        """What the gate looks at."""
+        values = self.scorecard.values
+        bases = {metric: value.basis.model_dump_json() for metric, value in values.items()}
+        whole = "correct" if self.scorecard.config.kind == "shapes" else "retrieval"
+        tuples = {
+            metric: bases.get(metric, bases[whole])
+            for metric in {*self.scorecard.headline, *self.per_prompt}
+        }
+        return Evidence(
+            name=name,
+            values=dict(self.scorecard.headline),
+            samples=dict(self.per_prompt),
+            tuples=tuples,
+            pairs=f"{digest(self.prompts)}, seed {self.scorecard.config.seed}",
+            facts=dict(facts or {}),
+        )
+
+    def save(self, directory: str) -> None:
+        """scorecard.json (last: where it is, the rest is), prompts.json, and scored.safetensors
+        with values and pictures.
+        """
+        from safetensors.numpy import save
+
+        arrays = {
+            f"value/{name}": np.ascontiguousarray(values)
+            for name, values in self.per_prompt.items()
+        }
+        arrays |= {"pictures": self.pictures, "unguided": self.unguided}
+        arrays |= {
+            f"sweep/{scale!r}": np.ascontiguousarray(drawn) for scale, drawn in self.sweep.items()
+        }
+        prompts = [{"text": it.text, "group": it.group, "truth": it.truth} for it in self.prompts]
+        storage.publish_bytes(storage.join(directory, "scored.safetensors"), save(arrays))
+        storage.publish_json(storage.join(directory, "prompts.json"), prompts)
+        storage.publish_json(
+            storage.join(directory, "scorecard.json"), self.scorecard.model_dump(mode="json")
+        )
+
+    @classmethod
+    def load(cls, directory: str) -> Scored:
+        """What `save` wrote. FileNotFoundError where nothing was scored."""
+        from safetensors.numpy import load
+
+        card = Scorecard.model_validate(
+            storage.read_json(storage.join(directory, "scorecard.json"))
+        )
+        arrays = load(storage.read_bytes(storage.join(directory, "scored.safetensors")))
+        named = {name: value for name, value in arrays.items() if "/" in name}
+        return cls(
+            card,
+            [Prompt(**it) for it in storage.read_json(storage.join(directory, "prompts.json"))],
+            arrays["pictures"],
+            arrays["unguided"],
+            {float(name[6:]): drawn for name, drawn in named.items() if name.startswith("sweep/")},
+            {name[6:]: values for name, values in named.items() if name.startswith("value/")},
+        )
+
+
+def score(
+    generator: Painter,
+    config: EvaluationConfig,
+    *,
+    prompts: Sequence[Prompt],
+    clip: Extractor,
+    reference: Pictures,
+    train: Pictures | None = None,
+    heldout: Loader | None = None,
+    scale: float | None = None,
+    progress: Progress | None = None,
+) -> Scored:
+    """Score a generator on prompts; `reference` are held-out pictures, `train` training ones (for
+    memorisation).
+
+    `heldout` is a loader of held-out encodings for the denoising loss of a generator that has
+    `denoising_loss`. `scale` skips the sweep: a champion scored anew keeps the scale it serves
+    with. ValueError when prompts, pictures and config do not fit.
+    """
+    return _Scoring(
+        generator, config, prompts, clip, reference, train, heldout, scale, progress
+    ).run()
+
+
+class _Scoring:
+    def __init__(
+        self,
+        generator: Painter,
+        config: EvaluationConfig,
+        prompts: Sequence[Prompt],
+        clip: Extractor,
+        reference: Pictures,
+        train: Pictures | None,
+        heldout: Loader | None,
+        scale: float | None,
+        progress: Progress | None,
+    ):
+        if config.kind == "shapes" and any(it.truth is None for it in prompts):
+            raise ValueError("prompts without a truth: score them with kind 'captions'")
+        if len(prompts) < 16:
+            raise ValueError(f"scores need at least 16 prompts, got {len(prompts)}")
+        if min(len(reference), len(prompts)) < config.kid_block:
+            raise ValueError(
+                f"kid_block is {config.kid_block}, but there are {len(reference)} references "
+                f"and {len(prompts)} prompts: hold out more, or lower kid_block"
+            )
+        self.generator, self.config, self.prompts, self.clip = (
+            generator,
+            config,
+            list(prompts),
+            clip,
+        )
+        self.reference, self.train, self.heldout, self.fixed = reference, train, heldout, scale
+        self.texts = [it.text for it in self.prompts]
+        self.first = min(config.sweep_prompts, len(self.prompts)) if scale is None else 0
+        self.scales = sorted({UNGUIDED, *config.guidance_scales}) if scale is None else []
+        self.sampler = Sampler(
+            generator,
+            steps=config.steps,
+            seed=config.seed,
+            batch=config.batch,
+            total=len(self.scales) * self.first + 2 * (len(self.prompts) - self.first),
+            progress=progress,
+        )
+        self.features = clip.images(reference).astype(np.float64)
+        self.text_features = clip.texts(self.texts).astype(np.float64)
+
+    @property
+    def main(self) -> str:
+        """The metric that chooses the scale and heads the page."""
+        return "correct" if self.config.kind == "shapes" else "retrieval"
+
+    def run(self) -> Scored:
+        sweep = {scale: self.sampler(self.texts[: self.first], scale)[0] for scale in self.scales}
+        rows = self._sweep(sweep)
+        best = self.fixed if self.fixed is not None else self._best(rows)
+        self.sampler.total = self.sampler.done + len({best, UNGUIDED}) * (
+            len(self.prompts) - self.first
+        )
+        pictures, seconds = self._complete(sweep, best)
+        unguided = self._complete(sweep, UNGUIDED)[0] if best != UNGUIDED else pictures
+        found, plain = self._measure(pictures), self._measure(unguided)
+        per_prompt = dict(found.per_prompt) | {f"{self.main}_unguided": plain.per_prompt[self.main]}
+        values = dict(found.values) | {
+            f"{name}_unguided": value for name, value in plain.values.items()
+        }
+        if loss := self._heldout_loss():
+            per_prompt["heldout_loss"], values["heldout_loss"] = loss
+        groups = self._groups(found)
+        of = np.array([it.group for it in self.prompts])
+        per_prompt |= {
+            f"{self.main}_{group}": found.per_prompt[self.main][of == group] for group in groups
+        }
+        headline = {
+            name: value.value for name, value in values.items() if not name.endswith("_unguided")
+        }
+        headline[f"{self.main}_unguided"] = values[f"{self.main}_unguided"].value
+        headline |= {f"{self.main}_{group}": row[self.main] for group, row in groups.items()}
+        drawn = len(pictures) - (self.first if best in sweep else 0)
+        speed = {
+            "pictures_per_second": drawn / seconds if seconds else 0.0,
+            "peak_memory_bytes": float(_peak_memory()),
+        }
+        card = Scorecard(
+            config=self.config,
+            scale=best,
+            headline=headline | {"pictures_per_second": speed["pictures_per_second"]},
+            values=values,
+            sweep=tuple(rows),
+            groups=groups,
+            attributes=self._attributes(found, plain),
+            speed=speed,
+        )
+        return Scored(card, self.prompts, pictures, unguided, sweep or {best: pictures}, per_prompt)
+
+    def _complete(self, sweep: Mapping[float, Pictures], scale: float) -> tuple[Pictures, float]:
+        """All pictures at a scale; those the sweep drew are not drawn again."""
+        begun = sweep.get(scale)
+        rest, seconds = self.sampler(self.texts, scale, first=0 if begun is None else len(begun))
+        if begun is None:
+            return rest, seconds
+        return (np.concatenate([begun, rest]) if len(rest) else begun), seconds
+
+    def _sweep(self, sweep: Mapping[float, Pictures]) -> list[Scale]:
+        """Cheap values at each scale. The distribution's are compared only with each other: they
+        are of few pictures.
+        """
+        rows: list[dict[str, float]] = []
+        for pictures in sweep.values():
+            features = self.clip.images(pictures)
+            count = min(len(features), len(self.features))
+            precision, recall = metrics.precision_recall(
+                features[:count], self.features[:count], neighbours=NEIGHBOURS
+            )
+            rows.append(
+                {
+                    self.main: float(self._fidelity(pictures, features)[self.main].mean()),
+                    "clip_score": float(
+                        metrics.clip_score(features, self.text_features[: len(features)]).mean()
+                    ),
+                    "kid": float(metrics.kid(features, self.features, block=count)[0]),
+                    "precision": precision,
+                    "recall": recall,
+                }
+            )
+        points = [(row[self.main], -row["kid"]) for row in rows]
+        pareto = [not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points) for p in points]
+        return [
+            Scale(scale=s, values=v, pareto=p) for s, v, p in zip(sweep, rows, pareto, strict=True)
+        ]
+
+    def _best(self, rows: Sequence[Scale]) -> float:
+        """The scale whose pictures show most of what was asked; of equals the one nearest to the
+        real pictures.
+        """
+        return max(rows, key=lambda row: (row.values[self.main], -row.values["kid"])).scale
+
+    def _fidelity(
+        self, pictures: Pictures, features: ndarray, shift: int = 0
+    ) -> dict[str, ndarray]:
+        """Per picture: does it show its prompt (or, shifted, that of another picture)?"""
+        count = len(pictures)
+        if self.config.kind == "shapes":
+            truths = [it.truth for it in self.prompts[:count]]
+            others = truths[shift:] + truths[:shift]
+            verdict = shapes_oracle.judge_all(
+                pictures, [truth for truth in others if truth is not None]
+            )
+            return {"correct": verdict.pop("all").astype(np.float64)} | {
+                f"correct_{name}": right.astype(np.float64) for name, right in verdict.items()
+            }
+        among = min(AMONG, count)
+        texts = np.roll(self.text_features[:count], -shift, 0)
+        return {"retrieval": metrics.retrieval_at_1(features, texts, among)}
+
+    def _measure(self, pictures: Pictures) -> _Measured:
+        config, count = self.config, len(pictures)
+        features = self.clip.images(pictures).astype(np.float64)
+        per_prompt = self._fidelity(pictures, features)
+        # Held against another's prompt is, prompts being exchangeable, the same as drawn from
+        # another's embedding.
+        shuffled = self._fidelity(pictures, features, shift=1 + count // 3)
+        per_prompt["clip_score"] = metrics.clip_score(features, self.text_features)
+        extractor = self._basis(count)
+        against = self._basis(count, self.reference, len(self.reference))
+        fidelity = extractor if self.config.kind == "captions" else self._oracle(count)
+        values = {
+            self.main: _value(metrics.proportion(per_prompt[self.main]), fidelity),
+            f"{self.main}_shuffled": _value(metrics.proportion(shuffled[self.main]), fidelity),
+            "clip_score": _value(
+                metrics.mean_interval(per_prompt["clip_score"], config.blocks), extractor
+            ),
+        }
+        kid = metrics.kid(features, self.features, block=config.kid_block)
+        per_prompt["kid"] = kid
+        values["kid"] = (
+            _value(metrics.interval(kid), against)
+            if len(kid) > 1
+            else Value(value=float(kid[0]), basis=against)
+        )
+        values["fid"] = Value(value=metrics.fid(features, self.features), basis=against)
+        for name, number in zip(
+            ("precision", "recall"),
+            metrics.precision_recall(features, self.features, neighbours=NEIGHBOURS),
+            strict=True,
+        ):
+            values[name] = Value(value=number, basis=against)
+        if self.train is not None and len(self.train):
+            excess = metrics.memorisation(features, self._train_features(), self.features)
+            per_prompt["memorisation"] = excess
+            basis = self._basis(count, self.train, len(self.train))
+            values["memorisation"] = _value(metrics.mean_interval(excess, config.blocks), basis)
+        return _Measured(per_prompt, values, shuffled)
+
+    def _train_features(self) -> ndarray:
+        if not hasattr(self, "_train"):
+            assert self.train is not None
+            self._train = self.clip.images(self.train)
+        return self._train
+
+    def _heldout_loss(self) -> tuple[ndarray, Value] | None:
+        """The denoising loss on fixed (picture, noise, time) triples of held-out samples."""
+        loss: Callable[..., Any] | None = getattr(self.generator, "denoising_loss", None)
+        if loss is None or self.heldout is None:
+            return None
+        from training.measuring import fixed_rows
+
+        rows = fixed_rows(self.heldout.samples, self.config.heldout_loss_samples)
+        chunks = (rows[i : i + self.config.batch] for i in range(0, len(rows), self.config.batch))
+        losses, keys = [], []
+        for chunk in chunks:
+            batch = self.heldout.rows(chunk)
+            keys += batch["key"] if "key" in batch else chunk.tolist()
+            losses.append(np.asarray(loss(batch, self.config.seed), np.float64).reshape(-1))
+        found = np.concatenate(losses)
+        named = hashlib.blake2b(" ".join(map(str, keys)).encode(), digest_size=8).hexdigest()
+        basis = Basis(
+            judge="the model itself", count=len(found), reference=named, reference_count=len(found)
+        )
+        return found, _value(metrics.mean_interval(found, self.config.blocks), basis)
+
+    def _groups(self, found: _Measured) -> dict[str, dict[str, float]]:
+        groups = np.array([it.group for it in self.prompts])
+        named = (self.main, "clip_score")
+        return {
+            str(group): {
+                name: float(found.per_prompt[name][groups == group].mean()) for name in named
+            }
+            | {"prompts": float((groups == group).sum())}
+            for group in sorted(set(groups.tolist()))
+        }
+
+    def _attributes(self, found: _Measured, plain: _Measured) -> dict[str, dict[str, float]]:
+        groups = np.array([it.group for it in self.prompts])
+        table = {}
+        for name, right in found.per_prompt.items():
+            if not name.startswith("correct_"):
+                continue
+            row = {"all": float(right.mean())}
+            row |= {str(g): float(right[groups == g].mean()) for g in sorted(set(groups.tolist()))}
+            row |= {
+                "unguided": float(plain.per_prompt[name].mean()),
+                "shuffled": float(found.shuffled[name].mean()),
+            }
+            table[name.removeprefix("correct_")] = row
+        return table
+
+    def _oracle(self, count: int) -> Basis:
+        return Basis(judge="oracle", count=count, prompts=digest(self.prompts))
+
+    def _basis(self, count: int, against: Pictures | None = None, among: int = 0) -> Basis:
+        names = dict(self.clip.tuple_id)
+        return Basis(
+            judge=names["extractor"],
+            weights=names.get("weights"),
+            resize=names.get("resize"),
+            count=count,
+            prompts=digest(self.prompts),
+            reference=None if against is None else self._digest(against),
+            reference_count=among,
+        )
+
+    def _digest(self, pictures: Pictures) -> str:
+        cache = self.__dict__.setdefault("_digests", {})
+        if id(pictures) not in cache:
+            data = np.ascontiguousarray(pictures)
+            cache[id(pictures)] = hashlib.blake2b(data.tobytes(), digest_size=8).hexdigest()
+        return cache[id(pictures)]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    per_prompt: dict[str, ndarray]
+    values: dict[str, Value]
+    shuffled: dict[str, ndarray]
+
+
+def _value(found: metrics.Interval, basis: Basis) -> Value:
+    return Value(value=found.mean, low=found.low, high=found.high, basis=basis)
+
+
+def _peak_memory() -> int:
+    """Bytes this process held at most, on the accelerator if there is one in use."""
+    if (
+        (torch := sys.modules.get("torch"))
+        and torch.cuda.is_available()
+        and torch.cuda.max_memory_allocated()
+    ):
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

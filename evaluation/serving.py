@@ -1,0 +1,173 @@
+"""A packaged generator as an MLflow model: prompts in, PNG files out.
+
+MLflow copies this one file beside the package and runs it ("models from code") where darkroom is
+not installed, so it imports nothing of darkroom. What it uses of the package it checks against the
+manifest first; the package's code then runs from the checked bytes, under a name made of their
+digest, so that two versions live in one process.
+"""
+
+import hashlib
+import importlib
+import importlib.abc
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
+from PIL import Image
+
+
+def code_name(sources: Mapping[str, bytes]) -> str:
+    """`darkroom_` and 12 hex characters that name these sources {path below the package:
+    content}.
+    """
+    lines = (
+        f"{hashlib.sha256(text).hexdigest()}  {path}\n" for path, text in sorted(sources.items())
+    )
+    return "darkroom_" + hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
+
+
+def verify(package: str | Path, manifest_sha256: str | None = None) -> dict[str, Any]:
+    """The manifest of a package folder whose every file is as it was packaged.
+
+    ValueError names the first file that is missing or changed; `manifest_sha256` covers the
+    manifest itself.
+    """
+    package = Path(package)
+    path = package / "manifest.json"
+    _check(path, manifest_sha256)
+    manifest = json.loads(path.read_bytes())
+    for name, want in manifest["files"].items():
+        _check(package / name, want)
+    return manifest
+
+
+def open_generator(
+    package: str | Path, device: str | None = None, manifest_sha256: str | None = None
+) -> Any:
+    """The package's generator, loaded by the package's own code: `(prompts, *, negative, guidance,
+    steps, seed)` -> uint8 [n, H, W, 3]. ValueError names a file that is missing or changed."""
+    package = Path(package)
+    manifest = verify(package, manifest_sha256)
+    name = manifest["code"]
+    if name not in sys.modules:
+        root = package / name
+        listed = [file for file in manifest["files"] if file.startswith(f"{name}/")]
+        sources = {file.partition("/")[2]: (package / file).read_bytes() for file in listed}
+        if code_name(sources) != name:
+            raise ValueError(
+                f"{root}: this code is {code_name(sources)}; take the package anew from the "
+                f"registry"
+            )
+        sys.meta_path.insert(0, _Sources(name, root, sources))
+    module = importlib.import_module(f"{name}.training.generator")
+    return module.Generator.load(str(package / "generator"), device=device)
+
+
+def _check(path: Path, want: str | None) -> None:
+    advice = "take the package anew from the registry, or roll back"
+    if not path.is_file():
+        raise ValueError(f"{path}: this file of the package is missing; {advice}")
+    if want is not None:
+        with path.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+        if got != want:
+            raise ValueError(
+                f"{path}: changed since it was packaged "
+                f"(sha256 {got[:12]}, recorded {want[:12]}); {advice}"
+            )
+
+
+class _Sources(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader):
+    """Imports a package from sources in memory.
+
+    Neither byte code that lies about nor a change on disk after the check can run.
+    """
+
+    def __init__(self, name: str, root: Path, sources: Mapping[str, bytes]) -> None:
+        self.files: dict[str, tuple[str, str]] = {}
+        for path, text in sources.items():
+            parts = path.removesuffix(".py").split("/")
+            module = ".".join([name, *(parts[:-1] if parts[-1] == "__init__" else parts)])
+            self.files[module] = (str(root / path), text.decode())
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname not in self.files:
+            return None
+        spec = importlib.util.spec_from_loader(fullname, self)
+        assert spec is not None
+        if spec.submodule_search_locations is not None:
+            spec.submodule_search_locations = []  # what else lies in the folder is not packaged
+        return spec
+
+    def is_package(self, fullname: str) -> bool:
+        return self.files[fullname][0].endswith("__init__.py")
+
+    def get_source(self, fullname: str) -> str:
+        return self.files[fullname][1]
+
+    def get_filename(self, fullname: str) -> str:
+        return self.files[fullname][0]
+
+
+def _prompts(model_input: Any) -> list[str]:
+    """The prompts in a table (column `prompt`, else its first), a list, a mapping or a string, in
+    order.
+    """
+    if isinstance(model_input, pd.DataFrame):
+        column = "prompt" if "prompt" in model_input else model_input.columns[0]
+        model_input = model_input[column].tolist()
+    elif isinstance(model_input, Mapping):
+        model_input = model_input["prompt"]
+    if isinstance(model_input, str):
+        return [model_input]
+    if not isinstance(model_input, Sequence):
+        raise ValueError(
+            f"expected prompts as strings, got {type(model_input).__name__}: {model_input!r:.80}"
+        )
+    return [prompt for entry in model_input for prompt in _prompts(entry)]
+
+
+def _png(picture: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+class PackagedGenerator(PythonModel):
+    """Artifact `package`: the package folder; model config `manifest`: the sha256 of its
+    manifest.
+    """
+
+    def load_context(self, context: Any) -> None:
+        config = context.model_config or {}
+        self.generator = open_generator(
+            context.artifacts["package"], config.get("device"), config.get("manifest")
+        )
+
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride]: the base returns nothing
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[bytes]:
+        """One PNG for each prompt; picture i is drawn from seed + i.
+
+        Besides a table with a `prompt` column, a list of strings or {"prompt": ...} is understood.
+        Params: negative_prompt, guidance, steps, seed; what is left out is the package's default.
+        """
+        params = {key: value for key, value in (params or {}).items() if value is not None}
+        pictures = self.generator(
+            _prompts(model_input),
+            negative=params.get("negative_prompt") or None,
+            guidance=params.get("guidance"),
+            steps=params.get("steps"),
+            seed=int(params.get("seed", 0)),
+        )
+        return [_png(picture) for picture in pictures]
+
+
+set_model(PackagedGenerator())

@@ -1,0 +1,82 @@
+"""A package of a tiny stand-in for the generator: what packaging, serving and the registry need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from evaluation.packaging import package
+
+GENERATOR = """
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from training.networks import paint
+
+
+class Generator:
+    def __init__(self, shade, defaults):
+        self.shade, self.defaults = shade, defaults
+
+    @classmethod
+    def load(cls, directory, device=None):
+        read = json.loads(Path(directory, "generator.json").read_text())
+        weights = Path(directory, "base", "weights.safetensors").read_bytes()
+        return cls(int(weights[0]), read["defaults"])
+
+    def __call__(self, prompts, *, negative=None, guidance=None, steps=None, seed=0, sampler=None):
+        from .late import noise
+
+        guidance = self.defaults["guidance"] if guidance is None else guidance
+        return np.stack([
+            paint(noise(f"{prompt}|{negative}|{guidance}|{steps}|{seed + i}"), self.shade)
+            for i, prompt in enumerate(prompts)
+        ])
+"""
+FILES = {
+    "training/__init__.py": "",
+    "training/generator.py": GENERATOR,
+    "training/late.py": (
+        "import random\n\nimport numpy as np\n\n\ndef noise(key):\n"
+        "    return np.frombuffer(random.Random(key).randbytes(192), np.uint8).reshape(8, 8, 3)\n"
+    ),
+    "training/networks/__init__.py": (
+        "from typing import TYPE_CHECKING\n\nfrom pipeline.shades import SHIFT\n\n"
+        "if TYPE_CHECKING:\n    from training.unused import Thing\n\n\n"
+        "def paint(noise, shade):\n    return noise // 2 + shade + SHIFT\n"
+    ),
+    "training/unused.py": "raise RuntimeError('not part of the generator')\n",
+    "pipeline/__init__.py": "",
+    "pipeline/shades.py": "SHIFT = 1\n",
+}
+
+
+def write_files(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def _make(folder: Path, *, shift: int = 1, shade: int = 9, **options) -> Path:
+    """A package of a tiny stand-in for the generator, with code and weights to choose."""
+    root = write_files(
+        folder / f"code-{shift}", FILES | {"pipeline/shades.py": f"SHIFT = {shift}\n"}
+    )
+    weights = folder / f"generator-{shade}"
+    write_files(weights, {"generator.json": '{"defaults": {"guidance": 3.0, "steps": 16}}'})
+    (weights / "base").mkdir(exist_ok=True)
+    (weights / "base" / "weights.safetensors").write_bytes(bytes([shade]))
+    options = {"recipe": {"name": "tiny"}, "lineage": {"dataset": "d", "version": 1}} | options
+    return Path(package(weights, folder / "packages", code_root=root, **options))
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(shift=1, shade=9) -> a package's folder: shift is in its code, shade in its weights."""
+    return lambda **options: _make(tmp_path, **options)

@@ -1,0 +1,286 @@
+"""A painter of known skill gets the scores it deserves; only like is compared with like."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluation.gate import GatePolicy, Margin, decide
+from evaluation.prompts import Prompt
+from evaluation.scorecard import EvaluationConfig, Scorecard, Scored, score
+from evaluation.shapes_oracle import ATTRIBUTES
+from pipeline import shapes
+
+CONFIG = EvaluationConfig(
+    kind="shapes",
+    prompts=96,
+    guidance_scales=(2.0, 6.0),
+    sweep_prompts=32,
+    reference_count=96,
+    batch=20,
+    kid_block=16,
+    blocks=8,
+    gallery=10,
+)
+
+
+def prompts_of(count, seed=0):
+    scenes = [shapes.scene(seed, i) for i in range(count)]
+    return [
+        Prompt(
+            f"{i}: {shapes.caption(it, seed, i, 'heldout')}", ("seen", "unseen")[i % 2], it.truth()
+        )
+        for i, it in enumerate(scenes)
+    ]
+
+
+PROMPTS = prompts_of(96)
+TRUTHS = {it.text: dict(it.truth or {}) for it in PROMPTS}
+
+
+def drawn(count, seed):
+    return np.stack([shapes.draw(shapes.scene(seed, i), 32) for i in range(count)])
+
+
+class Painter:
+    """Draws the truth; where `slips(index, guidance)` says so, in another colour."""
+
+    def __init__(self, slips):
+        self.slips, self.drawn = slips, []
+
+    def __call__(self, prompts, *, guidance=None, steps=None, seed: Any = 0):
+        self.drawn += [(text, guidance, s) for text, s in zip(prompts, seed, strict=True)]
+        return np.stack([self.paint(t, guidance, s) for t, s in zip(prompts, seed, strict=True)])
+
+    def paint(self, text, guidance, seed):
+        truth = dict(TRUTHS[text])
+        if self.slips(int(text.split(":")[0]), guidance):
+            colours = tuple(shapes.COLOURS)
+            truth["colour"] = colours[(colours.index(truth["colour"]) + 1) % len(colours)]
+        return shapes.draw(shapes.scene_of(truth, 1, seed), 32)
+
+
+class Thumbnails:
+    """Features that know what a picture shows: coarse pixels; a caption's are those of a drawing of
+    it.
+    """
+
+    def __init__(self):
+        self.tuple_id = {"extractor": "thumbnails", "weights": "none", "resize": "to 8"}
+
+    def images(self, pictures):
+        n, side = pictures.shape[:2]
+        small = (
+            pictures.reshape(n, 8, side // 8, 8, side // 8, 3).mean((2, 4)).reshape(n, -1) - 128.0
+        )
+        return (small / np.linalg.norm(small, axis=1, keepdims=True)).astype(np.float32)
+
+    def texts(self, captions):
+        return self.images(
+            np.stack([shapes.draw(shapes.scene_of(TRUTHS[c], 2, 0), 32) for c in captions])
+        )
+
+
+def scored(painter, config=CONFIG, **more):
+    return score(
+        painter,
+        config,
+        prompts=PROMPTS,
+        clip=Thumbnails(),
+        reference=drawn(96, 5),
+        train=drawn(96, 6),
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Right at scale 6, wrong for every fourth prompt at 2, and for every prompt of the unseen
+    group at 1.
+    """
+    painter = Painter(
+        lambda i, guidance: (guidance == 2.0 and i % 4 == 0) or (guidance == 1.0 and i % 2 == 1)
+    )
+    return painter, scored(painter)
+
+
+def test_the_best_scale_is_chosen_and_its_values_are_those_of_the_painter(known):
+    card = known[1].scorecard
+    assert card.scale == 6.0
+    assert [row.scale for row in card.sweep] == [1.0, 2.0, 6.0]
+    assert [row.values["correct"] for row in card.sweep] == [0.5, 0.75, 1.0]
+    assert (
+        card.headline["correct"]
+        == card.headline["correct_seen"]
+        == card.headline["correct_unseen"]
+        == 1.0
+    )
+    assert card.headline["correct_unguided"] == 0.5
+    assert card.headline["correct_shuffled"] < 0.05
+    assert card.values["correct"].low == pytest.approx(0.96, abs=0.01)
+    assert card.groups["unseen"]["prompts"] == 48
+    assert any(row.pareto for row in card.sweep)
+
+
+def test_only_the_attribute_that_was_wrong_is_blamed(known):
+    table = known[1].scorecard.attributes
+    assert set(table) == set(ATTRIBUTES)
+    assert {name: row["unguided"] for name, row in table.items()} == dict.fromkeys(
+        ATTRIBUTES, 1.0
+    ) | {"colour": 0.5}
+    assert table["size"]["shuffled"] == pytest.approx(0.5, abs=0.2)
+    assert table["place"]["shuffled"] == pytest.approx(1 / 9, abs=0.12)
+
+
+def test_nothing_is_drawn_twice_and_the_seed_goes_with_the_prompt(known):
+    drawn_by = known[0].drawn
+    assert len(drawn_by) == len(set(drawn_by)) == 3 * 32 + 2 * 64
+    assert {seed - int(text.split(":")[0]) for text, _, seed in drawn_by} == {CONFIG.seed}
+
+
+def test_progress_ends_at_its_total():
+    told = []
+    scored(Painter(lambda *_: False), progress=lambda done, total: told.append((done, total)))
+    assert told[0] == (20, 3 * 32 + 2 * 64)
+    assert told[-1][0] == told[-1][1]
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_the_distribution_of_good_drawings_is_that_of_the_reference(known):
+    card = known[1].scorecard
+    assert card.values["kid"].low < 0.01
+    assert card.headline["precision"] > 0.6
+    assert card.headline["recall"] > 0.6
+    assert abs(card.headline["memorisation"]) < 0.05
+    copies = drawn(96, 6)
+    painter = Painter(lambda *_: False)
+    painter.paint = lambda text, guidance, seed: copies[int(text.split(":")[0])]
+    assert scored(painter).scorecard.values["memorisation"].low > 0.01
+
+
+def test_a_champion_scored_anew_is_paired_prompt_by_prompt(known):
+    again = scored(Painter(lambda i, guidance: i == 0), scale=6.0)
+    assert again.scorecard.scale == 6.0
+    assert again.scorecard.sweep == ()
+    difference = known[1].per_prompt["correct"] - again.per_prompt["correct"]
+    assert difference.tolist() == [1.0] + [0.0] * 95
+    for name, value in again.scorecard.values.items():
+        assert value.comparable(known[1].scorecard.values[name])
+
+
+def test_values_on_other_prompts_or_references_are_not_comparable(known):
+    other = score(
+        Painter(lambda *_: False),
+        CONFIG,
+        prompts=PROMPTS[::-1],
+        clip=Thumbnails(),
+        reference=drawn(96, 8),
+    )
+    mine, theirs = known[1].scorecard.values, other.scorecard.values
+    assert not mine["correct"].comparable(theirs["correct"])
+    assert not mine["kid"].comparable(theirs["kid"])
+    assert "memorisation" not in theirs
+
+
+def test_what_was_scored_is_found_again(known, tmp_path):
+    card = known[1].scorecard
+    assert Scorecard.model_validate_json(card.model_dump_json()) == card
+    known[1].save(str(tmp_path))
+    again = Scored.load(str(tmp_path))
+    assert again.scorecard == card
+    assert again.prompts == PROMPTS
+    assert np.array_equal(again.pictures, known[1].pictures)
+    assert {scale: len(drawn) for scale, drawn in again.sweep.items()} == {
+        1.0: 32,
+        2.0: 32,
+        6.0: 32,
+    }
+    assert (
+        set(again.per_prompt)
+        == set(known[1].per_prompt)
+        >= {"correct", "correct_colour", "clip_score", "kid"}
+    )
+    assert all(
+        np.array_equal(again.per_prompt[name], known[1].per_prompt[name])
+        for name in again.per_prompt
+    )
+
+
+def test_the_gate_can_decide_on_what_was_scored(known):
+    policy = GatePolicy(
+        absolute={"correct": 0.9, "correct_unseen": 0.9},
+        non_inferior={"correct": 0.1, "kid": Margin(margin=0.1, better="lower", samples=6)},
+        facts=(),
+        min_samples=48,
+        blocks=8,
+    )
+    poor = scored(Painter(lambda i, guidance: i % 3 == 0), scale=6.0)
+    good = known[1].evidence("good")
+    assert decide(good, poor.evidence("poor"), policy).promote
+    verdict = decide(poor.evidence("poor"), good, policy)
+    failed = {check.name for check in verdict.checks if not check.passed}
+    assert failed == {"absolute.correct", "absolute.correct_unseen", "non_inferior.correct"}
+
+
+def test_the_sheets_show_the_first_pictures(known):
+    assert known[1].gallery(5).shape == (2 * 34 + 2, 5 * 34 + 2, 3)
+    grid = known[1].grid(rows=4)
+    assert grid.shape == (4 * 34 + 2, 3 * 34 + 2, 3)
+    assert np.array_equal(grid[2:34, 70:102], known[1].pictures[0])
+
+
+def test_captions_are_judged_by_retrieval():
+    config = CONFIG.model_copy(update={"kind": "captions"})
+    right = scored(Painter(lambda *_: False), config).scorecard
+    assert right.headline["retrieval"] > 0.9
+    assert right.headline["retrieval_shuffled"] < 0.1
+    assert right.attributes == {}
+    assert {"retrieval_seen", "retrieval_unseen", "retrieval_unguided"} <= set(right.headline)
+
+
+class Losing(Painter):
+    def denoising_loss(self, batch, seed):
+        return np.asarray(batch["position"]) / 10.0
+
+
+class Held:
+    samples = 50
+
+    def rows(self, indices):
+        return {"position": indices, "key": [f"k{i}" for i in indices]}
+
+
+def test_the_held_out_loss_is_that_of_fixed_samples():
+    config = CONFIG.model_copy(update={"heldout_loss_samples": 50, "batch": 7})
+    found = scored(Losing(lambda *_: False), config, heldout=Held(), scale=1.0)
+    assert found.per_prompt["heldout_loss"].tolist() == [i / 10 for i in range(50)]
+    assert found.scorecard.headline["heldout_loss"] == pytest.approx(2.45)
+
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(ValueError, match="without a truth"):
+        score(
+            Painter(lambda *_: False),
+            CONFIG,
+            prompts=[Prompt("x", "seen")] * 20,
+            clip=Thumbnails(),
+            reference=drawn(96, 1),
+        )
+    with pytest.raises(ValueError, match="at least 16 prompts"):
+        score(
+            Painter(lambda *_: False),
+            CONFIG,
+            prompts=PROMPTS[:9],
+            clip=Thumbnails(),
+            reference=drawn(96, 1),
+        )
+    with pytest.raises(ValueError, match="kid_block"):
+        score(
+            Painter(lambda *_: False),
+            CONFIG,
+            prompts=PROMPTS,
+            clip=Thumbnails(),
+            reference=drawn(9, 1),
+        )
+    with pytest.raises(ValueError, match="guidance_scales"):
+        EvaluationConfig(guidance_scales=(-1.0,))
