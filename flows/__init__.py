@@ -1,0 +1,1 @@
+"""Wires the folders below into one line: data -> stages -> model -> champion."""

@@ -1,0 +1,168 @@
+"""The command line: `darkroom COMMAND ...`, or `python -m flows COMMAND ...`.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or recipe, 3 a gate said no. With --json the last line of
+stdout is one
+JSON object; everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from . import commands
+from .progress import say
+from .settings import prepare_environment
+
+DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
+
+EPILOG = """\
+RECIPE is a preset's name (darkroom recipes) or a YAML/JSON file; key=value overrides one of
+its keys, e.g. darkroom run shapes base.training.images=300000 'data.sources=["photos"]'
+MODEL is a registered model's name (its champion), models:/NAME/VERSION, models:/NAME@ALIAS or
+a folder.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="darkroom",
+        description="From captioned pictures to a text-to-image model in service.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def verb(name: str, help: str, run: Callable[..., dict[str, Any]]) -> argparse.ArgumentParser:
+        it = verbs.add_parser(name, help=help, description=help, epilog=EPILOG)
+        it.formatter_class = argparse.RawDescriptionHelpFormatter
+        it.add_argument("--json", action="store_true", help="one JSON object as the last line")
+        it.set_defaults(run=run)
+        return it
+
+    def recipe(it: argparse.ArgumentParser, default: str | None = None) -> None:
+        if default:
+            it.add_argument("recipe", nargs="?", default=default, metavar="RECIPE")
+        else:
+            it.add_argument("recipe", metavar="RECIPE")
+
+    def overrides(it: argparse.ArgumentParser) -> None:
+        it.add_argument("overrides", nargs="*", metavar="key=value")
+
+    it = verb("run", "the whole line: ingest, train, encode, score, gate, register", commands.run)
+    recipe(it, "shapes")
+    overrides(it)
+    it.add_argument("--fresh", action="store_true", help="train every stage anew")
+
+    it = verb("ingest", "read sources into a data set's shards", commands.ingest)
+    it.add_argument("sources", nargs="+", metavar="SOURCE")
+    it.add_argument("--dataset", required=True, metavar="URL")
+    it.add_argument("--side", type=int, default=512, help="largest stored side in pixels")
+
+    it = verb("encode", "a recipe's data set through its encoders", commands.encode)
+    recipe(it)
+    overrides(it)
+
+    it = verb("train", "one stage of a recipe, and what it needs", commands.train)
+    recipe(it)
+    it.add_argument("stage", metavar="STAGE")
+    overrides(it)
+    it.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+
+    it = verb("sample", "draw pictures from prompts", commands.sample)
+    it.add_argument("model", metavar="MODEL")
+    it.add_argument("prompts", nargs="+", metavar="PROMPT")
+    it.add_argument("--out", required=True, metavar="DIR")
+    it.add_argument("--negative", default=None, metavar="TEXT", help="what must not be seen")
+    it.add_argument("--guidance", type=float, default=None, metavar="S")
+    it.add_argument("--steps", type=int, default=None, metavar="N")
+    it.add_argument("--seed", type=int, default=0, metavar="K")
+    it.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each prompt")
+
+    it = verb("evaluate", "score a registered model anew", commands.evaluate)
+    it.add_argument("model", metavar="MODEL")
+
+    it = verb("promote", "put a registered version through the gate", commands.promote)
+    it.add_argument("model", metavar="MODEL")
+    it.add_argument("--dry-run", action="store_true", help="decide, change nothing")
+
+    it = verb("rollback", "make the previous champion the champion again", commands.rollback)
+    it.add_argument("name", metavar="NAME")
+
+    verb("recipes", "the presets and what each is for", commands.recipes_)
+    verb("doctor", "check this machine and its settings", commands.doctor)
+    verb("status", "data sets, stages and models of this home", commands.status)
+
+    it = verb("deploy", "serve the scheduled retraining of a recipe", commands.deploy)
+    recipe(it, "shapes")
+    overrides(it)
+    return root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    known, extra = parser().parse_known_args(arguments)
+    options = vars(known)
+    late = [word for word in extra if "=" in word and not word.startswith("-")]
+    if late != extra or (late and "overrides" not in options):
+        parser().error(f"unrecognised: {' '.join(word for word in extra if word not in late)}")
+    if late:  # overrides that stand behind an option
+        options["overrides"] = [*options["overrides"], *late]
+    run, as_json = options.pop("run"), options.pop("json")
+    options.pop("command")
+    if options.get("recipe") and "=" in options["recipe"]:
+        # `darkroom run key=value`: the first override stands where the recipe may stand.
+        options["overrides"] = [options["recipe"], *options["overrides"]]
+        options["recipe"] = "shapes"
+    prepare_environment()
+    with _stdout_kept() as answer:
+        code, result = _outcome(run, options)
+        if as_json:
+            answer(json.dumps(result, default=str))
+        elif "text" in result:
+            answer(result["text"])
+    if "error" in result:
+        say(f"darkroom: {result['error']}")
+    return code
+
+
+def _outcome(run: Callable[..., dict[str, Any]], options: dict[str, Any]):
+    from .recipe import RecipeError
+
+    try:
+        result = run(**options)
+    except (RecipeError, commands.UsageError) as error:
+        return USAGE, {"error": str(error)}
+    except KeyboardInterrupt:
+        return 130, {"error": "interrupted; the same command goes on from here"}
+    except Exception as error:
+        if os.environ.get("DARKROOM_DEBUG"):
+            raise
+        return FAILED, {"error": f"{type(error).__name__}: {error}"}
+    return (REFUSED if result.get("refused") else DONE), result
+
+
+class _stdout_kept:
+    """Whatever a library prints goes to stderr; stdout gets the answer alone."""
+
+    def __enter__(self) -> Callable[[str], None]:
+        sys.stdout.flush()
+        self._kept = os.dup(1)
+        os.dup2(2, 1)
+        return self._answer
+
+    def _answer(self, text: str) -> None:
+        with os.fdopen(os.dup(self._kept), "w") as out:
+            out.write(text.rstrip("\n") + "\n")
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        os.dup2(self._kept, 1)
+        os.close(self._kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

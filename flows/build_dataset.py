@@ -1,0 +1,87 @@
+"""Sources -> shards -> encoded shards: all that the stages learn from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipeline.encode import encode, pixels_spec
+from pipeline.ingest import IngestResult, ingest
+from pipeline.manifest import Manifest
+from pipeline.schema import EncoderSpec
+
+from .line import INPUTS, Line
+from .progress import meter
+
+
+def ingest_sources(line: Line) -> IngestResult:
+    """Read what is new in the recipe's sources; nothing is read twice."""
+    sources = line.recipe.data.source_urls(line.recipe.seed)
+    if not sources:
+        raise ValueError(
+            f"recipe {line.recipe.name} has no data: set data.sources to folders, tables or tars, "
+            "e.g. data.sources='[\"my-pictures\"]', or data.scenes to a number of drawn scenes"
+        )
+    with meter("ingest") as progress:
+        return ingest(
+            sources,
+            line.dataset,
+            line.rules,
+            line.recipe.executor,
+            lambda stage, done, total: progress(done, total, stage),
+        )
+
+
+def encode_pixels(line: Line, data: Manifest) -> None:
+    """Decode every picture once, to the side that is learnt."""
+    with meter("pixels") as progress:
+        encode(data, [pixels_spec(line.recipe.data.side)], None, line.recipe.executor, progress)
+
+
+def encode_stages(line: Line, data: Manifest) -> None:
+    """Latents and text embeddings by the frozen stages."""
+    from training import encoders
+
+    with meter("encode") as progress:
+        encode(data, encoder_specs(line, data), encoders.build, line.recipe.executor, progress)
+
+
+def encoder_specs(line: Line, data: Manifest) -> list[EncoderSpec]:
+    """The encoders that the base listens to, as they are now on disk."""
+    from training import encoders
+
+    side = line.recipe.data.side
+    return [
+        encoders.spec_of(line.source(name, data), name, side if name == "autoencoder" else None)
+        for name in INPUTS["base"]
+    ]
+
+
+@task(name="ingest", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)
+def ingest_task(line: Line) -> IngestResult:
+    return ingest_sources(line)
+
+
+@task(name="decode", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)
+def decode_task(line: Line, data: Manifest) -> None:
+    encode_pixels(line, data)
+
+
+@task(name="encode", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)
+def encode_task(line: Line, data: Manifest) -> None:
+    encode_stages(line, data)
+
+
+@flow(name="build-dataset", flow_run_name="data of {name}")
+def build_dataset(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """Bring the data set up to date with its sources; leaves a table of what became of each row."""
+    it = Line.from_json(line)
+    result = ingest_task(it)
+    decode_task(it, result.manifest)
+    rows = [{"outcome": what, "rows": count} for what, count in sorted(result.counts.items())]
+    text = f"{name}, version {result.manifest.version}, data {result.manifest.digest}"
+    create_table_artifact(rows, key=f"{it.slug}-rows", description=text)
+    return {"version": result.manifest.version, "new": result.new, "reused": result.reused}

@@ -1,0 +1,43 @@
+"""Ray for as long as a piece of work needs it: the cluster of RAY_ADDRESS, or one of our own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray is up inside; a session that is already there is used and left as it is.
+
+    ray.init replaces the process's SIGTERM handler, and with it Prefect's cancellation: it is put
+    back.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    before = signal.getsignal(signal.SIGTERM)
+    root = Path(__file__).resolve().parent.parent
+    ray.init(
+        address=address,
+        # Logical cores: Data's readers, its actors and Train's workers share two real ones.
+        num_cpus=None if address else max(4, os.cpu_count() or 1),
+        object_store_memory=None if address else 512 * 2**20,
+        include_dashboard=False if not address else None,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"}},
+    )
+    with suppress(ValueError):  # not in the main thread: ray left the handler alone there as well
+        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,368 @@
+"""What each command of the command line does: a plain function from its arguments to JSON."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import recipe as recipes
+from .line import INPUTS, Line
+from .progress import meter, say
+from .recipe import FROZEN, STAGES
+from .settings import settings
+
+
+class UsageError(ValueError):
+    """The command cannot be carried out as it was given."""
+
+
+def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any]:
+    from .retrain import finished, retrain, summary
+
+    line = _line(recipe, overrides)
+    if fresh:
+        _forget(line, STAGES)
+    result = None if fresh else finished(line)
+    if result is None:
+        recipes.check_stages(line.recipe)
+        result = retrain(recipe, overrides)
+    else:
+        say("nothing changed since this model was made: all of it is already done")
+    return result | {
+        "text": summary(line, result),
+        "refused": not result["verdict"]["promote"],
+    }
+
+
+def ingest(sources: list[str], dataset: str, side: int) -> dict[str, Any]:
+    from pipeline.execute import Executor
+    from pipeline.ingest import IngestRules
+    from pipeline.ingest import ingest as read
+
+    from .cluster import ray_session
+
+    rules = IngestRules(max_side=side)
+    with ray_session(), meter("ingest") as progress:
+        result = read(
+            [_url(source) for source in sources],
+            dataset,
+            rules,
+            Executor(kind="ray"),
+            lambda stage, done, total: progress(done, total, stage),
+        )
+    counts = ", ".join(f"{what} {count}" for what, count in sorted(result.counts.items()))
+    return {
+        "dataset": dataset,
+        "version": result.manifest.version,
+        "digest": result.manifest.digest,
+        "counts": dict(result.counts),
+        "new": result.new,
+        "reused": ["data"] if result.reused else [],
+        "text": f"{dataset} version {result.manifest.version}: {counts}; {result.new} new",
+    }
+
+
+def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    from .build_dataset import encode_stages, encoder_specs
+
+    line = _line(recipe, overrides)
+    data, reused = _prepare(line, FROZEN)
+    with _ray():
+        encode_stages(line, data)
+    made = {spec.name: spec.fingerprint for spec in encoder_specs(line, data)}
+    shown = ", ".join(f"{name} {value}" for name, value in made.items())
+    return {
+        "dataset": line.dataset,
+        "version": data.version,
+        "encodings": made,
+        "reused": reused,
+        "text": f"{line.dataset} version {data.version} encoded: {shown}",
+    }
+
+
+def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) -> dict[str, Any]:
+    from .build_dataset import encode_stages
+    from .train_stage import train as fit
+
+    line = _line(recipe, overrides)
+    line.recipe.stage(stage)
+    data, reused = _prepare(line, INPUTS[stage])
+    if fresh:
+        _forget(line, (stage,))
+    with _ray():
+        if INPUTS[stage]:
+            encode_stages(line, data)
+        done, found = fit(line, stage, data)
+    where = str(line.stage_dir(stage, data))
+    return {
+        "stage": stage,
+        "directory": where,
+        "measured": done.get("measured", {}),
+        "seconds": done.get("seconds"),
+        "reused": [*reused, *([stage] if found else [])],
+        "text": f"{stage}: {'already trained' if found else 'trained'}, in {where}",
+    }
+
+
+def sample(
+    model: str,
+    prompts: list[str],
+    out: str,
+    negative: str | None,
+    guidance: float | None,
+    steps: int | None,
+    seed: int,
+    count: int,
+) -> dict[str, Any]:
+    from evaluation.registry import load
+    from evaluation.sample import png
+    from pipeline import storage
+
+    if count < 1:
+        raise UsageError(f"--count must be at least 1, got {count}")
+    generator = load(model, tracking_uri=settings().mlflow_uri)
+    texts = [prompt for prompt in prompts for _ in range(count)]
+    pictures = generator(texts, negative=negative, guidance=guidance, steps=steps, seed=seed)
+    files = []
+    for number, picture in enumerate(pictures):
+        name = f"{number:03d}-{_slug(texts[number])}-{seed + number}.png"
+        storage.publish_bytes(storage.join(out, name), png(picture))
+        files.append(storage.join(out, name))
+    return {"files": files, "text": "\n".join(files)}
+
+
+def evaluate(model: str) -> dict[str, Any]:
+    from evaluation import registry
+
+    from .score_model import ask
+
+    uri = settings().mlflow_uri
+    line, name = _line_of(model)
+    data = line.manifest()
+    generator = registry.load(name, tracking_uri=uri)
+    scored = ask(line, data).score(line, generator, f"score {name}", generator.defaults["guidance"])
+    card = scored.scorecard.headline
+    rows = [f"  {metric:28} {value:.4f}" for metric, value in sorted(card.items())]
+    return {"model": f"models:/{name}", "scorecard": card, "text": "\n".join([name, *rows])}
+
+
+def promote(model: str, dry_run: bool) -> dict[str, Any]:
+    from .promote_model import decide, settle
+
+    line, name = _line_of(model)
+    data = line.manifest()
+    if dry_run:
+        verdict = decide(line, data, name, line.ledger.champion()).verdict
+    else:
+        verdict = settle(line, data, name)[1].verdict
+    champion = line.ledger.champion()
+    return {
+        "model": f"models:/{name}",
+        "verdict": verdict.model_dump(mode="json"),
+        "champion": champion,
+        "refused": not verdict.promote,
+        "text": "\n".join(
+            [
+                verdict.reason,
+                *(f"  {c.name}: {c.why}" for c in verdict.checks),
+                f"champion: {champion}",
+            ]
+        ),
+    }
+
+
+def rollback(name: str) -> dict[str, Any]:
+    from evaluation import registry
+    from evaluation.ledger import Ledger
+
+    here = settings()
+    ledger = Ledger(here.ledger, name)
+    if ledger.champion() is None:
+        raise UsageError(f"no model named {name} was ever promoted; see `darkroom status`")
+    entry = registry.rollback(ledger, tracking_uri=here.mlflow_uri)
+    return {
+        "champion": entry.candidate,
+        "before": entry.champion_before,
+        "text": f"{entry.candidate} is the champion again (it was {entry.champion_before})",
+    }
+
+
+def recipes_() -> dict[str, Any]:
+    from .presets import PRESETS
+
+    known = {name: (make.__doc__ or "").strip() for name, make in PRESETS.items()}
+    return {"recipes": known, "text": "\n".join(f"{name:10} {doc}" for name, doc in known.items())}
+
+
+def doctor() -> dict[str, Any]:
+    """Each check says what it found; a failed one says what to do."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    checks: list[tuple[str, bool, str]] = []
+
+    def check(name: str, passed: bool, found: str) -> None:
+        checks.append((name, passed, found))
+
+    check("python", sys.version_info >= (3, 11), sys.version.split()[0])
+    packages = ("torch", "torchvision", "ray", "prefect", "mlflow", "webdataset", "open_clip_torch")
+    for package in (*packages, "transformers", "fsspec", "sqlalchemy", "fastapi"):
+        try:
+            check(package, True, version(package))
+        except PackageNotFoundError:
+            check(package, False, "missing; run `make` or install requirements.lock")
+    here = settings()
+    try:
+        here.home.mkdir(parents=True, exist_ok=True)
+        probe = here.home / ".doctor"
+        probe.write_bytes(b"")
+        probe.unlink()
+        free = shutil.disk_usage(here.home).free / 2**30
+        check(
+            "home", free > 5, f"{here.home}, {free:.0f} GiB free" + ("" if free > 5 else "; free 5")
+        )
+    except OSError as error:
+        check("home", False, f"{here.home}: {error}; set DARKROOM_HOME to a folder you can write")
+    from training.distributed import accelerator
+
+    check("device", True, accelerator())
+    check("registry", *_answers(here.mlflow_uri))
+    check("ray", True, os.environ.get("RAY_ADDRESS", "a cluster of our own"))
+    check("prefect", True, os.environ.get("PREFECT_API_URL", "a server of our own"))
+    lines = [f"{'ok  ' if passed else 'FAIL'} {name:16} {found}" for name, passed, found in checks]
+    failed = [name for name, passed, _ in checks if not passed]
+    return {
+        "checks": [{"name": n, "passed": p, "found": f} for n, p, f in checks],
+        "failed": failed,
+        "text": "\n".join(lines),
+    } | ({"error": f"failed: {', '.join(failed)}"} if failed else {})
+
+
+def status() -> dict[str, Any]:
+    from evaluation.ledger import Ledger
+    from pipeline import manifest, storage
+    from training import results
+
+    here = settings()
+    data = {}
+    for name in storage.list_names(str(here.home / "datasets")):
+        found = manifest.latest(here.dataset(name))
+        if found:
+            data[name] = {"version": found.version, "train": found.samples("train")}
+    stages = {}
+    for name in storage.list_names(str(here.home / "stages")):
+        done = results.committed(here.stage(name))
+        history = results.history(here.stage(name))
+        seen = history[-1]["images_seen"] if history else 0
+        stages[name] = {"done": done is not None, "images_seen": seen}
+    models = {}
+    for name in storage.list_names(here.ledger):
+        ledger = Ledger(here.ledger, name)
+        models[name] = {"champion": ledger.champion(), "previous": ledger.previous()}
+    text = [f"home {here.home}", "", "data sets"]
+    text += [
+        f"  {n}: version {d['version']}, {d['train']} training pictures" for n, d in data.items()
+    ]
+    text += ["", "stages"]
+    for name, stage in stages.items():
+        state = "done" if stage["done"] else f"at {stage['images_seen']} images"
+        text.append(f"  {name}: {state}")
+    text += ["", "models"]
+    text += [
+        f"  {n}: champion {m['champion']}, previous {m['previous']}" for n, m in models.items()
+    ]
+    return {
+        "home": str(here.home),
+        "data": data,
+        "stages": stages,
+        "models": models,
+        "text": "\n".join(text),
+    }
+
+
+def deploy(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    from .deployments import deployment_name, serve
+
+    line = _line(recipe, overrides)
+    recipes.check_stages(line.recipe)
+    name = deployment_name(line.recipe)
+    say(f"serving deployment {name}, cron {line.recipe.schedule!r}; Ctrl-C ends it")
+    serve(line.recipe, recipe, overrides)
+    return {"deployment": name, "text": f"{name}: no longer served"}
+
+
+def _line(recipe: str, overrides: list[str]) -> Line:
+    return Line(recipes.load(recipe, overrides), settings())
+
+
+def _line_of(model: str) -> tuple[Line, str]:
+    """(the line that made a registered model, the model as the ledger calls it)."""
+    from evaluation import registry
+    from pipeline import storage
+
+    here = settings()
+    name = registry.canonical(model, tracking_uri=here.mlflow_uri)
+    folder, _ = registry.locate(name, tracking_uri=here.mlflow_uri)
+    manifest = storage.read_json(str(folder / "manifest.json"))
+    return Line(recipes.parse(manifest["recipe"]), here), name
+
+
+def _prepare(line: Line, stages: tuple[str, ...]) -> tuple[Any, list[str]]:
+    """Data and stages that a command needs first; (manifest, what was done already)."""
+    from .build_dataset import encode_pixels, ingest_sources
+    from .train_stage import train as fit
+
+    recipes.check_stages(line.recipe)
+    with _ray():
+        result = ingest_sources(line)
+        encode_pixels(line, result.manifest)
+        found = ["data"] if result.reused else []
+        found += [name for name in stages if fit(line, name, result.manifest)[1]]
+    return result.manifest, found
+
+
+def _forget(line: Line, stages: tuple[str, ...]) -> None:
+    """Set aside what was trained: it is made anew, and nothing is lost."""
+    from pipeline import manifest
+
+    data = manifest.latest(line.dataset)
+    for name in stages if data else ():
+        folder = line.stage_dir(name, data)
+        if folder.exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+                number += 1
+            folder.rename(aside)
+            say(f"{name}: what was trained before is now in {aside}")
+    if data and line.model_dir(data).exists():
+        shutil.rmtree(line.model_dir(data))
+
+
+def _ray() -> Any:
+    from .cluster import ray_session
+
+    return ray_session()
+
+
+def _url(source: str) -> str:
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def _slug(text: str) -> str:
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
+    return "-".join(words)[:60].strip("-") or "picture"
+
+
+def _answers(uri: str) -> tuple[bool, str]:
+    """Whether the registry can be reached."""
+    if uri.startswith("sqlite:"):
+        return True, uri
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:  # noqa: S310
+            return answer.status == 200, uri
+    except OSError as error:
+        return False, f"{uri}: {error}; start the server or unset MLFLOW_TRACKING_URI"

@@ -1,0 +1,158 @@
+"""What a recipe means on this installation: which data set, which stage directories, which model.
+
+Identities are fingerprints of what decides a result. A stage that stays frozen when the data grows
+is identified
+by the data set's first version, any other by the version it learns from; so "done" is a question
+about files, and
+asking it imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from evaluation.ledger import Ledger
+from pipeline import ingest, storage
+from pipeline import manifest as manifests
+from pipeline.manifest import Manifest, fingerprint
+from training import results
+
+from .recipe import FROZEN, STAGES, Recipe, learning
+from .settings import Settings
+
+CODE_VERSION = 1
+"""Raised by hand when a change of the code must train everything anew."""
+
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "autoencoder": (),
+    "clip": (),
+    "t5": (),
+    "base": ("autoencoder", "clip", "t5"),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A recipe on an installation."""
+
+    recipe: Recipe
+    settings: Settings
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Line:
+        """What `to_json` wrote: the form in which a line travels as a flow's parameter."""
+        places = Settings(Path(values["home"]), values["mlflow_uri"])
+        return cls(Recipe.model_validate(values["recipe"]), places)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "home": str(self.settings.home),
+            "mlflow_uri": self.settings.mlflow_uri,
+        }
+
+    @property
+    def slug(self) -> str:
+        """The name as Prefect's artifacts allow it."""
+        return self.recipe.name.replace("_", "-")
+
+    @property
+    def rules(self) -> ingest.IngestRules:
+        """The recipe's, storing no picture larger than what is learnt from it."""
+        rules = self.recipe.data.ingest
+        return replace(rules, max_side=rules.max_side or self.recipe.data.side)
+
+    @cached_property
+    def dataset(self) -> str:
+        chosen = self.recipe.data.dataset
+        return storage.absolute(chosen) if chosen else self.settings.dataset(self.recipe.name)
+
+    def manifest(self) -> Manifest:
+        """The data set's latest version. ValueError when nothing was ingested yet."""
+        found = manifests.latest(self.dataset)
+        if found is None:
+            raise ValueError(
+                f"data set {self.dataset} has no version yet; "
+                f"run `darkroom ingest SOURCE... --dataset {self.dataset}` or `darkroom run`"
+            )
+        return found
+
+    def stage_lineage(self, name: str, data: Manifest) -> str:
+        """Fingerprint of what a stage is, whatever it has learnt from: where two agree, one can go
+        on from the other.
+        """
+        stage = self.recipe.stage(name)
+        return fingerprint(
+            {
+                "code": CODE_VERSION,
+                "config": stage.config,
+                "pretrained": stage.pretrained,
+                "side": self.recipe.data.side,
+                "inputs": [self.stage_identity(i, data) for i in INPUTS[name]],
+            }
+        )
+
+    def stage_identity(self, name: str, data: Manifest) -> str:
+        """`{stage}-{fingerprint}`: also the name of its directory."""
+        origin = manifests.read(self.dataset, 1) if name in FROZEN and data.version > 1 else data
+        return f"{name}-" + fingerprint(
+            {
+                "lineage": self.stage_lineage(name, data),
+                "training": learning(self.recipe.stage(name).training),
+                "seed": self.recipe.seed,
+                "data": origin.digest,
+            }
+        )
+
+    def source(self, name: str, data: Manifest) -> str:
+        """Where a stage's network comes from: its directory, or the pretrained model that stands in
+        for it.
+        """
+        return self.recipe.stage(name).pretrained or str(self.stage_dir(name, data))
+
+    def stage_dir(self, name: str, data: Manifest) -> Path:
+        return self.settings.stage(self.stage_identity(name, data))
+
+    def result(self, name: str, data: Manifest) -> dict[str, Any] | None:
+        """The stage's stage.json, or None while it is not trained (a pretrained one never is)."""
+        return results.committed(str(self.stage_dir(name, data)))
+
+    def parent(self, name: str, data: Manifest) -> str | None:
+        """The champion's stage, where it can be the first weights of a new one: same config, other
+        data.
+        """
+        champion = None if name in FROZEN else self.ledger.champion()
+        if champion is None:
+            return None
+        before = self.version_stages(champion).get(name)
+        done = results.committed(before) if before else None
+        if done is None or done["meta"].get("lineage") != self.stage_lineage(name, data):
+            return None
+        return before
+
+    def note_version(self, name: str, stages: Mapping[str, str]) -> None:
+        """Remember which stages a registered version (`shapes/3`) is made of."""
+        storage.publish_json(str(self._note(name)), dict(stages))
+
+    def version_stages(self, name: str) -> dict[str, str]:
+        """Stage -> where it lies; empty for a version that was made elsewhere."""
+        note = self._note(name)
+        return storage.read_json(str(note)) if note.exists() else {}
+
+    def _note(self, name: str) -> Path:
+        return self.settings.home / "versions" / f"{name}.json"
+
+    def model_dir(self, data: Manifest) -> Path:
+        """Generator, scores, package and report of the model these stages make."""
+        parts = [self.stage_identity(name, data) for name in STAGES]
+        recipe = self.recipe.model_dump(mode="json", include={"evaluation", "sampler"})
+        identity = fingerprint({"stages": parts, "data": data.digest} | recipe)
+        return self.settings.model(f"{self.recipe.name}-{identity}")
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.settings.ledger, self.recipe.name)

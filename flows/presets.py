@@ -1,0 +1,103 @@
+"""Recipes by name. A preset is a claim: its docstring says what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from evaluation.config import EvaluationConfig
+from evaluation.gate import GatePolicy
+from pipeline.ingest import IngestRules
+
+from .recipe import DataRecipe, Recipe, StageRecipe
+
+
+def shapes() -> Recipe:
+    """Drawn, captioned scenes at 32 px on two CPU cores: the line's own demonstration."""
+    return Recipe(
+        name="shapes",
+        data=DataRecipe(scenes=24_000, side=32, ingest=IngestRules(shard_samples=3000)),
+        autoencoder=StageRecipe(
+            config={"network": {"channels": 32, "channel_mult": [1, 3], "latent_channels": 4}},
+            training=_training(images=40_000, batch=32, learning_rate=3e-3),
+        ),
+        clip=StageRecipe(training=_training(images=28_000, batch=128, learning_rate=1e-3)),
+        t5=StageRecipe(training=_training(images=20_000, batch=64, learning_rate=3e-3)),
+        base=StageRecipe(
+            config={"network": _unet(channels=64, blocks=1)},
+            training=_training(images=90_000, batch=64, learning_rate=2e-3),
+            warm_images=30_000,
+        ),
+        evaluation=EvaluationConfig(kind="shapes", guidance_scales=(2.0, 3.0, 4.5)),
+        gate=GatePolicy.model_validate(
+            {"absolute": {"correct": 0.9}, "non_inferior": {"correct": 0.02}}
+        ),
+    )
+
+
+def pictures() -> Recipe:
+    """Your own folder of captioned pictures at 64 px: set data.sources, e.g. '["photos"]', and a
+    name.
+    """
+    return Recipe(
+        name="pictures",
+        data=DataRecipe(side=64, ingest=IngestRules(shard_samples=1024, unseen_share=0.03)),
+        autoencoder=StageRecipe(
+            config={
+                "network": {
+                    "patch": 4,
+                    "channels": 96,
+                    "channel_mult": [1, 2],
+                    "latent_channels": 16,
+                },
+            },
+            training=_training(images=90_000, batch=32, learning_rate=2e-3),
+        ),
+        clip=StageRecipe(
+            config={
+                "embed": 128,
+                "image": {"kind": "vit", "side": 64, "patch": 8, "width": 128, "layers": 4},
+                "text": {"width": 128, "layers": 3, "heads": 4},
+                "shift": 4,
+            },
+            training=_training(images=120_000, batch=256, learning_rate=1e-3),
+        ),
+        t5=StageRecipe(training=_training(images=40_000, batch=64, learning_rate=3e-3)),
+        base=StageRecipe(
+            config={"network": _unet(channels=96, blocks=1)},
+            training=_training(images=180_000, batch=64, learning_rate=1.5e-3),
+            warm_images=60_000,
+        ),
+        evaluation=EvaluationConfig(kind="captions", guidance_scales=(2.0, 3.0, 5.0)),
+        gate=GatePolicy.model_validate({"non_inferior": {"retrieval": 0.05}}),
+    )
+
+
+def _unet(*, channels: int, blocks: int) -> dict[str, Any]:
+    """A latent U-Net that reads the text at half the latents' side, where a CPU can afford it."""
+    return {
+        "kind": "unet",
+        "channels": channels,
+        "channel_mult": [1, 2],
+        "blocks": blocks,
+        "attention": [0, 1],
+    }
+
+
+def _training(*, images: int, batch: int, learning_rate: float, **more: Any) -> dict[str, Any]:
+    """A training whose warm-up, averaging and checkpoints are shares of its length."""
+    return {
+        "images": images,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "warmup_images": images // 30,
+        "schedule": "linear",
+        "ema_halflife_images": images / 60,
+        "precision": "bf16",
+        "checkpoint_images": images // 5,
+        "log_images": max(batch, images // 60),
+        **more,
+    }
+
+
+PRESETS: Mapping[str, Callable[[], Recipe]] = {"shapes": shapes, "pictures": pictures}

@@ -1,0 +1,88 @@
+"""Long work shows that it moves: bars on a terminal, plain lines elsewhere (always on stderr), and
+in Prefect's UI.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def say(text: str = "") -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def seconds(value: float) -> str:
+    return f"{value:.0f} s" if value < 90 else f"{value / 60:.1f} min"
+
+
+class Meter:
+    """One task's progress; call it with (done, total, note)."""
+
+    def __init__(self, title: str, every_seconds: float = 15.0):
+        self.title = title
+        self.started = time.monotonic()
+        self._every = every_seconds
+        self._shown = self.started
+        self._artifact: Any = None
+        self._artifact_shown = 0.0
+        self._bar = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import TimeRemainingColumn as Remaining
+
+            columns = ("[bold]{task.description:<14}", BarColumn(32), "{task.percentage:>3.0f}%")
+            self._bar = Progress(
+                *(TextColumn(c) if isinstance(c, str) else c for c in columns),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                Remaining(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=None, note="")
+
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif time.monotonic() - self._shown >= self._every:
+            self._shown = time.monotonic()
+            say(f"  {self.title}: {done / max(total, 1):4.0%}  {note}")
+        self._tell_prefect(100 * done / max(total, 1))
+
+    def _tell_prefect(self, percent: float) -> None:
+        """A progress artifact of the run we are in, if we are in one; every five seconds and at the
+        end.
+        """
+        if "prefect" not in sys.modules:
+            return
+        now = time.monotonic()
+        if now - self._artifact_shown < 5 and percent < 100:
+            return
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+        from prefect.context import FlowRunContext, TaskRunContext
+
+        if FlowRunContext.get() is None and TaskRunContext.get() is None:
+            return
+        self._artifact_shown = now
+        if self._artifact is None:
+            key = self.title.replace(" ", "-").replace("_", "-")
+            self._artifact = create_progress_artifact(percent, key=key, description=self.title)
+        else:
+            update_progress_artifact(self._artifact, percent)
+
+
+@contextmanager
+def meter(title: str) -> Iterator[Meter]:
+    it = Meter(title)
+    if it._bar is not None:
+        it._bar.start()
+    try:
+        yield it
+    finally:
+        if it._bar is not None:
+            it._bar.stop()

@@ -1,0 +1,178 @@
+"""The gate: a candidate goes into service if it is good enough, and no worse than who serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from pipeline.manifest import Manifest
+
+from .line import Line
+from .recipe import STAGES
+from .score_model import SCORES, Question, ask, lineage, score_candidate
+
+if TYPE_CHECKING:
+    from evaluation.gate import Verdict
+    from evaluation.ledger import Entry
+    from evaluation.scorecard import Scored
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A verdict, and the scores it rests on."""
+
+    verdict: Verdict
+    candidate: Scored
+    champion: Scored | None
+
+
+def register_candidate(line: Line, data: Manifest, run_id: str | None = None) -> str:
+    """The candidate as the ledger calls it (`shapes/3`), registered if it was not."""
+    from evaluation import registry
+
+    scored, _ = score_candidate(line, data)
+    version = registry.register(
+        scored["package"],
+        line.recipe.name,
+        tracking_uri=line.settings.mlflow_uri,
+        run_id=run_id,
+        tags={"darkroom.data": data.digest, "darkroom.recipe": line.recipe.identity},
+    )
+    name = registry.candidate(line.recipe.name, version)
+    line.note_version(name, {stage: line.source(stage, data) for stage in STAGES})
+    return name
+
+
+def decide(line: Line, data: Manifest, name: str, champion: str | None) -> Decision:
+    """The gate's verdict on a registered version. Against a champion both are scored anew, in this
+    run.
+    """
+    from evaluation import gate, registry
+
+    uri = line.settings.mlflow_uri
+    facts = registry.facts(name, tracking_uri=uri)
+    before = None
+    if champion is None or champion == name:
+        scored = _as_scored(line, data, name)
+    else:
+        question = ask(line, data)
+        scored = _anew(line, question, name)
+        before = _anew(line, question, champion)
+    evidence = before.evidence(str(champion)) if before else None
+    verdict = gate.decide(scored.evidence(name, facts), evidence, line.recipe.gate)
+    return Decision(verdict, scored, before)
+
+
+def settle(line: Line, data: Manifest, name: str) -> tuple[Entry, Decision]:
+    """Decide, write the ledger, then the aliases; another promotion in between means deciding
+    again.
+    """
+    from evaluation import registry
+    from evaluation.ledger import Entry
+
+    decisions: list[Decision] = []
+
+    def decided(champion: str | None) -> Entry:
+        decisions.append(decide(line, data, name, champion))
+        verdict = decisions[-1].verdict
+        kind = "promote" if verdict.promote else "reject"
+        return Entry(kind=kind, candidate=name, verdict=verdict.model_dump(mode="json"))
+
+    entry = registry.settle(line.ledger, decided, tracking_uri=line.settings.mlflow_uri)
+    return entry, decisions[-1]
+
+
+def decided_before(line: Line, name: str) -> Entry | None:
+    """The newest entry about a version, which makes asking again a no-op."""
+    return next((e for e in reversed(line.ledger.entries()) if e.candidate == name), None)
+
+
+def write_report(
+    line: Line, data: Manifest, name: str, decision: Decision, seconds: Mapping[str, float]
+) -> Path:
+    """The page that shows the model, in its directory."""
+    from evaluation import report
+
+    path = line.model_dir(data) / REPORT
+    stages = [
+        report.StageStory.of(stage, line.stage_dir(stage, data))
+        for stage in STAGES
+        if not line.recipe.stage(stage).pretrained
+    ]
+    inputs = report.ReportInputs(
+        name=line.recipe.name,
+        version=name.rpartition("/")[2],
+        scored=_as_scored(line, data, name),
+        verdict=decision.verdict,
+        champion=decision.champion,
+        stages=stages,
+        data=report.DataStory.of(data),
+        seconds=seconds,
+        lineage=lineage(line, data),
+        recipe=line.recipe.model_dump(mode="json"),
+        created=datetime.now(UTC),
+    )
+    report.write(path, inputs)
+    return path
+
+
+@flow(name="promote-model", flow_run_name="promote {name}")
+def promote_model(
+    line: dict[str, Any],
+    name: str,
+    seconds: dict[str, float] | None = None,
+    run_id: str | None = None,
+) -> dict[str, Any]:
+    """Register the line's newest model and put it through the gate; leaves the verdict as an
+    artifact.
+    """
+    it = Line.from_json(line)
+    data = it.manifest()
+    candidate = register_candidate(it, data, run_id)
+    known = decided_before(it, candidate)
+    if known is None:
+        entry, decision = settle(it, data, candidate)
+        write_report(it, data, candidate, decision, seconds or {})
+    else:
+        entry = known
+    create_markdown_artifact(_story(entry), key=f"{it.slug}-verdict")
+    return {
+        "model": f"models:/{candidate}",
+        "alias": "champion" if it.ledger.champion() == candidate else None,
+        "verdict": {"promote": entry.kind == "promote", **_brief(entry)},
+        "report": str(it.model_dir(data) / REPORT),
+        "reused": known is not None,
+    }
+
+
+def _anew(line: Line, question: Question, name: str) -> Scored:
+    from evaluation import registry
+
+    generator = registry.load(name, tracking_uri=line.settings.mlflow_uri)
+    return question.score(line, generator, f"score {name}", generator.defaults["guidance"])
+
+
+def _as_scored(line: Line, data: Manifest, name: str) -> Scored:
+    from evaluation.scorecard import Scored
+
+    return Scored.load(str(line.model_dir(data) / SCORES))
+
+
+def _brief(entry: Entry) -> dict[str, Any]:
+    verdict = entry.verdict or {}
+    return {"reason": verdict.get("reason", ""), "first": verdict.get("first", False)}
+
+
+def _story(entry: Entry) -> str:
+    checks = (entry.verdict or {}).get("checks", ())
+    rows = [f"| {c['name']} | {'yes' if c['passed'] else 'NO'} | {c['why']} |" for c in checks]
+    head = [f"## {entry.kind}: {entry.candidate}", "", _brief(entry)["reason"], ""]
+    return "\n".join([*head, "| check | passed | why |", "|-|-|-|", *rows])

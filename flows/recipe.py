@@ -1,0 +1,228 @@
+"""A recipe says what to make; it is JSON, and its keys have one spelling everywhere.
+
+`key=value` on the command line, a path in a file, the place of an error and a parameter in MLflow
+are the same dotted key. Stage configs are kept as plain JSON here and checked by the stage itself
+(training.stages), so that asking "is this already done?" imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evaluation.config import EvaluationConfig
+from evaluation.gate import GatePolicy
+from pipeline.execute import Executor
+from pipeline.ingest import IngestRules
+from pipeline.manifest import fingerprint
+
+STAGES = ("autoencoder", "clip", "t5", "base")
+FROZEN = ("autoencoder", "clip", "t5")
+"""Trained once on a data set and kept when it grows: what they encoded stays valid."""
+
+
+class RecipeError(ValueError):
+    """The recipe cannot be used as it is; the message names the key."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataRecipe(_Part):
+    """What is learnt from."""
+
+    sources: tuple[str, ...] = ()
+    """URLs of folders, tables and tars; see pipeline.sources."""
+    scenes: int = Field(default=0, ge=0)
+    """Drawn scenes (pipeline.shapes), beside the sources."""
+    objects: int = Field(default=1, ge=1, le=2)
+    """Objects in a drawn scene."""
+    side: int = Field(default=32, ge=8)
+    """Side of the pictures that are learnt, in pixels."""
+    dataset: str | None = None
+    """URL of the data set; by default a folder of the home."""
+    ingest: IngestRules = IngestRules()
+
+    def source_urls(self, seed: int) -> tuple[str, ...]:
+        drawn = (
+            f"shapes://?scenes={self.scenes}&seed={seed}&side={self.side}&objects={self.objects}",
+        )
+        return self.sources + (drawn if self.scenes else ())
+
+
+class StageRecipe(_Part):
+    """One network: its config (training.stages) and its training (training.loop)."""
+
+    config: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    pretrained: str | None = None
+    """A path or hub id that is taken instead of training (encoders only)."""
+    warm_images: int | None = None
+    """Images of a retraining that starts from the champion; by default as many as from scratch."""
+
+
+class Recipe(_Part):
+    """Everything that decides what model comes out, and when."""
+
+    name: str = Field(default="shapes", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Name of the data set, the experiment and the registered model."""
+    seed: int = 0
+    data: DataRecipe = DataRecipe()
+    autoencoder: StageRecipe = StageRecipe()
+    clip: StageRecipe = StageRecipe()
+    t5: StageRecipe = StageRecipe()
+    base: StageRecipe = StageRecipe()
+    sampler: dict[str, Any] = {"kind": "dpmpp2m", "steps": 16}
+    """How pictures are drawn (training.diffusion.SamplerConfig); the sweep chooses the guidance."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GatePolicy = GatePolicy()
+    executor: Executor = Executor(kind="ray")
+    schedule: str = "0 3 * * *"
+    """Cron line of the scheduled retraining."""
+
+    def stage(self, name: str) -> StageRecipe:
+        if name not in STAGES:
+            raise RecipeError(f"no stage {name!r} in recipe {self.name}{_nearest(name, STAGES)}")
+        return getattr(self, name)
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of what decides the result; when and on how many machines does not."""
+        body = self.model_dump(mode="json", exclude={"schedule", "executor"})
+        for name in STAGES:
+            body[name]["training"] = learning(self.stage(name).training)
+        return fingerprint(body)
+
+
+def learning(training: Mapping[str, Any]) -> dict[str, Any]:
+    """A training config without what may differ between machines."""
+    machine = ("workers", "threads", "checkpoint_images", "log_images")
+    return {key: value for key, value in training.items() if key not in machine}
+
+
+def load(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
+    """A preset's name or a YAML/JSON file, with `key=value` overrides."""
+    from .presets import PRESETS
+
+    if recipe in PRESETS:
+        body = PRESETS[recipe]().model_dump(mode="json")
+    elif recipe.endswith((".json", ".yaml", ".yml")):
+        body = _file(Path(recipe), PRESETS)
+    else:
+        near = _nearest(recipe, PRESETS)
+        raise RecipeError(f"no recipe {recipe!r}{near}; a file ends in .json or .yaml")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"override {override!r}: expected key=value, e.g. seed=1")
+        _put(body, key.split("."), _value(value), key)
+    return parse(body)
+
+
+def parse(body: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.model_validate(body)
+    except ValidationError as error:
+        raise RecipeError("; ".join(_line(body, e) for e in error.errors())) from None
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Check the stage configs as the stages will: imports torch."""
+    from training.diffusion import SamplerConfig
+    from training.loop import TrainingConfig
+    from training.stages import CONFIGS, reconstruct
+
+    for name in STAGES:
+        stage = recipe.stage(name)
+        try:
+            reconstruct(SamplerConfig, recipe.sampler, "sampler")
+            reconstruct(CONFIGS[name], stage.config, f"{name}.config")
+            reconstruct(TrainingConfig, stage.training, f"{name}.training")
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+
+
+def _file(path: Path, presets: Mapping[str, Any]) -> dict[str, Any]:
+    import yaml
+
+    try:
+        body = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"recipe file {path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe file {path} is neither YAML nor JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise RecipeError(f"recipe file {path}: expected a mapping, got {type(body).__name__}")
+    base = body.pop("preset", None)
+    if base is None:
+        return body
+    if base not in presets:
+        raise RecipeError(f"preset: no recipe {base!r}{_nearest(base, presets)}")
+    merged = presets[base]().model_dump(mode="json")
+    _merge(merged, body)
+    return merged
+
+
+def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _put(body: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    place = body
+    for part in path[:-1]:
+        inner = place.setdefault(part, {})
+        if inner is None:
+            inner = place[part] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{key}: {part} is a value, not a group of keys")
+        place = inner
+    place[path[-1]] = value
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _line(body: Mapping[str, Any], error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known(error["loc"][:-1])
+        return f"{where}: unknown key{_nearest(str(error['loc'][-1]), known)}"
+    return f"{where}: {error['msg']}, got {error['input']!r}"
+
+
+def _known(loc: tuple[Any, ...]) -> list[str]:
+    """The keys that exist at a place of the recipe."""
+    import dataclasses
+
+    model: Any = Recipe
+    for part in loc:
+        fields = getattr(model, "model_fields", None) or getattr(model, "__pydantic_fields__", {})
+        field = fields.get(part)
+        if field is None:
+            return []
+        model = field.annotation
+    if dataclasses.is_dataclass(model):
+        return [field.name for field in dataclasses.fields(model)]
+    return list(getattr(model, "model_fields", {}))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

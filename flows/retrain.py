@@ -1,0 +1,168 @@
+"""The whole line as one flow: new data, its stages, the model they make, the gate. To resume, run
+it again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prefect import flow
+
+from pipeline import storage
+from training import results
+
+from . import recipe as recipes
+from .build_dataset import build_dataset, encode_task
+from .cluster import ray_session
+from .line import Line
+from .progress import say, seconds
+from .promote_model import promote_model
+from .recipe import FROZEN, STAGES
+from .score_model import GALLERY, SWEEP, score_model
+from .settings import prepare_environment
+from .train_stage import train_stage
+
+RUN_RECORD = 1
+"""Format of the records of finished runs."""
+
+
+def finished(line: Line) -> dict[str, Any] | None:
+    """The result of this very run, if it was made and all of it is still there. Imports nothing
+    heavy.
+    """
+    from pipeline.ingest import unchanged
+
+    record = _record(line)
+    if not storage.exists(record):
+        return None
+    result = storage.read_json(record)
+    data = unchanged(line.recipe.data.source_urls(line.recipe.seed), line.dataset, line.rules)
+    if data is None or data.digest != result["data"]["digest"]:
+        return None
+    trained = [name for name in STAGES if not line.recipe.stage(name).pretrained]
+    if any(results.committed(line.stage_dir(name, data)) is None for name in trained):
+        return None
+    if not storage.exists(result["report"]) or not storage.exists(result["package"]):
+        return None
+    serving = line.ledger.champion() == result["model"].removeprefix("models:/")
+    return result | {
+        "alias": "champion" if serving else None,
+        "reused": ["data", *STAGES, "scores", "verdict"],
+    }
+
+
+@flow(name="retrain", log_prints=False)
+def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[str, Any]:
+    """Bring a recipe's model up to date with its sources, and promote it if the gate lets it
+    through.
+    """
+    settings = prepare_environment()
+    return run_line(Line(recipes.load(recipe, overrides or ()), settings))
+
+
+def run_line(line: Line) -> dict[str, Any]:
+    """The steps in order, each its own flow or task; what is done is found done."""
+    started = time.monotonic()
+    name, values = line.recipe.name, line.to_json()
+    took: dict[str, float] = {}
+    reused: list[str] = []
+
+    def step(title: str, result: dict[str, Any], since: float) -> dict[str, Any]:
+        took[title] = time.monotonic() - since
+        if result.get("reused"):
+            reused.append(title)
+        say(f"{title:12} {'already done' if result.get('reused') else seconds(took[title])}")
+        return result
+
+    with ray_session(), _tracked(line) as run:
+        now = time.monotonic()
+        step("data", build_dataset(values, name), now)
+        data = line.manifest()
+        for stage in FROZEN:
+            now = time.monotonic()
+            step(stage, train_stage(values, stage, run.id()), now)
+        now = time.monotonic()
+        encode_task(line, data)
+        took["encode"] = time.monotonic() - now
+        for stage in STAGES:
+            if stage not in FROZEN:
+                now = time.monotonic()
+                step(stage, train_stage(values, stage, run.id()), now)
+        now = time.monotonic()
+        scored = step("scores", score_model(values, name), now)
+        now = time.monotonic()
+        verdict = step("verdict", promote_model(values, name, took, run.id()), now)
+        run.log(scored["scorecard"] | {f"seconds.{k}": v for k, v in took.items()}, data.version)
+        for picture in (GALLERY, SWEEP):
+            run.file(picture, line.model_dir(data) / picture)
+        run.file("report.html", verdict["report"])
+        run.tag(
+            **{
+                "darkroom.model": verdict["model"],
+                "darkroom.promoted": verdict["verdict"]["promote"],
+            }
+        )
+    result = {
+        "model": verdict["model"],
+        "alias": verdict["alias"],
+        "verdict": verdict["verdict"],
+        "scorecard": scored["scorecard"],
+        "guidance": scored["scale"],
+        "report": verdict["report"],
+        "package": scored["package"],
+        "data": {"dataset": line.dataset, "version": data.version, "digest": data.digest},
+        "seconds": time.monotonic() - started,
+        "took": took,
+        "reused": reused,
+    }
+    storage.publish_json(_record(line), result)
+    return result
+
+
+def _tracked(line: Line) -> Any:
+    """The run in MLflow that the stages' runs are nested in."""
+    from training.tracking import FINGERPRINT, Run, flatten
+
+    identity = line.recipe.identity
+    return Run.start(
+        line.recipe.name,
+        f"{line.recipe.name} line",
+        uri=line.settings.mlflow_uri,
+        spool=str(line.settings.run_record(identity).with_suffix(".tracking")),
+        tags={FINGERPRINT: f"line-{identity}"},
+        params=flatten(line.recipe.model_dump(mode="json")),
+        artifact_location=line.settings.artifacts,
+    )
+
+
+def _record(line: Line) -> str:
+    return str(line.settings.run_record(line.recipe.identity))
+
+
+def summary(line: Line, result: dict[str, Any]) -> str:
+    """What was made, where it is, and how to draw with it."""
+    card, name = result["scorecard"], line.recipe.name
+    verdict = result["verdict"]
+    promoted = "in service (alias champion)" if result["alias"] else "not promoted"
+    main = "correct" if "correct" in card else "retrieval"
+    shown = {k: v for k, v in card.items() if k.startswith(main) and "shuffled" not in k}
+    prompt = "a small red circle in the top left corner on a white background"
+    if main != "correct":
+        prompt = "a smiling face"
+    lines = [
+        "",
+        f"  {result['model']}  {promoted}",
+        f"  {verdict['reason']}",
+        "",
+        f"  at guidance {result['guidance']:g}: "
+        + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()),
+        f"  data      {result['data']['dataset']}  version {result['data']['version']}",
+        f"  package   {result['package']}",
+        f"  report    {result['report']}",
+        f"  registry  {line.settings.mlflow_uri}",
+    ]
+    if result["reused"]:
+        lines.append(f"  already done: {', '.join(result['reused'])}")
+    lines += ["", f'  darkroom sample {name} "{prompt}" --out pictures', ""]
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""The stages become one generator, which is scored, gets the guidance scale that suits it, and is
+packaged.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow
+from prefect.artifacts import create_image_artifact, create_table_artifact
+
+from pipeline import storage
+from pipeline.encode import pixels_spec
+from pipeline.manifest import Manifest
+from pipeline.schema import EncoderSpec, Encoding
+
+from .line import Line
+from .progress import meter
+from .recipe import STAGES
+from .train_stage import encodings
+
+if TYPE_CHECKING:
+    from evaluation.features import Extractor
+    from evaluation.prompts import Prompt
+    from evaluation.sample import Pictures
+    from evaluation.scorecard import Scored
+    from pipeline.load import Loader
+
+GENERATOR, PACKAGE, SCORES, CANDIDATE = "generator", "package", "scores", "candidate.json"
+GALLERY, SWEEP = "gallery.png", "sweep.png"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What every model of a line is asked: prompts, and pictures to hold its own against."""
+
+    prompts: Sequence[Prompt]
+    clip: Extractor
+    reference: Pictures
+    train: Pictures
+    heldout: Loader
+
+    def score(self, line: Line, generator: Any, title: str, scale: float | None = None) -> Scored:
+        from evaluation.scorecard import score
+
+        with meter(title) as progress:
+            return score(
+                generator,
+                line.recipe.evaluation,
+                prompts=self.prompts,
+                clip=self.clip,
+                reference=self.reference,
+                train=self.train,
+                heldout=self.heldout,
+                scale=scale,
+                progress=progress,
+            )
+
+
+def ask(line: Line, data: Manifest) -> Question:
+    """The same for every model that is scored on this version of the data."""
+    from evaluation.features import ClipFeatures, pictures_of
+    from evaluation.prompts import caption_prompts, shape_prompts
+    from pipeline.load import Loader
+
+    config = line.recipe.evaluation
+    choose = shape_prompts if config.kind == "shapes" else caption_prompts
+
+    def loader(specs: Sequence[EncoderSpec], *splits: str) -> Loader:
+        opened = [Encoding.at(line.dataset, s.name, s.kind, s.fingerprint) for s in specs]
+        return Loader(data, opened, splits=splits, global_batch=64, seed=config.seed)
+
+    pixels = [pixels_spec(line.recipe.data.side)]
+    return Question(
+        prompts=choose(data, config.prompts, seed=config.seed),
+        clip=ClipFeatures(line.stage_dir("clip", data)),
+        reference=pictures_of(loader(pixels, "heldout"), config.reference_count),
+        train=pictures_of(loader(pixels, "train"), config.train_count),
+        heldout=loader(encodings(line, "base", data), "heldout"),
+    )
+
+
+def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
+    """(candidate.json, whether it was there): the package, at the scale the sweep chose, and its
+    numbers.
+    """
+    folder = line.model_dir(data)
+    record = folder / CANDIDATE
+    if record.exists():
+        return storage.read_json(str(record)), True
+    from evaluation.packaging import package
+    from evaluation.sample import png
+    from training.generator import Generator, assemble
+
+    started = time.monotonic()
+    sources = {name: line.source(name, data) for name in STAGES}
+    assemble(folder / GENERATOR, sources, line.recipe.sampler)
+    generator = Generator.load(folder / GENERATOR)
+    scored = ask(line, data).score(line, generator, "score")
+    card = scored.scorecard
+    assemble(folder / GENERATOR, sources, line.recipe.sampler | {"guidance": card.scale})
+    scored.save(str(folder / SCORES))
+    storage.publish_bytes(str(folder / GALLERY), png(scored.gallery(), 2))
+    storage.publish_bytes(str(folder / SWEEP), png(scored.grid(), 2))
+    packaged = package(
+        folder / GENERATOR,
+        folder / PACKAGE,
+        recipe=line.recipe.model_dump(mode="json"),
+        lineage=lineage(line, data),
+        scorecard=card.model_dump(mode="json"),
+    )
+    result = {
+        "package": packaged,
+        "scale": card.scale,
+        "scorecard": card.headline,
+        "seconds": time.monotonic() - started,
+    }
+    storage.publish_json(str(record), result)
+    return result, False
+
+
+def lineage(line: Line, data: Manifest) -> dict[str, Any]:
+    """What the model was made of."""
+    return {
+        "dataset": line.dataset,
+        "version": data.version,
+        "data_digest": data.digest,
+        "samples": data.samples("train"),
+        "stages": {name: line.source(name, data) for name in STAGES},
+    }
+
+
+@flow(name="score-model", flow_run_name="score {name}")
+def score_model(line: dict[str, Any], name: str) -> dict[str, Any]:
+    """Score and package the line's newest model; leaves numbers and pictures as artifacts."""
+    it = Line.from_json(line)
+    data = it.manifest()
+    result, reused = score_candidate(it, data)
+    rows = [{"metric": k, "value": round(v, 4)} for k, v in result["scorecard"].items()]
+    create_table_artifact(
+        rows, key=f"{it.slug}-scorecard", description=f"guidance {result['scale']:g}"
+    )
+    for picture in (GALLERY, SWEEP):
+        content = base64.b64encode(Path(it.model_dir(data), picture).read_bytes()).decode()
+        key = f"{it.slug}-{picture.removesuffix('.png')}"
+        create_image_artifact(f"data:image/png;base64,{content}", key=key)
+    return {**result, "reused": reused}

@@ -1,0 +1,127 @@
+"""One stage of a model: a job description made from the recipe, handed to training."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+
+from pipeline import storage
+from pipeline.encode import pixels_spec
+from pipeline.manifest import Manifest
+from pipeline.schema import EncoderSpec
+from training import results
+
+from .build_dataset import encoder_specs
+from .line import INPUTS, Line
+from .progress import meter
+
+
+def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
+    """What a stage's batches are made of, beside captions."""
+    if name == "base":
+        return encoder_specs(line, data)
+    return [] if name == "t5" else [pixels_spec(line.recipe.data.side)]
+
+
+def make_job(line: Line, name: str, data: Manifest) -> Any:
+    """The job of a stage. One that was started before keeps its description, and with it its
+    parent.
+    """
+    from training.job import Job
+
+    output = str(line.stage_dir(name, data))
+    begun = storage.join(output, results.JOB)
+    if storage.exists(begun):
+        job = Job.from_json(storage.read_json(begun))
+        machine = {
+            k: v for k, v in line.recipe.stage(name).training.items() if k in ("workers", "threads")
+        }
+        return replace(job, output=output, training=job.training | machine)
+    stage = line.recipe.stage(name)
+    parent = line.parent(name, data)
+    warm = {"images": stage.warm_images} if parent and stage.warm_images else {}
+    return Job(
+        kind=name,
+        fingerprint=line.stage_identity(name, data),
+        config=stage.config,
+        training=stage.training | warm,
+        dataset=line.dataset,
+        version=data.version,
+        encodings=tuple(
+            {"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint}
+            for spec in encodings(line, name, data)
+        ),
+        inputs={needed: line.source(needed, data) for needed in INPUTS[name]},
+        output=output,
+        parent=parent,
+        seed=line.recipe.seed,
+        meta={"recipe": line.recipe.name, "lineage": line.stage_lineage(name, data)},
+    )
+
+
+def train(
+    line: Line, name: str, data: Manifest, parent_run: str | None = None
+) -> tuple[dict[str, Any], bool]:
+    """(the stage's stage.json, whether it was there already). A pretrained stage has nothing to
+    train.
+    """
+    if line.recipe.stage(name).pretrained:
+        return {"kind": name, "pretrained": line.recipe.stage(name).pretrained}, True
+    if done := line.result(name, data):
+        return done, True
+    from training.distributed import fit
+    from training.tracking import FINGERPRINT, Run
+
+    job = make_job(line, name, data)
+    images = int(job.training_config().images)
+    run = Run.start(
+        line.recipe.name,
+        name,
+        uri=line.settings.mlflow_uri,
+        spool=storage.join(job.output, "tracking"),
+        parent_run_id=parent_run,
+        tags={FINGERPRINT: job.fingerprint, "darkroom.stage": name, "darkroom.data": data.digest},
+        params={"config": job.config, "training": job.training, "data_version": data.version},
+        artifact_location=line.settings.artifacts,
+    )
+    with meter(f"train {name}") as progress, run:
+
+        def show(record: dict[str, Any]) -> None:
+            progress(record["images_seen"], images, f"loss {record['loss']:.4f}")
+            run.log(record, record["images_seen"])
+
+        stage = fit(job, show)
+        run.log(stage["measured"], stage["images_seen"])
+        run.dict("stage.json", stage)
+        preview = line.stage_dir(name, data) / results.PREVIEW
+        if preview.exists():
+            run.file(results.PREVIEW, preview)
+    return stage, False
+
+
+@flow(name="train-stage", flow_run_name="train {name}")
+def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) -> dict[str, Any]:
+    """Train one stage of a recipe, or find it trained; leaves what was measured and a preview as
+    artifacts.
+    """
+    it = Line.from_json(line)
+    data = it.manifest()
+    stage, reused = train(it, name, data, parent_run)
+    create_markdown_artifact(_summary(stage, reused), key=f"{it.slug}-{name}", description=name)
+    preview = it.stage_dir(name, data) / results.PREVIEW
+    if preview.exists():
+        picture = base64.b64encode(preview.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{picture}", key=f"{it.slug}-{name}-preview")
+    return {"stage": name, "reused": reused, "seconds": stage.get("seconds", 0.0)}
+
+
+def _summary(stage: dict[str, Any], reused: bool) -> str:
+    lines = [f"## {stage['kind']}" + (" (found trained)" if reused else ""), "", "| | |", "|-|-|"]
+    shown = {k: stage.get(k) for k in ("images_seen", "seconds", "parameters", "fingerprint")}
+    for key, value in (shown | stage.get("measured", {})).items():
+        lines.append(f"| {key} | {value} |")
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""The whole line, made tiny: every part is the real one, only smaller and trained for seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY = {
+    "data.scenes": 700,
+    "data.ingest.shard_samples": 200,
+    "autoencoder.config.network.channels": 16,
+    "autoencoder.training.images": 1600,
+    "clip.training.images": 1024,
+    "t5.training.images": 640,
+    "base.config.network.channels": 32,
+    "base.training.images": 1280,
+    "base.warm_images": 640,
+    "sampler.steps": 4,
+    "evaluation.prompts": 32,
+    "evaluation.sweep_prompts": 8,
+    "evaluation.reference_count": 64,
+    "evaluation.train_count": 128,
+    "evaluation.kid_block": 16,
+    "evaluation.guidance_scales": [2.0],
+    "gate.absolute": {},
+    "gate.non_inferior": {"correct": 0.9},
+    "gate.min_samples": 16,
+}
+
+
+class Darkroom:
+    """The command line, on a home of its own."""
+
+    def __init__(self, home: Path):
+        self.home = home
+        self.environment = os.environ | {"DARKROOM_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+        self.environment.pop("MLFLOW_TRACKING_URI", None)
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "flows", *words]
+
+    def run_words(self, **changes: Any) -> list[str]:
+        values = TINY | {key.replace("__", "."): value for key, value in changes.items()}
+        return ["run", "shapes", *(f"{k}={json.dumps(v)}" for k, v in values.items())]
+
+    def __call__(self, *words: str, code: int = 0) -> dict[str, Any]:
+        done = subprocess.run(
+            self.command(*words, "--json"),
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            timeout=1200,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def killed(self, words: list[str], when: Callable[[], bool], poll: float = 0.05) -> bool:
+        """Run until `when`, then SIGKILL the process and all its children; False: it ended before."""
+        process = subprocess.Popen(
+            self.command(*words),
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None:
+            if when():
+                kill_tree(process.pid)
+                process.wait()
+                return True
+            try:
+                process.wait(poll)
+            except subprocess.TimeoutExpired:
+                continue
+        return False
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that it started, however deep."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        victims = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for victim in victims:
+        try:
+            os.kill(victim.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+@pytest.fixture(scope="session")
+def darkroom(tmp_path_factory) -> Darkroom:
+    return Darkroom(tmp_path_factory.mktemp("home"))

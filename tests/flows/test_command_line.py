@@ -1,0 +1,54 @@
+"""The command line answers like a tool: one JSON line on stdout, and exit codes that mean
+something.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def darkroom(home, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"DARKROOM_HOME": str(home)}
+    command = [sys.executable, "-m", "flows", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_json_is_the_last_line_of_stdout(tmp_path):
+    done = darkroom(tmp_path, "recipes", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {"shapes", "pictures"} <= json.loads(done.stdout.splitlines()[-1])["recipes"].keys()
+
+
+def test_status_of_an_empty_home(tmp_path):
+    done = darkroom(tmp_path, "status", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["models"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "shapes", "sede=1"], "did you mean 'seed'"),
+        (["run", "nothing"], "no recipe 'nothing'"),
+        (["train", "shapes", "bass"], "did you mean 'base'"),
+        (["frobnicate"], "invalid choice"),
+        (["rollback", "shapes"], "was ever promoted"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_says_why(tmp_path, words, told):
+    done = darkroom(tmp_path, *words)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stdout == ""
+
+
+def test_overrides_may_stand_behind_options_and_instead_of_a_recipe(tmp_path):
+    for words in (["run", "--json", "sede=1"], ["run", "shapes", "--json", "sede=1"]):
+        done = darkroom(tmp_path, *words)
+        assert done.returncode == 2
+        assert "did you mean 'seed'" in json.loads(done.stdout)["error"]

@@ -1,0 +1,89 @@
+"""A recipe's keys have one spelling; a wrong one is refused with the nearest right one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from flows import recipe as recipes
+from flows.presets import PRESETS
+from flows.recipe import RecipeError, load, parse
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_survive_json_and_their_stages_accept_them(name):
+    made = PRESETS[name]()
+    assert parse(json.loads(made.model_dump_json())) == made
+    recipes.check_stages(made)
+
+
+def test_overrides_reach_every_depth():
+    made = load("shapes", ["seed=7", "base.training.images=100", "data.ingest.min_side=8"])
+    assert (made.seed, made.base.training["images"], made.data.ingest.min_side) == (7, 100, 8)
+    assert made.base.training["batch"] == load("shapes").base.training["batch"]
+
+
+def test_a_file_names_the_preset_it_changes(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: shapes\nname: mine\ndata: {scenes: 500}\n")
+    made = load(str(file), ["seed=3"])
+    assert (made.name, made.data.scenes, made.seed) == ("mine", 500, 3)
+    assert made.base == load("shapes").base
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sede=1", "did you mean 'seed'"),
+        ("data.scense=10", "did you mean 'scenes'"),
+        ("data.ingest.min_sid=10", "did you mean 'min_side'"),
+        ("evaluation.promts=64", "did you mean 'prompts'"),
+        ("data.scenes=-1", "data.scenes"),
+        ("data.scenes=many", "data.scenes"),
+        ("seed", "expected key=value"),
+        ("seed.inner=1", "seed is a value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(override, told):
+    with pytest.raises(RecipeError, match=told):
+        load("shapes", [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("base.config.network.chanels=8", "did you mean 'channels'"),
+        ("base.training.learning_rate=-1", "learning_rate"),
+        ("autoencoder.config.kll=1", "did you mean 'kl'"),
+    ],
+)
+def test_stage_configs_are_checked_by_the_stages(override, told):
+    with pytest.raises(RecipeError, match=told):
+        recipes.check_stages(load("shapes", [override]))
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'shapes'"):
+        load("shape")
+
+
+def test_identity_is_what_decides_the_result():
+    plain = load("shapes")
+    same = ["base.training.workers=2", "schedule=0 4 * * *", "executor.workers=1"]
+    assert load("shapes", same).identity == plain.identity
+    assert load("shapes", ["seed=1"]).identity != plain.identity
+    assert load("shapes", ["base.training.images=1"]).identity != plain.identity
+
+
+def test_asking_what_a_recipe_means_imports_nothing_heavy():
+    code = (
+        "import sys; import flows.commands, flows.recipe, flows.line; "
+        "flows.recipe.load('shapes'); "
+        "print([m for m in ('torch', 'ray', 'open_clip', 'mlflow', 'transformers', 'prefect') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
