@@ -32,6 +32,7 @@ from pipeline import storage
 
 FOLDERS = ("pipeline", "training", "evaluation", "flows")
 ENTRY = "training.generator"
+MANIFEST, CARD, SCORECARD = "manifest.json", "README.md", "scorecard.json"
 _MODULE = re.compile(rf"({'|'.join(FOLDERS)})(\.\w+)+(:\w+)?")
 _HERE = Path(__file__).parent
 _SERVING = {"mlflow", "numpy", "pandas", "PIL"}
@@ -84,7 +85,7 @@ def package(
     said = {"recipe": dict(recipe), "lineage": dict(lineage)}
     identity = hashlib.sha256(storage.json_bytes({"files": hashes, **said})).hexdigest()
     target = Path(out_dir, identity[:16])
-    if not (target / "manifest.json").exists():
+    if not (target / MANIFEST).exists():
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=".package-", dir=out_dir))
         try:
@@ -94,16 +95,16 @@ def package(
                 shutil.copyfile(source, _place(draft / path))
             manifest = {"format": 1, "package": identity, "code": name, "commit": commit, **said}
             manifest |= {"files": hashes, "scorecard": None}
-            storage.publish_json(str(draft / "manifest.json"), manifest)
+            storage.publish_json(str(draft / MANIFEST), manifest)
             draft.chmod(0o755)
             try:
                 os.rename(draft, target)
             except OSError:  # another process packaged the same meanwhile
-                if not (target / "manifest.json").exists():
+                if not (target / MANIFEST).exists():
                     raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    if scorecard is not None or not (target / "README.md").exists():
+    if scorecard is not None or not (target / CARD).exists():
         describe(target, scorecard)
     return str(target)
 
@@ -113,18 +114,18 @@ def describe(package_dir: str | Path, scorecard: Mapping[str, Any] | None) -> No
     moment.
     """
     target = Path(package_dir)
-    manifest = storage.read_json(str(target / "manifest.json"))
+    manifest = storage.read_json(str(target / MANIFEST))
     manifest["scorecard"] = scorecard
-    documents = {"README.md": card(manifest).encode()}
+    documents = {CARD: card(manifest).encode()}
     if scorecard is not None:
-        documents["scorecard.json"] = storage.json_bytes(scorecard)
-    for path in ("README.md", "scorecard.json"):
+        documents[SCORECARD] = storage.json_bytes(scorecard)
+    for path in (CARD, SCORECARD):
         manifest["files"].pop(path, None)
-    storage.publish_json(str(target / "manifest.json"), manifest)  # lists neither while they change
+    storage.publish_json(str(target / MANIFEST), manifest)  # lists neither while they change
     for path, text in documents.items():
         storage.publish_bytes(str(target / path), text)
         manifest["files"][path] = hashlib.sha256(text).hexdigest()
-    storage.publish_json(str(target / "manifest.json"), manifest)
+    storage.publish_json(str(target / MANIFEST), manifest)
 
 
 def code(root: Path) -> tuple[dict[str, bytes], set[str]]:

@@ -42,11 +42,12 @@ from pipeline import storage
 from training.results import WEIGHTS
 
 from .ledger import Entry, Ledger
-from .packaging import describe, package
+from .packaging import CARD, MANIFEST, describe, package
 from .serving import open_generator, verify
 
 __all__ = [
     "candidate",
+    "canonical",
     "delete",
     "describe",
     "draw_in_fresh_process",
@@ -95,7 +96,7 @@ def register(
         return known
     marks = {
         PACKAGE_TAG: manifest["package"],
-        MANIFEST_TAG: storage.sha256(folder / "manifest.json"),
+        MANIFEST_TAG: storage.sha256(folder / MANIFEST),
     }
     if run_id:
         experiment = client.get_run(run_id).info.experiment_id
@@ -122,7 +123,7 @@ def register(
             run_id=run_id,
             model_id=model.model_id,
             tags=marks | {"darkroom.code": manifest["code"]} | dict(tags or {}),
-            description=(folder / "README.md").read_text()[:4000],
+            description=(folder / CARD).read_text()[:4000],
         )
     registered = _registered(client, name, manifest["package"])
     assert registered is not None
@@ -139,7 +140,7 @@ def load(model: str, *, tracking_uri: str | None = None, device: str | None = No
 
 def locate(model: str, *, tracking_uri: str | None = None) -> tuple[Path, str | None]:
     """The local package folder of a model, and the sha256 that its manifest was registered with."""
-    if (Path(model) / "manifest.json").is_file():
+    if (Path(model) / MANIFEST).is_file():
         return Path(model), None
     client = MlflowClient(tracking_uri)
     version = find(client, model)
@@ -148,10 +149,10 @@ def locate(model: str, *, tracking_uri: str | None = None) -> tuple[Path, str | 
             f"{version.name} version {version.version}: not one of ours (no tag {MANIFEST_TAG})"
         )
     folder = _fetch(client, version)
-    found = sorted(folder.glob("artifacts/*/manifest.json"))
+    found = sorted(folder.glob(f"artifacts/*/{MANIFEST}"))
     if not found:
         raise ValueError(
-            f"{version.name} version {version.version}: {folder}/artifacts/*/manifest.json is "
+            f"{version.name} version {version.version}: {folder}/artifacts/*/{MANIFEST} is "
             f"missing; roll back, or register the package again"
         )
     return found[0].parent, version.tags[MANIFEST_TAG]
@@ -181,6 +182,12 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
 def candidate(name: str, version: int | str) -> str:
     """What a ledger calls a registered version: `shapes/3`; `load` understands it too."""
     return f"{name}/{version}"
+
+
+def canonical(model: str, *, tracking_uri: str | None = None) -> str:
+    """What a ledger calls a registered model, named in any of the ways `load` understands."""
+    version = find(MlflowClient(tracking_uri), model)
+    return candidate(version.name, version.version)
 
 
 def promote(
@@ -476,11 +483,10 @@ def _fetch(client: MlflowClient, version: ModelVersion) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as draft:
             with _at(client.tracking_uri), _quiet():
-                got = mlflow.artifacts.download_artifacts(
-                    f"models:/{version.name}/{version.version}",
-                    dst_path=draft,
-                    tracking_uri=client_uri,
-                )
+                place = Path(draft, "model")
+                place.mkdir()
+                uri = f"models:/{version.name}/{version.version}"
+                got = mlflow.artifacts.download_artifacts(uri, dst_path=str(place))
             with contextlib.suppress(OSError):  # another process fetched it meanwhile
                 os.rename(got, target)
     return target

@@ -13,7 +13,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -407,8 +407,7 @@ class _Page:
                 "label": "show all that was asked"
                 if self.main == "correct"
                 else "found again by their caption",
-                "note": _between(value, percent=True)
-                + self._against_champion(self.main, percent=True),
+                "note": _between(value, percent=True) + self._against_champion(self.main, _percent),
             }
         )
         for group, row in card.groups.items():
@@ -425,7 +424,8 @@ class _Page:
             {
                 "value": f"{1000 * kid.value:.2f}",
                 "label": "KID × 1000",
-                "note": "distance to held-out pictures" + self._against_champion("kid"),
+                "note": "distance to held-out pictures"
+                + self._against_champion("kid", lambda x: f"{1000 * x:.2f}"),
             }
         )
         if rate := card.speed.get("pictures_per_second"):
@@ -438,12 +438,12 @@ class _Page:
             )
         return figures
 
-    def _against_champion(self, name: str, percent: bool = False) -> str:
+    def _against_champion(self, name: str, show: Callable[[float], str]) -> str:
         """How the champion did, where the two may be compared."""
         other = self.inputs.champion and self.inputs.champion.scorecard.values.get(name)
         if not other or not other.comparable(self.card.values[name]):
             return ""
-        return f"; champion {_percent(other.value) if percent else _number(other.value)}"
+        return f"; champion {show(other.value)}"
 
     def _gallery(self) -> list[dict[str, Any]]:
         """The first pictures; for drawn scenes with what is wrong in each."""
@@ -496,7 +496,7 @@ class _Page:
             chart(
                 "Fidelity against distance",
                 "KID to held-out pictures (less is better)",
-                {"": [(row.values["kid"], row.values[self.main]) for row in front]},
+                {"": [(row.values["kid"], 100 * row.values[self.main]) for row in front]},
                 labels=[f"{row.scale:g}" for row in front],
                 filled=[row.pareto for row in front],
             ),

@@ -36,6 +36,7 @@ __all__ = ["Basis", "EvaluationConfig", "Scale", "Scorecard", "Scored", "Value",
 
 UNGUIDED = 1.0
 NEIGHBOURS = 3
+FEWEST = NEIGHBOURS + 1
 AMONG = 100
 
 
@@ -221,12 +222,10 @@ class _Scoring:
     ):
         if config.kind == "shapes" and any(it.truth is None for it in prompts):
             raise ValueError("prompts without a truth: score them with kind 'captions'")
-        if len(prompts) < 16:
-            raise ValueError(f"scores need at least 16 prompts, got {len(prompts)}")
-        if min(len(reference), len(prompts)) < config.kid_block:
+        if min(len(prompts), len(reference)) < FEWEST:
             raise ValueError(
-                f"kid_block is {config.kid_block}, but there are {len(reference)} references "
-                f"and {len(prompts)} prompts: hold out more, or lower kid_block"
+                f"scores need at least {FEWEST} prompts and as many held-out pictures, got "
+                f"{len(prompts)} and {len(reference)}: ingest more, or hold out a larger share"
             )
         self.generator, self.config, self.prompts, self.clip = (
             generator,
@@ -375,7 +374,8 @@ class _Scoring:
                 metrics.mean_interval(per_prompt["clip_score"], config.blocks), extractor
             ),
         }
-        kid = metrics.kid(features, self.features, block=config.kid_block)
+        block = min(config.kid_block, count, len(self.features))
+        kid = metrics.kid(features, self.features, block=block)
         per_prompt["kid"] = kid
         values["kid"] = (
             _value(metrics.interval(kid), against)

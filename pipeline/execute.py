@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,8 +91,9 @@ def _task(table: Any, factory: Factory) -> Any:
 
 
 def _work_table(table: Any, work: Work) -> Any:
-    import pyarrow as pa
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 
+    pa: Any = pyarrow
     results = [json.dumps(work(json.loads(unit.as_py()))) for unit in table["unit"]]
     return pa.table({"index": table["index"], "result": pa.array(results, pa.large_string())})
 
@@ -101,19 +102,21 @@ def _ray(
     factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     import ray
-    import ray.data
+    import ray.data as _data
 
+    ray_data: Any = _data
     if not ray.is_initialized():
         raise ValueError(
             "executor 'ray' needs a session: call ray.init() first or use Executor(kind='local')"
         )
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    cluster: Any = ray
+    cpus = int(cluster.cluster_resources().get("CPU", 1))
     size = min(workers or cpus, len(units))
     # A fixed pool that holds every CPU starves Ray Data's own tasks and stalls until a time-out of
     # half an hour: the pool claims at most half of them, though its processes may well use more.
     share = min(0.5, 0.5 * cpus / size)
     with _quiet():
-        data = ray.data.from_items(
+        data = ray_data.from_items(
             [{"index": index, "unit": json.dumps(unit)} for index, unit in enumerate(units)],
             override_num_blocks=len(units),  # a block is what Ray hands to a worker
         )
@@ -124,7 +127,7 @@ def _ray(
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=share,
-                compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+                compute=ray_data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
             )
         else:
             data = data.map_batches(
@@ -133,7 +136,7 @@ def _ray(
                 batch_size=1,
                 batch_format="pyarrow",
                 num_cpus=share,
-                compute=ray.data.TaskPoolStrategy(size=size),
+                compute=ray_data.TaskPoolStrategy(size=size),
             )
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
@@ -141,7 +144,7 @@ def _ray(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Ray Data without bars and plan dumps of its own: progress is the caller's."""
     import ray
 

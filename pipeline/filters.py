@@ -47,7 +47,7 @@ def clean_caption(text: str, limit: int) -> tuple[str, tuple[str, ...]]:
     scripts of any direction stay. "caption_cut": it was too long; "caption_replaced": it held bytes
     that are no text.
     """
-    flags = []
+    flags: list[str] = []
     if len(text) > 4 * limit:  # before anything that costs time per character
         text = text[: 4 * limit]
         flags.append("caption_cut")
@@ -60,8 +60,8 @@ def clean_caption(text: str, limit: int) -> tuple[str, tuple[str, ...]]:
     text = " ".join(text.split())
     if len(text) > limit:
         text = text[:limit].rstrip()
-        flags.insert(0, "caption_cut") if "caption_cut" not in flags else None
-    return text, tuple(flags)
+        flags.append("caption_cut")
+    return text, tuple(sorted(set(flags)))
 
 
 _CLASS = {"Cc": " ", "Cs": "\ufffd"}

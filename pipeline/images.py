@@ -164,9 +164,8 @@ def store(
             {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[info["format"]],
         )
     if 0 < max_side < short:
-        size = tuple(
-            max(1, round(side * max_side / short)) for side in (info["width"], info["height"])
-        )
+        scale = max_side / short
+        size = (max(1, round(info["width"] * scale)), max(1, round(info["height"] * scale)))
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     lossy = info["format"] in ("JPEG", "AVIF") or (
         info["format"] == "WEBP" and data[12:16] != b"VP8L"
@@ -200,7 +199,8 @@ def _decode(data: bytes, name: str, policy: DecodePolicy) -> tuple[Image.Image, 
     if name == "JPEG" and 0 < policy.draft_side < short:
         # The 1/2, 1/4, 1/8 scales of the inverse DCT: five times faster on photographs, low-passed,
         # not decimated.
-        image.draft(None, tuple(-(-side * policy.draft_side // short) for side in (width, height)))
+        side = policy.draft_side
+        image.draft(None, (-(-width * side // short), -(-height * side // short)))
     image.load()
     if name != "JPEG":
         width, height = image.size  # TIFFs turn themselves upright while loading
@@ -288,7 +288,8 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if mode == "RGB" and ImageCms.getProfileDescription(source).strip().lower().startswith("srgb"):
         return None
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    cms: Any = ImageCms
+    return cms.buildTransform(source, cms.createProfile("sRGB"), mode, "RGB")
 
 
 def _why(data: bytes, name: str, error: Exception) -> str:

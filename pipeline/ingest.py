@@ -1,7 +1,6 @@
 """Sources in, a new version of a data set out: every input row ends in exactly one outcome.
 
-    pass 1   fetch, decode, hash and stage candidate pictures, in parallel units of some hundreds of
-    rows
+    pass 1   fetch, decode, hash and stage candidate pictures, in parallel units of many rows
     decide   once, in source order: filters, duplicates, splits, which sample goes into which shard
     pass 2   write the shards, in parallel, one unit each
 
@@ -22,14 +21,15 @@ from typing import Any, Literal
 
 from . import filters, storage
 from .execute import Executor, run
-from .manifest import Manifest, Shard, fingerprint, latest, publish
-from .sources import OverLong, Row, SourceOptions, fetch_image, open_source
+from .manifest import Manifest, Shard, fingerprint, latest, publish, read, versions
+from .sources import OverLong, Row, Source, SourceOptions, fetch_image, open_source
 
 _CODE = 1
 """Raised by hand when the same rows and rules give other bytes: everything is read again."""
 
 _FOLDERS = ("versions", "shards", "tables", "inputs", "staging")
 
+Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 
 
@@ -39,23 +39,21 @@ class IngestRules:
 
     kind: Literal["ingest"] = "ingest"
     max_side: int = 0
-    """Larger pictures are stored with their shorter side reduced to this many pixels; 0 keeps them
-    as they are.
-    """
+    """Pictures with a longer shorter side are reduced to this many pixels there; 0: never."""
     min_side: int = 16
     """Pictures whose shorter side has fewer pixels are filtered."""
     max_aspect: float = 4.0
     """Pictures more than this many times as long as wide are filtered."""
     shard_samples: int = 2048
-    """At most; a split's samples are dealt to shards of nearly equal size."""
+    """At most; a split's samples are dealt to shards of nearly equal number."""
+    shard_bytes: int = 256 << 20
+    """About, on average: many large pictures make more shards."""
     heldout_share: float = 0.1
     """Share of all pairs (captions, or caption and style) that training never sees."""
     unseen_share: float = 0.0
     """Share of all names (captions of rows with a style) that training never sees in any style."""
     min_heldout: int = 16
-    """The first version raises the held-out share to reach this many samples, up to a quarter of
-    all.
-    """
+    """The first version raises the held-out share to reach this many, up to a quarter of all."""
     near_duplicates: bool = False
     """Whether pictures that look the same as an earlier one are dropped (see `dedup`)."""
     max_rejected_share: float = 0.5
@@ -68,12 +66,8 @@ class IngestRules:
     options: SourceOptions = field(default_factory=SourceOptions)
 
     def __post_init__(self):
-        for name, low in (
-            ("max_side", 0),
-            ("min_side", 1),
-            ("shard_samples", 1),
-            ("min_heldout", 0),
-        ):
+        lowest = {"max_side": 0, "min_side": 1, "shard_samples": 1, "shard_bytes": 1}
+        for name, low in (lowest | {"min_heldout": 0, "max_pixels": 1, "max_bytes": 1}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("heldout_share", "unseen_share", "max_rejected_share"):
@@ -87,9 +81,7 @@ class IngestRules:
             )
 
     def reading(self) -> dict[str, Any]:
-        """What pass 1 depends on; thresholds may change without a picture being read again in a run
-        that goes on.
-        """
+        """What pass 1 depends on; other rules may change in a run that goes on."""
         names = ("max_side", "background", "max_pixels", "max_bytes", "animated")
         return {name: getattr(self, name) for name in names}
 
@@ -114,8 +106,7 @@ def ingest(
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> IngestResult:
-    """Bring a data set up to date with its sources; publishes a new version if anything about them
-    changed.
+    """Bring a data set up to date with its sources: a new version if anything about them changed.
 
     Sources that an earlier version had and this call does not name stay as they are. Changed rules
     build the next version anew from the named sources. `progress(stage, done, total)` speaks of the
@@ -130,23 +121,29 @@ def ingest(
     prints = {source.url: source.fingerprint() for source in opened}
     with storage.lock(storage.join(dataset, ".lock")):
         parent = latest(dataset)
-        same_rules = parent is not None and _rules(parent.rules) == _rules(_described(rules))
-        if (
-            parent
-            and same_rules
-            and all(parent.sources.get(url) == it for url, it in prints.items())
-        ):
-            _clean(dataset, parent)
-            return IngestResult(parent, parent.counts, new=0, reused=True)
-        base = parent if same_rules else None
+        base = parent if parent and _same_rules(parent, rules) else None
+        if base and all(base.sources.get(url) == it for url, it in prints.items()):
+            _clean(dataset)
+            return IngestResult(base, base.counts, new=0, reused=True)
         return _Ingest(dataset, rules, executor, progress, parent, base).run(opened, prints)
+
+
+def unchanged(sources: Sequence[str], dataset: str, rules: IngestRules) -> Manifest | None:
+    """The latest version, if `ingest` would return it at once."""
+    dataset = storage.absolute(dataset)
+    parent = latest(dataset)
+    if parent is None or not _same_rules(parent, rules):
+        return None
+    if storage.exists(storage.join(dataset, "staging")):
+        return None  # a killed run has left something to clear away
+    opened = [open_source(url, options=rules.options) for url in sources]
+    same = all(parent.sources.get(source.url) == source.fingerprint() for source in opened)
+    return parent if same else None
 
 
 @dataclass(frozen=True)
 class _Ingest:
-    """One run that has something to do. `base`: the version whose samples and outcomes it builds
-    on.
-    """
+    """One run that has something to do. `base` is the version it adds to, if any."""
 
     dataset: str
     rules: IngestRules
@@ -155,7 +152,7 @@ class _Ingest:
     parent: Manifest | None
     base: Manifest | None
 
-    def run(self, sources: Sequence[Any], prints: Mapping[str, str]) -> IngestResult:
+    def run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
         for folder in _FOLDERS:
             storage.sweep(storage.join(self.dataset, folder))
         past = _read_inputs(self.base)
@@ -181,14 +178,15 @@ class _Ingest:
         )
         _write_inputs(manifest, past + outcomes)
         publish(manifest)
-        _clean(self.dataset, manifest)
+        _clean(self.dataset)
         return IngestResult(manifest, counts, new=len(samples), reused=False)
 
     def _new_rows(
-        self, sources: Sequence[Any], known: set[tuple[str, str]]
+        self, sources: Sequence[Source], known: set[tuple[str, str]]
     ) -> list[tuple[str, Row]]:
         """(source, row) of each row not met before, in source order."""
-        rows, ids = [], set()
+        rows: list[tuple[str, Row]] = []
+        ids: set[str] = set()
         for source in sources:
             for row in source.rows():
                 if row.id in ids:
@@ -202,12 +200,12 @@ class _Ingest:
 
     # ---- pass 1 ----------------------------------------------------------------------------------
 
-    def _read(self, rows: Sequence[tuple[str, Row]]) -> list[dict]:
+    def _read(self, rows: Sequence[tuple[str, Row]]) -> list[Record]:
         """What each row's picture turned out to be, in order."""
         # few enough rows that the units balance over workers, enough that a unit outweighs its
         # scheduling
         size = min(512, max(32, -(-len(rows) // 64)))
-        units = []
+        units: list[Record] = []
         for start in range(0, len(rows), size):
             some = [
                 {
@@ -230,15 +228,15 @@ class _Ingest:
     # ---- the decision ----------------------------------------------------------------------------
 
     def _decide(
-        self, rows: Sequence[tuple[str, Row]], results: Sequence[dict], past: Sequence[dict]
-    ) -> tuple[list[dict], list[dict], float]:
+        self, rows: Sequence[tuple[str, Row]], results: Sequence[Record], past: Sequence[Record]
+    ) -> tuple[list[Record], list[Record], float]:
         """Outcomes of the new rows, the new samples sorted by key, and the held-out limit."""
         drop = (filters.aspect(self.rules.max_aspect), filters.too_small(self.rules.min_side))
         looks = self._looks()
         known = {it["key"] for it in past if it["outcome"] == "kept"}
-        samples: dict[str, dict] = {}
-        outcomes: list[dict] = []
-        again: list[tuple[dict, Row]] = []
+        samples: dict[str, Record] = {}
+        outcomes: list[Record] = []
+        again: list[tuple[Record, Row]] = []
         for (source, row), result in zip(rows, results, strict=True):
             outcome, reason, key = "kept", "", result.get("key", "")
             if result.get("reason"):
@@ -289,10 +287,9 @@ class _Ingest:
         return "heldout" if _uniform("heldout", row.pair) < limit else "train"
 
     def _heldout_limit(self, rows: Sequence[Row]) -> float:
-        """Pairs that hash below it are held out: `heldout_share`, raised once, by the first
-        version, for small sets.
+        """Pairs that hash below it are held out: `heldout_share`, or more where that is too few.
 
-        It never changes afterwards, so that growth cannot move a pair from one split to another.
+        The first version decides for all later ones: growth moves no pair to another split.
         """
         if self.base is not None:
             return self.base.rules["heldout_limit"]
@@ -326,7 +323,7 @@ class _Ingest:
                 looks.add(row["look"], row["key"])
         return looks
 
-    def _check(self, outcomes: Sequence[dict], counts: Mapping[str, int]) -> None:
+    def _check(self, outcomes: Sequence[Record], counts: Mapping[str, int]) -> None:
         """ValueError when too much was rejected or nothing is left."""
         rejected = Counter(it["reason"] for it in outcomes if it["outcome"] == "rejected")
         if rejected.total() > self.rules.max_rejected_share * len(outcomes):
@@ -334,7 +331,7 @@ class _Ingest:
             raise ValueError(
                 f"{rejected.total()} of {len(outcomes)} new rows were rejected "
                 f"({_listed(rejected)}), allowed is a share of {self.rules.max_rejected_share}; "
-                f"the first is {first['id']} ({first['reason']}: {first['detail'] or 'no detail'}); "
+                f"the first is {first['id']} ({first['reason']}: {first['detail'] or '-'}); "
                 "mend the source or raise max_rejected_share"
             )
         if not counts["kept"]:
@@ -346,12 +343,14 @@ class _Ingest:
 
     # ---- pass 2 ----------------------------------------------------------------------------------
 
-    def _write(self, samples: Sequence[dict]) -> list[Shard]:
+    def _write(self, samples: Sequence[Record]) -> list[Shard]:
         """The new shards, split by split."""
-        units = []
+        units: list[Record] = []
         for split in ("train", "heldout", "unseen"):
             mine = [_sample(sample) for sample in samples if sample["split"] == split]
+            size = sum(sample["length"] for sample in mine)
             shards = -(-len(mine) // self.rules.shard_samples)
+            shards = min(len(mine), max(shards, -(-size // self.rules.shard_bytes)))
             for index in range(shards):
                 some = mine[index * len(mine) // shards : (index + 1) * len(mine) // shards]
                 unit = {"split": split, "samples": some}
@@ -359,10 +358,8 @@ class _Ingest:
         results = self._resume("write", functools.partial(_writer, self.dataset), units)
         return [Shard(**result["shard"]) for result in results]
 
-    def _resume(self, stage: str, factory: Any, units: list[dict]) -> list[dict]:
-        """Results of the units in order; those committed by an earlier, killed run are read, not
-        computed.
-        """
+    def _resume(self, stage: str, factory: Any, units: list[Record]) -> list[Record]:
+        """Results of the units in order; what an earlier, killed run has committed is only read."""
         staging = storage.join(self.dataset, "staging")
         present = set(storage.list_names(staging))
         todo = [unit for unit in units if f"{unit['unit']}.json" not in present]
@@ -386,10 +383,8 @@ class _Ingest:
 # ---- what runs in workers ------------------------------------------------------------------------
 
 
-def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[dict], dict]:
-    """Pass 1 over one unit: pictures one after the other into staging/{unit}.bin, what they are
-    into {unit}.json.
-    """
+def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[Record], Record]:
+    """Pass 1 over one unit: pictures into staging/{unit}.bin, what they are into {unit}.json."""
     from . import dedup, images
 
     max_side = reading["max_side"]
@@ -453,34 +448,39 @@ def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[dict], dict]:
     return work
 
 
-def _writer(dataset: str) -> Callable[[dict], dict]:
+def _writer(dataset: str) -> Callable[[Record], Record]:
     """Pass 2 over one unit: a shard from staged pictures."""
     from . import shards
 
-    def work(unit: dict) -> dict:
-        wanted: dict[str, list[dict]] = {}
-        for sample in unit["samples"]:
-            wanted.setdefault(sample["staged"], []).append(sample)
-        pictures: dict[str, bytes] = {}
+    def pictures(samples: list[Record]) -> dict[str, bytes]:
+        wanted: dict[str, list[Record]] = {}
+        for it in samples:
+            wanted.setdefault(it["staged"], []).append(it)
+        found: dict[str, bytes] = {}
         for staged, some in wanted.items():
             url = storage.join(dataset, "staging", f"{staged}.bin")
-            ranges = [(sample["offset"], sample["length"]) for sample in some]
-            for sample, data in zip(some, storage.read_ranges(url, ranges), strict=True):
-                pictures[sample["key"]] = data
+            ranges = [(it["offset"], it["length"]) for it in some]
+            found |= zip((it["key"] for it in some), storage.read_ranges(url, ranges), strict=True)
+        return found
 
-        def samples() -> Iterator[shards.ShardSample]:
-            for it in unit["samples"]:
+    def stored(samples: list[Record]) -> Iterator[shards.ShardSample]:
+        for start in range(0, len(samples), 128):  # a shard of photographs need not fit in memory
+            some = samples[start : start + 128]
+            data = pictures(some)
+            for it in some:
+                captions = tuple(it["captions"])
                 yield shards.ShardSample(
-                    it["key"], pictures.pop(it["key"]), it["ext"], tuple(it["captions"]), it["meta"]
+                    it["key"], data[it["key"]], it["ext"], captions, it["meta"]
                 )
 
-        shard = shards.write_shard(samples(), dataset, unit["split"])
+    def work(unit: Record) -> Record:
+        shard = shards.write_shard(stored(unit["samples"]), dataset, unit["split"])
         return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
 
     return work
 
 
-def _commit(dataset: str, unit: str, result: dict) -> dict:
+def _commit(dataset: str, unit: str, result: Record) -> Record:
     storage.publish_bytes(_result_url(dataset, unit), json.dumps(result).encode())
     return result
 
@@ -492,7 +492,7 @@ def _result_url(dataset: str, unit: str) -> str:
 # ---- small parts ---------------------------------------------------------------------------------
 
 
-def _sample(sample: dict) -> dict:
+def _sample(sample: Record) -> Record:
     """What pass 2 needs of a sample."""
     row: Row = sample["row"]
     captions = sample["captions"]
@@ -522,11 +522,11 @@ def _described(rules: IngestRules) -> dict[str, Any]:
     return {**json.loads(json.dumps(asdict(rules))), "code": _CODE}
 
 
-def _rules(described: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in described.items() if name != "heldout_limit"}
+def _same_rules(version: Manifest, rules: IngestRules) -> bool:
+    return {**version.rules, "heldout_limit": None} == {**_described(rules), "heldout_limit": None}
 
 
-def _count(outcomes: Sequence[dict]) -> dict[str, int]:
+def _count(outcomes: Sequence[Record]) -> dict[str, int]:
     """Rows by outcome and by outcome:reason, and how often each flag was raised."""
     totals = Counter(it["outcome"] for it in outcomes)
     counts = {name: totals[name] for name in ("kept", "filtered", "rejected", "duplicate")}
@@ -540,39 +540,37 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
-def _read_inputs(base: Manifest | None) -> list[dict]:
+def _read_inputs(base: Manifest | None) -> list[Record]:
     if base is None:
         return []
-    import pyarrow.parquet as pq
+    from . import shards
 
-    path = storage.local_copy(base.url("inputs", f"{base.version:06d}.parquet"))
-    return pq.read_table(path, partitioning=None).to_pylist()
+    return shards.read_parquet(base.url("inputs", f"{base.version:06d}.parquet")).to_pylist()
 
 
-def _write_inputs(manifest: Manifest, outcomes: Sequence[dict]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _write_inputs(manifest: Manifest, outcomes: Sequence[Record]) -> None:
+    from . import shards
 
     names = ("id", "stamp", "source", "outcome", "reason", "detail", "key", "split")
-    columns = {name: pa.array([it[name] for it in outcomes], pa.string()) for name in names}
-    columns["flags"] = pa.array([it["flags"] for it in outcomes], pa.list_(pa.string()))
-    with storage.publishing(manifest.url("inputs", f"{manifest.version:06d}.parquet")) as file:
-        pq.write_table(pa.table(columns), file)
+    columns = {name: shards.Column("text", [it[name] for it in outcomes]) for name in names}
+    columns["flags"] = shards.Column("texts", [it["flags"] for it in outcomes])
+    url = manifest.url("inputs", f"{manifest.version:06d}.parquet")
+    storage.publish_bytes(url, shards.parquet_bytes(columns))
 
 
-def _clean(dataset: str, manifest: Manifest) -> None:
-    """Remove staging, and the shards of killed runs over other rows, which no manifest lists."""
+def _clean(dataset: str) -> None:
+    """Remove staging, and the shards of killed runs over other rows, which no version lists."""
     staging = storage.join(dataset, "staging")
     names = storage.list_names(staging)
     if not names and not storage.exists(staging):
         return
     for folder in _FOLDERS:
         storage.sweep(storage.join(dataset, folder))
-    listed = {shard.name for shard in manifest.shards}
-    for name in names:
-        if name.endswith("-shard.json"):
-            shard = storage.read_json(storage.join(staging, name))["shard"]["name"]
-            if shard not in listed:
-                storage.delete(storage.join(dataset, "shards", f"{shard}.tar"))
-                storage.delete(storage.join(dataset, "tables", f"{shard}.parquet"))
+    results = [name for name in names if name.endswith("-shard.json")]
+    written = {storage.read_json(storage.join(staging, name))["shard"]["name"] for name in results}
+    for version in versions(dataset) if written else ():
+        written -= {shard.name for shard in read(dataset, version).shards}
+    for name in written:
+        storage.delete(storage.join(dataset, "shards", f"{name}.tar"))
+        storage.delete(storage.join(dataset, "tables", f"{name}.parquet"))
     storage.delete(staging)

@@ -223,12 +223,12 @@ class Loader:
             return [by_shard[row] for row in back]
 
         if self.captions or self.encodings:
-            batch["key"] = in_order(p.shard.keys[row] for p in parts for row in p.local.tolist())
+            batch["key"] = in_order(p.shard.keys[row] for p in parts for row in _list(p.local))
         if self.captions:
             batch["caption"] = in_order(
-                p.shard.captions[row] for p in parts for row in p.captions.tolist()
+                p.shard.captions[row] for p in parts for row in _list(p.captions)
             )
-            labels = in_order(p.shard.labels[row] for p in parts for row in p.local.tolist())
+            labels = in_order(p.shard.labels[row] for p in parts for row in _list(p.local))
             batch["label"] = [None if label is None else json.loads(label) for label in labels]
         for number, encoding in enumerate(self.encodings):
             if encoding.kind == "image":
@@ -250,16 +250,17 @@ class Loader:
             text = arrays["caption_rows"][part.captions]
             pooled[part.rows] = arrays["pooled"][text]
             begin[part.rows], end[part.rows] = arrays["offsets"][text], arrays["offsets"][text + 1]
-        lengths = end - begin
-        tokens = stored["tokens"].empty(size, int(lengths.max()))
+        lengths: _Ints = end - begin
+        longest = int(lengths.max())
+        tokens = stored["tokens"].empty(size, longest)
         tokens.fill(0)
         for part in parts:
             flat = part.shard.arrays[number]["tokens"]
             # A caption's tokens lie together: a copy for each beats a fancy index of all tokens.
-            spans = begin[part.rows].tolist(), end[part.rows].tolist()
-            for row, first, last in zip(part.rows.tolist(), *spans, strict=True):
+            spans = map(_list, (part.rows, begin[part.rows], end[part.rows]))
+            for row, first, last in zip(*spans, strict=True):
                 tokens[row, : last - first] = flat[first:last]
-        mask = np.arange(tokens.shape[1]) < lengths[:, None]
+        mask = np.arange(longest) < lengths[:, None]
         return {f"{name}_tokens": tokens, f"{name}_mask": mask, f"{name}_pooled": pooled}
 
     def _parts(self, indices: np.ndarray, turns: np.ndarray) -> list[_Part]:
@@ -320,6 +321,10 @@ class Loader:
             offsets=offsets[0] if offsets else np.arange(shard.samples + 1),
             arrays=tuple(opened),
         )
+
+
+def _list(numbers: _Ints) -> list[int]:
+    return numbers.tolist()
 
 
 def _open_encoded(

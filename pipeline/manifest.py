@@ -42,13 +42,13 @@ class Manifest:
     version: int
     parent: int | None
     shards: tuple[Shard, ...]
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict[str, int])
     """Outcomes of all input rows so far: seen = kept + filtered + rejected + duplicate, then
     "outcome:reason".
     """
-    sources: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
     """Source URL -> the fingerprint its listing had."""
-    rules: Mapping[str, Any] = field(default_factory=dict)
+    rules: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def digest(self) -> str:

@@ -96,7 +96,7 @@ class BatchPlan:
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.cumsum((0, *self.samples_per_shard[:-1]))
+        return np.cumsum((0, *self.samples_per_shard))
 
     @cached_property
     def _shards(self):
@@ -122,15 +122,10 @@ class BatchPlan:
         """(epoch, block) -> int64: the block's samples in their order."""
 
         def block(epoch: int, number: int) -> np.ndarray:
-            shards = self._shards(epoch)[
-                number * self.block_shards : (number + 1) * self.block_shards
-            ]
-            ordered = np.concatenate(
-                [
-                    np.arange(self.samples_per_shard[s], dtype=np.int64) + self._starts[s]
-                    for s in shards
-                ]
-            )
+            first = number * self.block_shards
+            shards = self._shards(epoch)[first : first + self.block_shards]
+            spans = zip(self._starts[shards], self._starts[shards + 1], strict=True)
+            ordered = np.concatenate([np.arange(*span, dtype=np.int64) for span in spans])
             return ordered[self._shuffle(len(ordered), 1, number, epoch)]
 
         return lru_cache(4)(block)

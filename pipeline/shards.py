@@ -15,7 +15,7 @@ import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from . import storage
 from .manifest import Shard
@@ -32,7 +32,7 @@ class ShardSample:
     image: bytes
     ext: str
     captions: tuple[str, ...]
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """width, height (as stored), source (row id), original (width, height, format), flags, scores,
     label; JSON.
     """
@@ -45,7 +45,9 @@ def write_shard(samples: Iterable[ShardSample], dataset: str, split: str) -> Sha
     changes nothing. ValueError: no samples, an extension or key no WebDataset reader would
     understand, a key twice.
     """
-    digest, size, rows, keys = hashlib.sha256(), 0, [], set()
+    digest, size = hashlib.sha256(), 0
+    rows: list[tuple[str, list[str], Mapping[str, Any]]] = []
+    keys: set[str] = set()
     with storage.draft(storage.join(dataset, "shards")) as (file, publish):
         for sample in samples:
             if sample.key in keys or not sample.key or not set(sample.key).isdisjoint("./\\\0\n"):
@@ -104,17 +106,49 @@ def read_shard(url: str) -> Iterator[ShardSample]:
 
 def read_table(dataset: str, shard: str, columns: list[str] | None = None) -> Any:
     """The pyarrow table beside a shard (key, captions, label, width, height, source, scores)."""
-    import pyarrow.parquet
+    return read_parquet(storage.join(dataset, "tables", f"{shard}.parquet"), columns)
 
-    path = storage.local_copy(storage.join(dataset, "tables", f"{shard}.parquet"))
-    return pyarrow.parquet.read_table(path, columns=columns, partitioning=None)
+
+class Column(NamedTuple):
+    """A column of a parquet file, with a type that does not depend on its values."""
+
+    kind: Literal["text", "texts", "whole", "inferred"]
+    values: list[Any]
+
+
+def read_parquet(url: str, columns: list[str] | None = None) -> Any:
+    """The pyarrow table in a file whose name never changes its content."""
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
+
+    parquet: Any = pq
+    return parquet.read_table(storage.local_copy(url), columns=columns, partitioning=None)
+
+
+def parquet_bytes(columns: Mapping[str, Column]) -> bytes:
+    """A parquet file; the same columns give the same bytes."""
+    import pyarrow as pa_  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
+
+    pa: Any = pa_
+    parquet: Any = pq
+    kinds: dict[str, Any] = {
+        "text": pa.string(),
+        "texts": pa.list_(pa.string()),
+        "whole": pa.int32(),
+        "inferred": None,
+    }
+    out = io.BytesIO()
+    arrays = {name: pa.array(it.values, kinds[it.kind]) for name, it in columns.items()}
+    parquet.write_table(pa.table(arrays), out)
+    return out.getvalue()
 
 
 def open_webdataset(url: str) -> Any:
     """A plain `webdataset.WebDataset` over a shard, decoding nothing (its decoders run pickles)."""
     import webdataset
 
-    return webdataset.WebDataset(str(storage.local_copy(url)), shardshuffle=False)
+    library: Any = webdataset
+    return library.WebDataset(str(storage.local_copy(url)), shardshuffle=False)
 
 
 def caption_hash(caption: str) -> str:
@@ -174,23 +208,19 @@ def _read_members(tar: mmap.mmap, url: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _table(rows: list[tuple[str, list[str], Mapping[str, Any]]]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     metas = [meta for _, _, meta in rows]
-    columns: dict[str, Any] = {
-        "key": pa.array([key for key, _, _ in rows], pa.string()),
-        "captions": pa.array([captions for _, captions, _ in rows], pa.list_(pa.string())),
-        "label": pa.array([_label(meta.get("label")) for meta in metas], pa.string()),
-        "width": pa.array([meta.get("width") for meta in metas], pa.int32()),
-        "height": pa.array([meta.get("height") for meta in metas], pa.int32()),
-        "source": pa.array([meta.get("source") for meta in metas], pa.string()),
+    columns = {
+        "key": Column("text", [key for key, _, _ in rows]),
+        "captions": Column("texts", [captions for _, captions, _ in rows]),
+        "label": Column("text", [_label(meta.get("label")) for meta in metas]),
+        "width": Column("whole", [meta.get("width") for meta in metas]),
+        "height": Column("whole", [meta.get("height") for meta in metas]),
+        "source": Column("text", [meta.get("source") for meta in metas]),
     }
     for name in sorted({name for meta in metas for name in meta.get("scores", ())}):
-        columns[name] = pa.array([meta.get("scores", {}).get(name) for meta in metas])
-    out = io.BytesIO()
-    pq.write_table(pa.table(columns), out)
-    return out.getvalue()
+        values = [meta.get("scores", {}).get(name) for meta in metas]
+        columns[name] = Column("inferred", values)
+    return parquet_bytes(columns)
 
 
 def _label(label: Any) -> str | None:

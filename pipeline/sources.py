@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, TypeGuard
 from urllib.parse import parse_qsl
 
 from . import storage
@@ -100,7 +100,8 @@ class Row:
 class Source(Protocol):
     """Something that can be listed."""
 
-    url: str
+    @property
+    def url(self) -> str: ...
 
     def fingerprint(self) -> str:
         """Changes when the rows may have; from a listing of names, sizes and times alone."""
@@ -328,11 +329,11 @@ class _Sample:
 
     key: str
     problem: str | None = None
-    flags: set[str] = field(default_factory=set)
-    extensions: set[str] = field(default_factory=set)
+    flags: set[str] = field(default_factory=set[str])
+    extensions: set[str] = field(default_factory=set[str])
     image: str = ""
-    captions: list[str] = field(default_factory=list)
-    attributes: dict[str, str] = field(default_factory=dict)
+    captions: list[str] = field(default_factory=list[str])
+    attributes: dict[str, str] = field(default_factory=dict[str, str])
     styled: bool = False
 
     @property
@@ -431,17 +432,16 @@ class _Tars(_Listed):
             sample.flags.add("member_refused")  # pickles, arrays, code: never opened
 
     def _take_fields(self, sample: _Sample, fields: Any) -> None:
-        if not isinstance(fields, dict):
+        if not _is_object(fields):
             raise ValueError("not a JSON object")
         for name in CAPTION_FIELDS:
-            said = fields.get(name)
-            for it in said if isinstance(said, list) else [said]:
+            for it in _listed(fields.get(name)):
                 # our own shards keep a hash beside each text, and the label apart
-                text = it.get("text") if isinstance(it, dict) else it
+                text = it.get("text") if _is_object(it) else it
                 if isinstance(text, str):
                     sample.captions.append(text)
-        sample.styled = isinstance(fields.get("label"), dict)
-        attributes = fields["label"] if sample.styled else fields
+        sample.styled = _is_object(fields.get("label"))
+        attributes: dict[str, Any] = fields["label"] if sample.styled else fields
         sample.attributes = {
             name: text
             for name, text in attributes.items()
@@ -514,22 +514,18 @@ def _read_table(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[st
         csv.field_size_limit(_MAX_FIELD_BYTES)
         with storage.open_read(url) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
-            reader = csv.DictReader(
-                text, delimiter="\t" if extension == "tsv" else ",", strict=True
-            )
+            tabs = "\t" if extension == "tsv" else ","
+            reader = csv.reader(text, delimiter=tabs, strict=True)
             try:
-                for fields in reader:
+                names = next(reader, None) or []
+                for values in filter(None, reader):
                     place = f"{url}, line {reader.line_num}"
-                    if None in fields or None in fields.values():
-                        got = sum(
-                            value is not None for name, value in fields.items() if name is not None
-                        )
-                        more = sum(len(it) for it in fields.values() if isinstance(it, list))
+                    if len(values) != len(names):
                         raise ValueError(
-                            f"{place}: got {got + more} fields, "
-                            f"wanted {len(reader.fieldnames or ())} as in the first line"
+                            f"{place}: got {len(values)} fields, "
+                            f"wanted {len(names)} as in the first line"
                         )
-                    yield place, fields
+                    yield place, dict(zip(names, values, strict=True))
             except csv.Error as error:
                 raise ValueError(f"{url}, after line {reader.line_num}: {error}") from None
     else:
@@ -537,22 +533,22 @@ def _read_table(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[st
 
 
 def _read_parquet(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa_  # pyright: ignore[reportMissingTypeStubs]
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
+    pa: Any = pa_
+    parquet: Any = pq
     with storage.open_read(url) as file:
         try:
-            table = pq.ParquetFile(file)
+            table = parquet.ParquetFile(file)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{url}: not a parquet file ({error})") from None
-        columns = dict.fromkeys(table.schema_arrow.names)
+        columns: dict[str, Any] = {column.name: column.type for column in table.schema_arrow}
         place = f"{url}, schema"
+        file_name = _field(columns, options.file_field, FILE_FIELDS, place)
         caption = _field(columns, options.caption_field, CAPTION_FIELDS, place)
-        wanted = {_field(columns, options.file_field, FILE_FIELDS, place), caption} | {
-            column.name
-            for column in table.schema_arrow
-            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        }
+        texts = (pa.string(), pa.large_string())
+        wanted = {name for name, kind in columns.items() if kind in texts} | {file_name, caption}
         number = 0
         for batch in table.iter_batches(batch_size=4096, columns=sorted(wanted)):
             for fields in batch.to_pylist():
@@ -583,13 +579,21 @@ def _field(
 
 def _texts(value: Any, place: str) -> list[str]:
     """The captions in a field: text or a list of texts; none for an empty field."""
-    if value is None or value == "" or value == []:
+    if value is None or value == "":
         return []
-    values = value if isinstance(value, list) else [value]
+    values = _listed(value)
     for it in values:
         if not isinstance(it, str):
             raise ValueError(f"{place}: got {it!r}, wanted text or a list of texts")
     return values
+
+
+def _listed(value: Any) -> list[Any]:
+    return [*value] if isinstance(value, list) else [value]  # pyright: ignore[reportUnknownVariableType]
+
+
+def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
 
 
 def _text(data: bytes) -> str:
@@ -637,5 +641,5 @@ def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo |
                 yield None
                 return
             last = member.offset
-            tar.members.clear()  # tarfile keeps every header it has seen
+            vars(tar)["members"].clear()  # tarfile keeps every header it has seen
             yield member

@@ -17,7 +17,7 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -33,9 +33,10 @@ def is_local(url: str) -> bool:
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of the URL and the path inside it."""
-    from fsspec.core import url_to_fs
+    from fsspec import core  # pyright: ignore[reportMissingTypeStubs]
 
-    return url_to_fs(url)
+    library: Any = core
+    return library.url_to_fs(url)
 
 
 def local_path(url: str) -> str:
@@ -167,7 +168,7 @@ def stamp(url: str) -> str | None:
 
 
 @contextlib.contextmanager
-def draft(folder: str) -> Iterator[tuple[IO[bytes], Callable[[str], None]]]:
+def draft(folder: str) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
     """A hidden file to write into, and a function that publishes it under a URL, once.
 
     For local folders the file lies in `folder`, so that publishing is a rename. What is not
@@ -192,7 +193,7 @@ def draft(folder: str) -> Iterator[tuple[IO[bytes], Callable[[str], None]]]:
 
 
 @contextlib.contextmanager
-def publishing(url: str) -> Iterator[IO[bytes]]:
+def publishing(url: str) -> Generator[IO[bytes]]:
     """A file to write into that appears under `url` if the block ends well, replacing what was
     there.
     """
@@ -316,7 +317,7 @@ def sweep(url: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(url: str) -> Iterator[None]:
+def lock(url: str) -> Generator[None]:
     """One process at a time, on local disks: a second waits. The lock of a killed process is free
     at once.
 

@@ -1,8 +1,9 @@
-"""The autoencoder's stage: minimise |x - decode(z)| + a little KL(q(z|x), N(0, 1)), with z ~ q(z|x).
+"""The autoencoder's stage: minimise |x - decode(z)| + a little KL(q(z|x), N(0, 1)), z ~ q(z|x).
 
-The loss of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G) without the networks that judge it from
-outside: a difference of gradients over several scales takes the place of a perceptual loss, so that edges stay sharp
-and nothing has to be fetched. Training over, the stage measures by what its latents must be shifted and scaled.
+The loss of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G) without the networks
+that judge it from outside: a difference of gradients over several scales takes the place of a
+perceptual loss, so that edges stay sharp and nothing has to be fetched. Training over, the stage
+measures by what its latents must be shifted and scaled.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ Image = Float[Tensor, "batch channel height width"]
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderStageConfig:
-    """What is trained, and what each part of its loss weighs. All parts are means over a picture's values."""
+    """What is trained, and what the parts of its loss weigh: means over a picture's values."""
 
     kind: Literal["autoencoder"] = "autoencoder"
     network: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     l1: float = 1.0
     l2: float = 1.0
     edges: float = 1.0
-    """Weight of the L1 difference of horizontal and vertical gradients, summed over `scales` halvings."""
+    """Weight of the L1 difference of gradients, at full size and `scales` - 1 halvings."""
     scales: int = 2
     kl: float = 1e-4
-    """Weight of the KL divergence per latent value (latent diffusion: about 1e-6 of the sum over all of them)."""
+    """Weight of the KL divergence per latent value (latent diffusion: 1e-6 of the sum of all)."""
     measured_pictures: int = 4096
     """Pictures over which the latents' mean and deviation are taken once the training is over."""
 
@@ -45,11 +46,13 @@ class AutoencoderStageConfig:
         weights = (self.l1, self.l2, self.edges, self.kl)
         if min(weights) < 0 or not self.l1 + self.l2 > 0:
             raise ValueError(
-                f"l1, l2, edges, kl must not be negative, and l1 or l2 must be positive, got {weights}"
+                f"l1, l2, edges, kl must not be negative, and l1 or l2 must be positive, "
+                f"got {weights}"
             )
         if self.scales < 1 or self.measured_pictures < 2:
             raise ValueError(
-                f"scales must be at least 1 and measured_pictures at least 2, got {self.scales} and {self.measured_pictures}"
+                f"scales must be at least 1 and measured_pictures at least 2, "
+                f"got {self.scales} and {self.measured_pictures}"
             )
 
 
@@ -92,8 +95,11 @@ class AutoencoderStage(Stage):
         return to_bytes(self.network.decode(z))
 
     def finish(self, loader: Any) -> dict[str, Any]:
-        """`shift` and `scale` per channel, with which (z - shift) * scale has mean 0 and deviation 1 over the first
-        pictures of the plan, each latent sampled once; and the PSNR of decoded means, held-out where possible."""
+        """`shift` and `scale`: (z - shift) * scale has mean 0 and deviation 1 per channel; PSNR.
+
+        Taken over the first pictures of the plan, each latent sampled once; the PSNR is that of
+        decoded means, over up to 512 training pictures and as many held-out ones.
+        """
         statistics = ChannelStatistics()
         with evaluating(self):
             for step in count():
@@ -116,7 +122,7 @@ class AutoencoderStage(Stage):
         }
 
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
-        """Pairs of a picture and its reconstruction, side by side: uint8 [n, H, 2W, 3], n up to 16."""
+        """Pairs of a picture and its reconstruction: uint8 [n, H, 2W, 3], n up to 16."""
         shown = heldout(loader) or loader
         batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.device)
         pixels = batch["pixels"]
@@ -153,13 +159,13 @@ def sample_latent(moments: Image, seed: int, position: Tensor, purpose: str = "p
 
 
 def gaussian_kl(moments: Image) -> Image:
-    """KL(N(mean, exp(logvar)), N(0, 1)) of each latent value, in nats (Kingma & Welling 2014, appendix B)."""
+    """KL(N(mean, exp(logvar)), N(0, 1)) per value, in nats (Kingma & Welling 2014, app. B)."""
     mean, logvar = moments.chunk(2, dim=1)
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
 
 
 def edge_difference(x: Image, y: Image, scales: int) -> Float[Tensor, " batch"]:
-    """Mean L1 difference of the gradients of x and y, summed over scales; each scale halves the one before."""
+    """Mean L1 difference of the gradients of x and y, summed over sizes, each half the last."""
     d = y - x  # differences are linear: those of x and y differ by those of y - x
     total = d.new_zeros(len(d))
     for scale in range(scales):

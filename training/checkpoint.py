@@ -1,9 +1,10 @@
 """A visible checkpoint is a whole one.
 
-A checkpoint is a directory named after its images: `state.safetensors` and, written last, `checkpoint.json` with the
-SHA-256 of the former. It is written under a hidden name, fsynced, and renamed; it is removed by being hidden first. So a
-process may be killed anywhere, and a disk may fill up, and what can be seen can be loaded. Should the medium lie, the
-newest one that verifies is taken, and the log says so.
+A checkpoint is a directory named after its images: `state.safetensors` and, written last,
+`checkpoint.json` with the SHA-256 of the former. It is written under a hidden name, fsynced, and
+renamed; it is removed by being hidden first. So a process may be killed anywhere, and a disk may
+fill up, and what can be seen can be loaded. Should the medium lie, the newest one that verifies is
+taken, and the log says so.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ log = logging.getLogger(__name__)
 class TrainState:
     """All that training depends on besides its config and its data.
 
-    `tensors` has the names "weights/...", "ema/...", "optimizer/..." and refers to the live ones until it is saved;
-    `numbers` is JSON.
+    `tensors` has the names "weights/...", "ema/...", "optimizer/..." and refers to the live ones
+    until it is saved; `numbers` is JSON.
     """
 
     tensors: dict[str, Tensor]
@@ -75,12 +76,14 @@ class Damaged(ValueError):
 def save(
     directory: str | os.PathLike[str], state: TrainState, fingerprint: str = "", *, keep: int = 2
 ) -> Path:
-    """Write `state` as the newest checkpoint in `directory`, drop all but the last `keep`, and return its path."""
+    """Write `state` as the newest checkpoint in `directory`, drop all but the last `keep`, and
+    return its path."""
     return _write(Path(directory), Snapshot(state), fingerprint, keep)
 
 
 def load(path: str | os.PathLike[str], fingerprint: str = "") -> TrainState:
-    """The state in one checkpoint. Damaged when a byte differs; ValueError when it is of another fingerprint."""
+    """The state in one checkpoint. Damaged when a byte differs; ValueError when it is of another
+    fingerprint."""
     path = Path(path)
     try:
         described = json.loads((path / DESCRIPTION).read_bytes())
@@ -110,7 +113,8 @@ def load(path: str | os.PathLike[str], fingerprint: str = "") -> TrainState:
 
 
 def newest(directory: str | os.PathLike[str], fingerprint: str = "") -> TrainState | None:
-    """The state of the newest checkpoint that verifies, or None. Damaged ones are passed over and logged."""
+    """The state of the newest checkpoint that verifies, or None. Damaged ones are passed over and
+    logged."""
     for path in reversed(visible(directory)):
         try:
             return load(path, fingerprint)
@@ -126,7 +130,8 @@ def visible(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def prune(directory: str | os.PathLike[str], keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed writer left. For the one writer only."""
+    """Remove all but the newest `keep` checkpoints, and what a killed writer left. For the one
+    writer only."""
     directory = Path(directory)
     paths = visible(directory)
     for path in paths[: max(len(paths) - keep, 0)]:
@@ -136,9 +141,11 @@ def prune(directory: str | os.PathLike[str], keep: int) -> None:
 
 
 class Snapshot:
-    """A copy of a state, laid out as the safetensors file it becomes: the writer only streams it out.
+    """A copy of a state, laid out as the safetensors file it becomes: the writer only streams it
+    out.
 
-    `reuse` is an older snapshot whose memory may be taken; fresh memory costs more than the copy into it.
+    `reuse` is an older snapshot whose memory may be taken; fresh memory costs more than the copy
+    into it.
     """
 
     def __init__(self, state: TrainState, reuse: Snapshot | None = None):
@@ -179,8 +186,9 @@ class Snapshot:
 class Saver:
     """Saves behind the training's back: `save` copies the state and returns, a thread writes it.
 
-    At most one write is under way; the next save waits for it, and raises what it raised. Small states are written at
-    once: there is nothing to gain, and then a kill never costs more than one interval.
+    At most one write is under way; the next save waits for it, and raises what it raised. Small
+    states are written at once: there is nothing to gain, and then a kill never costs more than one
+    interval.
     """
 
     def __init__(self, directory: str | os.PathLike[str], fingerprint: str = "", *, keep: int = 2):
@@ -238,7 +246,7 @@ def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: int) -> 
         hidden.mkdir(parents=True)
         digest = hashlib.sha256()
         with _synced(hidden / TENSORS) as file:
-            for part in (snapshot.header, memoryview(snapshot.data.numpy())):
+            for part in (snapshot.header, memoryview(snapshot.data.numpy().data)):
                 for start in range(0, len(part), 1 << 24):
                     piece = part[start : start + (1 << 24)]
                     file.write(piece)
@@ -265,8 +273,9 @@ def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: int) -> 
         size = snapshot.bytes / 2**20
         raise OSError(
             error.errno,
-            f"checkpoint {final} ({size:.1f} MiB) could not be written: {error.strerror or error}; nothing of it is "
-            "visible. Make room and run the same command again: it goes on from the checkpoint before",
+            f"checkpoint {final} ({size:.1f} MiB) could not be written: {error.strerror or error}; "
+            "nothing of it is visible. Make room and run the same command again: it goes on from "
+            "the checkpoint before",
         ) from error
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -1,9 +1,10 @@
-"""CLIP's stage: of all captions in the batch a picture's own must be the likeliest, and the other way round.
+"""CLIP's stage: of all captions in the batch a picture's own must be the likeliest, and back.
 
-The model, its tokenizer and its gathering of features over workers are open_clip's (Radford et al. 2021). Two things
-are ours. The tokenizer may keep a part of the 48,894 merges: byte-pair merges are ordered, so that their first n are a
-vocabulary in their own right, which spells rarer words in more pieces, and a small model is not mostly a table of
-words. And pictures with the same caption do not count as each other's counterexamples.
+The model, its tokenizer and its gathering of features over workers are open_clip's (Radford et al.
+2021). Two things are ours. The tokenizer may keep a part of the 48,894 merges: byte-pair merges are
+ordered, so that their first n are a vocabulary in their own right, which spells rarer words in more
+pieces, and a small model is not mostly a table of words. And pictures with the same caption do not
+count as each other's counterexamples.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from .autoencoding import to_unit
+from .diffusion import uniform
 from .measuring import fixed_rows, heldout
 from .stage import Batch, Stage, evaluating, to_tensors
 
@@ -43,14 +45,14 @@ class VisionTransformerConfig:
     def __post_init__(self):
         if self.side % self.patch or self.width % self.head_width:
             raise ValueError(
-                f"patch must divide side and head_width must divide width, got {self.patch} and {self.side}, "
-                f"{self.head_width} and {self.width}"
+                f"patch must divide side and head_width must divide width, "
+                f"got {self.patch} and {self.side}, {self.head_width} and {self.width}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetConfig:
-    """CLIP's ResNet: it learns more from few pictures. Its side shrinks 32 times before the attention pool."""
+    """CLIP's ResNet: it learns more from few pictures. The side shrinks 32 times."""
 
     kind: Literal["resnet"] = "resnet"
     side: int = 32
@@ -62,8 +64,8 @@ class ResNetConfig:
     def __post_init__(self):
         if self.side % 32 or (self.width * 32) % self.head_width:
             raise ValueError(
-                f"side must be a multiple of 32 and head_width divide 32 times the width, got {self.side}, "
-                f"{self.head_width} and {self.width}"
+                f"side must be a multiple of 32 and head_width divide 32 times the width, "
+                f"got {self.side}, {self.head_width} and {self.width}"
             )
 
 
@@ -87,7 +89,8 @@ class TextTransformerConfig:
             )
         if self.width % self.heads or self.context < 3:
             raise ValueError(
-                f"heads must divide width and context be at least 3, got {self.heads}, {self.width} and {self.context}"
+                f"heads must divide width and context be at least 3, "
+                f"got {self.heads}, {self.width} and {self.context}"
             )
 
 
@@ -101,11 +104,18 @@ class ClipStageConfig:
     text: TextTransformerConfig = field(default_factory=TextTransformerConfig)
     temperature: float = 0.07
     """Where the learned temperature starts; it never falls below 0.01."""
+    shift: int = 0
+    """In training pictures are moved by up to so many pixels: few pictures teach more."""
 
     def __post_init__(self):
         if self.embed < 1 or not self.temperature >= 0.01:
             raise ValueError(
-                f"embed must be at least 1 and temperature at least 0.01, got {self.embed} and {self.temperature}"
+                f"embed must be at least 1 and temperature at least 0.01, "
+                f"got {self.embed} and {self.temperature}"
+            )
+        if not 0 <= self.shift < self.image.side:
+            raise ValueError(
+                f"shift must lie in 0 to {self.image.side - 1} pixels, got {self.shift}"
             )
 
 
@@ -124,7 +134,10 @@ class ClipStage(Stage):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         ids = self.tokens(batch["caption"]).to(batch["pixels"].device)
-        images = self.model.encode_image(self.pixels(batch), normalize=True).float()
+        pixels = self.pixels(batch)
+        if self.training and self.config.shift:
+            pixels = shifted(pixels, self.config.shift, self.seed, batch["position"])
+        images = self.model.encode_image(pixels, normalize=True).float()
         texts = self.model.encode_text(ids, normalize=True).float()
         scale = self._scale()
         # Finished stages are measured by one worker alone: only in training do all of them meet.
@@ -164,12 +177,35 @@ class ClipStage(Stage):
         return self.model.encode_text(ids, normalize=True).float()
 
     def finish(self, loader: Any) -> dict[str, Any]:
-        """Share of pictures whose own caption is the likeliest among 100 (fewer in a small set), and the temperature."""
-        measured = {"accuracy": self._accuracy(loader)}
+        """Share of pictures whose own caption is the likeliest among 100, or all of a small set."""
+        self._settle(loader)
+        measured = {
+            "accuracy": self._accuracy(loader),
+            "among": min(100, loader.samples),
+            "temperature": 1 / self._scale().item(),
+        }
         unseen = heldout(loader)
         if unseen is not None:
             measured["heldout_accuracy"] = self._accuracy(unseen)
-        return {**measured, "among": min(100, loader.samples), "temperature": 1 / self._scale().item()}
+        return measured
+
+    @torch.no_grad()
+    def _settle(self, loader: Any) -> None:
+        """Give batch norms the statistics of the averaged weights: theirs are of the raw ones."""
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        if not norms:
+            return
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        chosen = fixed_rows(loader.samples, 1024)
+        for rows in np.array_split(chosen, -(-len(chosen) // 128)):
+            batch = to_tensors(loader.rows(rows), self.model.logit_scale.device)
+            self.model.encode_image(self.pixels(batch))
+        for norm in norms:
+            norm.momentum = 0.1
+            norm.eval()
 
     def _accuracy(self, loader: Any) -> float:
         batch = loader.rows(fixed_rows(loader.samples, 100))
@@ -180,8 +216,19 @@ class ClipStage(Stage):
         return self.model.logit_scale.exp().clamp(max=100)
 
 
+def shifted(
+    pixels: Float[Tensor, "batch 3 side side"], most: int, seed: int, position: Tensor
+) -> Float[Tensor, "batch 3 side side"]:
+    """Each picture moved by up to `most` pixels along each axis; its edges are drawn out."""
+    offset = (uniform(seed, "shift", position, (2,)) * (2 * most + 1)).long() - most
+    place = torch.arange(pixels.shape[-1], device=pixels.device)
+    place = (place + offset[..., None]).clamp(0, pixels.shape[-1] - 1)  # [batch, 2, side]
+    row = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    return pixels[row, :, place[:, 0, :, None], place[:, 1, None, :]].permute(0, 3, 1, 2)
+
+
 def model_config(config: ClipStageConfig) -> dict[str, Any]:
-    """The arguments of open_clip.model.CLIP, plain values: what open_clip_config.json calls model_cfg."""
+    """The arguments of open_clip.model.CLIP: what open_clip_config.json calls model_cfg."""
     image, text = config.image, config.text
     vision: dict[str, Any] = {
         "image_size": image.side,
@@ -208,7 +255,7 @@ def model_config(config: ClipStageConfig) -> dict[str, Any]:
 def tokenizer(
     vocabulary: int, context: int
 ) -> Callable[[Sequence[str]], Int64[np.ndarray, "text token"]]:
-    """open_clip's SimpleTokenizer with the first merges only: texts -> ids [n, context], each text looked up once."""
+    """open_clip's SimpleTokenizer with the first merges only: texts -> ids [n, context]."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenize = SimpleTokenizer(context_length=context)
@@ -223,7 +270,7 @@ def tokenizer(
     thorough = tokenize.clean_fn
 
     def clean(text: str) -> str:
-        # Mending broken encodings takes most of the time, and printable ASCII without entities has none.
+        # Mending broken encodings takes most of the time; plain ASCII without entities is whole.
         if text.isascii() and text.isprintable() and "&" not in text:
             return " ".join(text.split()).lower()
         return thorough(text)
@@ -249,9 +296,7 @@ def compare(
     scale: Tensor,
     captions: Int64[Tensor, " batch"],
     gathered: bool = True,
-) -> tuple[
-    Float[Tensor, "batch all"], Float[Tensor, "batch all"], Int64[Tensor, " batch"]
-]:
+) -> tuple[Float[Tensor, "batch all"], Float[Tensor, "batch all"], Int64[Tensor, " batch"]]:
     """(logits per image, logits per text, each sample's own column).
 
     Rows are this worker's samples, columns those of all workers: open_clip's ClipLoss gathers them
@@ -269,8 +314,8 @@ def compare(
         world.all_reduce(rows, world.ReduceOp.MAX)
         if rows[0] != -rows[1]:
             raise ValueError(
-                f"clip: the workers have from {-rows[1]} to {rows[0]} rows: choose a batch that the "
-                f"{size} workers divide"
+                f"clip: the workers have from {-rows[1]} to {rows[0]} rows: "
+                f"choose a batch that the {size} workers divide"
             )
         parts = [torch.empty_like(captions) for _ in range(size)]
         world.all_gather(parts, captions)

@@ -1,7 +1,8 @@
-"""The base stage: a network learns the denoiser of latents, told by captions; with a share of the captions dropped.
+"""The base stage: a network learns the denoiser of latents, told by captions, some of them dropped.
 
-Latents are sampled anew from their moments at every look, and shifted and scaled to mean 0 and deviation 1 by what was
-measured once. Every draw (latent, time, noise, dropout) is a function of (seed, purpose, global position).
+Latents are sampled anew from their moments at every look, and shifted and scaled to mean 0 and
+deviation 1 by what was measured once. Every draw (latent, time, noise, dropout) is a function of
+(seed, purpose, global position).
 """
 
 from __future__ import annotations
@@ -13,18 +14,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import networks
 from .autoencoding import sample_latent, to_bytes, to_unit
 from .diffusion import Cond, DiffusionConfig, Model, SamplerConfig, loss, normal, uniform
 from .measuring import ChannelStatistics, fixed_rows, heldout
-from .networks import ContextConfig, UNetConfig
+from .networks import ContextConfig, DenoiserConfig, UNetConfig
+from .networks import build as build_network
 from .stage import Batch, Stage, evaluating, to_tensors
 
 Latents = Float[Tensor, "batch channel height width"]
-NetworkConfig = UNetConfig
-NETWORKS: Mapping[type, type[nn.Module]] = {UNetConfig: networks.UNet}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,8 @@ class BaseStageConfig:
     """What is denoised by what network, and what it is told."""
 
     kind: Literal["base"] = "base"
-    network: NetworkConfig = field(default_factory=UNetConfig)
-    """Channels and contexts that are left out are those of the inputs: the autoencoder's and the text encoders'."""
+    network: DenoiserConfig = field(default_factory=UNetConfig)
+    """Channels and contexts that are left out are those of the inputs."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: Literal["moments", "pixels"] = "moments"
     """Latents of an autoencoder, or the pictures themselves."""
@@ -42,9 +41,9 @@ class BaseStageConfig:
     caption_dropout: float = 0.1
     """Share of rows that are trained without any caption, which is what guidance needs."""
     context_dropout: float = 0.0
-    """Share of rows that lose one encoder's words, for each encoder on its own (unCLIP's decoder)."""
+    """Share of rows that lose one encoder's words, for each on its own (unCLIP's decoder)."""
     measured_pictures: int = 4096
-    """Pictures over which the latents are measured, where their autoencoder was not trained here."""
+    """Pictures over which the latents of a pretrained autoencoder are measured."""
     preview: SamplerConfig = field(
         default_factory=lambda: SamplerConfig(kind="dpmpp2m", steps=16, guidance=3.0)
     )
@@ -54,9 +53,7 @@ class BaseStageConfig:
         for name in ("caption_dropout", "context_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if getattr(self.network, "learned_variance", False) or getattr(
-            self.network, "low_channels", 0
-        ):
+        if self.network.learned_variance or self.network.low_channels:
             raise ValueError(
                 "a base stage has neither learned_variance nor low_channels: set them to 0"
             )
@@ -74,7 +71,7 @@ class BaseStage(Stage):
         config = resolved(config, self.inputs)
         super().__init__(config)
         self.config: BaseStageConfig
-        self.network = NETWORKS[type(config.network)](config.network)
+        self.network = build_network(config.network)
         self.weight = config.diffusion.build_weight()
         channels = config.network.in_channels
         self.register_buffer("shift", torch.zeros(channels))
@@ -87,7 +84,7 @@ class BaseStage(Stage):
         return self.config.diffusion.build_model(self.network)
 
     def prepare(self, loader: Any) -> None:
-        """Take the latents' shift, scale and shape from the autoencoder's stage, or measure them."""
+        """Take the latents' shift and scale from the autoencoder's stage, or measure them."""
         batch = to_tensors(loader.batch(0), self.shift.device)
         shape = self._plain(batch).shape[1:]
         self.latent_shape.copy_(torch.tensor(shape))
@@ -100,8 +97,8 @@ class BaseStage(Stage):
             value = torch.as_tensor(measured[name], dtype=torch.float32)
             if len(value) != shape[0]:
                 raise ValueError(
-                    f"base: latents have {shape[0]} channels, the autoencoder in {self.inputs.get('autoencoder')} "
-                    f"measured {len(value)}: encode the pictures with that autoencoder"
+                    f"base: latents have {shape[0]} channels, those of the autoencoder in "
+                    f"{self.inputs.get('autoencoder')} {len(value)}: encode the pictures with it"
                 )
             getattr(self, name).copy_(value)
 
@@ -116,7 +113,7 @@ class BaseStage(Stage):
         return {"loss": self._loss(batch, cond, self.seed, "")}
 
     def heldout_loss(self, batch: Batch, seed: int = 0) -> Float[Tensor, " batch"]:
-        """The loss on (latent, time, noise) triples that are fixed by seed and position; no caption is dropped."""
+        """The loss on (latent, time, noise) fixed by seed and position, with every caption."""
         return self._loss(batch, self.cond(batch), seed, "heldout/")
 
     def _loss(self, batch: Batch, cond: Cond, seed: int, purpose: str) -> Float[Tensor, " batch"]:
@@ -155,7 +152,7 @@ class BaseStage(Stage):
         return {name: batch[name] for name in wanted}
 
     def finish(self, loader: Any) -> dict[str, Any]:
-        """The loss on fixed triples, of training and held-out pictures, and what sampling must know."""
+        """The loss on fixed triples of training and held-out pictures; how latents are scaled."""
         measured: dict[str, Any] = {
             "shift": self.shift.tolist(),
             "scale": self.scale.tolist(),
@@ -168,7 +165,7 @@ class BaseStage(Stage):
         return measured
 
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
-        """Samples for fixed captions, held-out where there are some: uint8 [n, H, W, 3], n up to 16."""
+        """Samples for fixed captions, held-out if there are any: uint8 [n, H, W, 3], n <= 16."""
         shown = heldout(loader) or loader
         batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.shift.device)
         position = torch.arange(len(batch["position"]), device=self.shift.device)
@@ -186,11 +183,12 @@ class BaseStage(Stage):
             return codec.decode(self.unscaled(x)).permute(0, 2, 3, 1).cpu().numpy()
 
     def _plain(self, batch: Batch) -> Latents:
-        """Pictures in [-1, 1], or the means of the latents. ValueError when their channels are not the network's."""
+        """Pictures in [-1, 1] or means of latents. ValueError unless they fit the network."""
         field = self.config.data
         if field not in batch:
             raise ValueError(
-                f"base: the batch has no {field} (it has {', '.join(sorted(batch))}): encode the pictures first"
+                f"base: the batch has no {field} (it has {', '.join(sorted(batch))}): "
+                "encode the pictures first"
             )
         x, channels = batch[field], self.config.network.in_channels
         if field == "pixels":
@@ -199,19 +197,20 @@ class BaseStage(Stage):
             x = x.chunk(2, dim=1)[0]
         if x.shape[1] != channels:
             raise ValueError(
-                f"base: {field} with {batch[field].shape[1]} channels for a network with in_channels {channels}; "
-                "wanted as many, or twice as many (mean and log-variance)"
+                f"base: {field} with {batch[field].shape[1]} channels for a network with "
+                f"in_channels {channels}; wanted as many, or twice (mean and log-variance)"
             )
         return x.float()
 
     def _measure(self, loader: Any) -> dict[str, Tensor]:
-        statistics, step = ChannelStatistics(), 0
-        while statistics.rows < min(self.config.measured_pictures, loader.samples):
-            # One worker's rows are others than another's: all measure the same samples instead.
-            rows = np.arange(statistics.rows, min(statistics.rows + 256, loader.samples))
+        """Over samples that are the same for all workers."""
+        self.shift.zero_()
+        self.scale.fill_(1)
+        statistics = ChannelStatistics()
+        chosen = fixed_rows(loader.samples, self.config.measured_pictures)
+        for rows in np.array_split(chosen, -(-len(chosen) // 256)):
             batch = to_tensors(loader.rows(rows), self.shift.device)
             statistics.add(self.latents(batch, self.seed))
-            step += 1
         shift, scale = statistics.shift_and_scale()
         return {"shift": shift, "scale": scale}
 
@@ -235,9 +234,10 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
     network = config.network
     if "autoencoder" in inputs and config.data == "moments":
         channels = shapes.latent_channels(inputs["autoencoder"])
-        if network.in_channels not in (channels, UNetConfig().in_channels):
+        if network.in_channels not in (channels, type(network)().in_channels):
             raise ValueError(
-                f"network.in_channels is {network.in_channels}, the autoencoder has {channels} latent channels: leave it out"
+                f"network.in_channels is {network.in_channels}, the autoencoder has {channels} "
+                "latent channels: leave it out"
             )
         network = replace(network, in_channels=channels)
     elif config.data == "pixels":
@@ -259,8 +259,9 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
             context.width not in (0, has.width) or context.pooled_width not in (0, has.pooled_width)
         ):
             raise ValueError(
-                f"network.contexts: {context.name} has width {context.width} and pooled_width {context.pooled_width}, "
-                f"the encoder gives {has.width} and {has.pooled_width}: leave contexts out"
+                f"network.contexts: {context.name} has width {context.width} and pooled_width "
+                f"{context.pooled_width}, the encoder gives {has.width} and {has.pooled_width}: "
+                "leave contexts out"
             )
     return replace(config, network=network)
 

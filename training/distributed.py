@@ -1,7 +1,9 @@
-"""The same job on several workers: Ray Train starts them and starts them again; all else is as in one process.
+"""The same job on several workers: Ray Train starts them and starts them again; all else is as in
+one process.
 
-The batches, the noise and the mean over the global batch do not depend on the number of workers. Ray keeps no state of
-the training: the newest checkpoint in the stage directory does, which also survives the death of Ray.
+The batches, the noise and the mean over the global batch do not depend on the number of workers.
+Ray keeps no state of the training: the newest checkpoint in the stage directory does, which also
+survives the death of Ray.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ def fit(
 ) -> dict[str, Any]:
     """Train the job's stage on as many workers as it asks for; the content of its stage.json.
 
-    One worker is this process, unless `force_ray`. More are Ray actors, each with a GPU where the cluster has enough of
-    them; `output`, `dataset` and `inputs` must mean the same everywhere. `build` must then be picklable. On SIGTERM or
-    Ctrl-C in the main thread they write a checkpoint at the next log point.
+    One worker is this process, unless `force_ray`. More are Ray actors, each with a GPU where the
+    cluster has enough of them; `output`, `dataset` and `inputs` must mean the same everywhere.
+    `build` must then be picklable. On SIGTERM or Ctrl-C in the main thread they write a checkpoint
+    at the next log point.
     """
     workers = job.training_config().workers
     if workers == 1 and not force_ray:
@@ -206,7 +209,17 @@ def _ray(workers: int) -> Iterator[None]:
         free = ray.cluster_resources().get("CPU", 0)
         if free < 0.5 * workers:
             raise ValueError(
-                f"{workers} workers need {0.5 * workers:g} CPUs in the Ray cluster, it has {free:g}: "
-                "set training.workers lower or add nodes"
+                f"{workers} workers need {0.5 * workers:g} CPUs in the Ray cluster, it has "
+                f"{free:g}: set training.workers lower or add nodes"
             )
         yield
+
+
+def accelerator() -> str:
+    """What a worker of this machine would compute on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    fast = torch.cpu._is_avx512_bf16_supported()
+    return f"{os.cpu_count()} CPU cores, " + (
+        "bf16 in hardware" if fast else "bf16 emulated: slower"
+    )

@@ -1,9 +1,12 @@
-"""An exponential moving average of the weights whose memory is counted in images, so it outlives a change of batch size.
+"""An exponential moving average of the weights whose memory is counted in images, so it outlives a
+change of batch size.
 
-After n more images the old average counts 2^(-n / halflife). While few images were seen the halflife is a share of them
-(the ramp of Karras et al. 2022, EDM, as in its code): a short run is not dominated by its random beginning.
+After n more images the old average counts 2^(-n / halflife). While few images were seen the
+halflife is a share of them (the ramp of Karras et al. 2022, EDM, as in its code): a short run is
+not dominated by its random beginning.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -16,16 +19,18 @@ from .stage import trainable
 
 
 class Ema:
-    """The average of a module's trainable parameters, in float32, on their device; frozen ones have no average.
+    """The average of a module's trainable parameters, in float32, on their device; frozen ones
+    have no average.
 
-    `ramp` is the halflife as a share of the images seen, until it reaches `halflife_images`; 0 switches it off, as a
-    warm start wants, whose first weights are good ones. A halflife of 0 follows the weights exactly.
+    `ramp` is the halflife as a share of the images seen, until it reaches `halflife_images`; 0
+    switches it off, as a warm start wants, whose first weights are good ones. A halflife of 0
+    follows the weights exactly.
     """
 
     def __init__(self, module: nn.Module, halflife_images: float, ramp: float = 0.05):
         self.halflife_images, self.ramp, self.images_seen = halflife_images, ramp, 0
         self._parameters = trainable(module)
-        self._live = list(self._parameters.values())
+        self._live: list[Tensor] = list(self._parameters.values())
         self._average = [p.detach().float().clone() for p in self._live]
 
     @torch.no_grad()
@@ -58,7 +63,8 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The module holds the averages inside, and afterwards its own weights again, bit for bit."""
+        """The module holds the averages inside, and afterwards its own weights again, bit for
+        bit."""
         self._swap()
         try:
             yield

@@ -55,7 +55,7 @@ class Generator:
     ) -> Generator:
         """The generator that `assemble` wrote, on a GPU where there is one.
 
-        `precision` is "bf16" or "fp32"; by default bf16 (about 0.5 % off in each network call) where
+        `precision` is "bf16" or "fp32"; by default bf16 (about 0.5 % off in a network call) where
         the device computes in it. ValueError when the directory holds no generator.
         """
         from .stages import reconstruct
@@ -89,16 +89,15 @@ class Generator:
         sampler: str | None = None,
         **options: Any,
     ) -> Pictures:
-        """Pictures uint8 [n, H, W, 3], one for each prompt; picture i of an integer seed has seed + i.
+        """Pictures uint8 [n, H, W, 3], one for each prompt; with an integer seed, i has seed + i.
 
-        `negative` is what guidance leads away from: one text, or one for each prompt. `sampler` is a
-        kind of SamplerConfig, and `options` are any other fields of it (guidance_interval, eta, ...).
+        `negative` is what guidance leads away from: one text, or one for each prompt. `sampler` is
+        a kind of SamplerConfig, `options` are any other fields of it (guidance_interval, eta, ...).
         What is left out is the generator's default. An empty text is no caption at all.
         """
         chosen = {"guidance": guidance, "steps": steps, "kind": sampler, **options}
         pictures = [
-            self._decoded(x)
-            for x in self._latents(prompts, negative, seed, self._sampler(chosen))
+            self._decoded(x) for x in self._latents(prompts, negative, seed, self._sampler(chosen))
         ]
         shape = (0, self.resolution, self.resolution, 3)
         return np.concatenate(pictures) if pictures else np.zeros(shape, np.uint8)
@@ -112,7 +111,7 @@ class Generator:
         seed: int | Sequence[int] = 0,
         **options: Any,
     ) -> Float[Tensor, "picture channel height width"]:
-        """What `__call__` decodes, still shifted and scaled; `options` are fields of SamplerConfig."""
+        """What a call decodes, still shifted and scaled; `options` are fields of SamplerConfig."""
         return torch.cat([*self._latents(prompts, negative, seed, self._sampler(options))])
 
     @torch.no_grad()
@@ -266,7 +265,7 @@ def _open(
     device: torch.device | str,
     precision: str,
 ) -> Generator:
-    """The generator of these stage folders. ValueError when the base needs one that is not there."""
+    """The generator of these stage folders. ValueError when the base needs another one."""
     from .encoders import LOADERS
     from .encoders.autoencoder import open_codec
     from .encoders.sources import open_source
@@ -304,8 +303,8 @@ def _same_encoders(
             given = spec_of(sources[name], name, side).fingerprint
             if given != encoding["fingerprint"]:
                 raise ValueError(
-                    f"{name} at {sources[name].where} is encoder {given}, the base was trained with "
-                    f"{encoding['fingerprint']}: give that one, or train the base anew"
+                    f"{name} at {sources[name].where} is encoder {given}, the base was trained "
+                    f"with {encoding['fingerprint']}: give that one, or train the base anew"
                 )
 
 

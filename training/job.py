@@ -1,7 +1,8 @@
 """One stage's training, from a JSON description to a finished stage directory.
 
-To resume, run it again: it goes on from the newest checkpoint, and a finished stage is not trained again. The result of
-a run that was killed anywhere and run again is that of an undisturbed one, bit for bit on a CPU with the same workers.
+To resume, run it again: it goes on from the newest checkpoint, and a finished stage is not trained
+again. The result of a run that was killed anywhere and run again is that of an undisturbed one,
+bit for bit on a CPU with the same workers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -103,9 +104,10 @@ def run(
 ) -> dict[str, Any]:
     """Train the job's stage, or find it trained, and return the content of its stage.json.
 
-    Alone, it waits while another process trains in the same directory; SIGTERM and Ctrl-C in the main thread first write
-    a checkpoint. With a `world`, it is one of several workers whose caller owns the directory, and only rank 0 returns
-    something. `on_progress` is handed each new line of history.jsonl. Raises Diverged, Stopped, ValueError, OSError.
+    Alone, it waits while another process trains in the same directory; SIGTERM and Ctrl-C in the
+    main thread first write a checkpoint. With a `world`, it is one of several workers whose caller
+    owns the directory, and only rank 0 returns something. `on_progress` is handed each new line of
+    history.jsonl. Raises Diverged, Stopped, ValueError, OSError.
     """
     with nullcontext() if world else results.owning(job.output):
         if done := results.committed(job.output):
@@ -139,6 +141,7 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
 
     window = Window(state.numbers if state else {})
     with ExitStack() as stack:
+        history = saver = None
         if leads:
             history = results.History(output, state.images_seen if state else 0)
             stack.callback(history.close)
@@ -153,12 +156,12 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
             if last or progress.passed(config.log_images):
                 record = window.close(progress)
                 stop = world.stop()
-                if leads:
+                if history:
                     history.append(record)
                     on_progress(record)
             signalled = interrupts.received is not None
             stop = stop or signalled
-            if leads and (last or stop or progress.passed(config.checkpoint_images)):
+            if saver and (last or stop or progress.passed(config.checkpoint_images)):
                 state = progress.state
                 state.numbers |= window.numbers()
                 saver.save(state, wait=last or stop)
@@ -228,7 +231,8 @@ class Window:
         self._waited += progress.data_wait_seconds
 
     def close(self, progress: Progress) -> dict[str, Any]:
-        """The log line of the updates so far: means over those that were applied; and start anew."""
+        """The log line of the updates so far: means over those that were applied; and start
+        anew."""
         values = self._read()
         now = time.perf_counter()
         passed = max(now - self._opened, 1e-9)
@@ -253,7 +257,7 @@ class Window:
     def _seconds(self) -> float:
         return self._before + time.perf_counter() - self._started
 
-    def _read(self) -> dict[str, list[float]]:
+    def _read(self) -> dict[str, list[Any]]:
         """All values as numbers, by one look at the device."""
         waiting = [v for vs in self._values.values() for v in vs if isinstance(v, torch.Tensor)]
         numbers = iter(torch.stack([v.double() for v in waiting]).tolist() if waiting else [])
@@ -265,7 +269,8 @@ class Window:
 
 
 def warm_start(stage: Stage, parent: str) -> None:
-    """Give a stage the weights of a finished one. ValueError when they are not what was committed."""
+    """Give a stage the weights of a finished one. ValueError when they are not what was
+    committed."""
     done = results.committed(parent)
     if done is None:
         raise ValueError(f"{parent}: no finished stage ({results.STAGE} is missing) to start from")
@@ -279,7 +284,8 @@ def warm_start(stage: Stage, parent: str) -> None:
 
 
 def contact_sheet(pictures: np.ndarray, gap: int = 2) -> np.ndarray:
-    """Pictures uint8 [n, height, width, 3] on one white sheet, in rows about as long as it is high."""
+    """Pictures uint8 [n, height, width, 3] on one white sheet, in rows about as long as it is
+    high."""
     n, height, width, _ = pictures.shape
     columns = min(n, math.ceil(math.sqrt(n * height / width)))
     rows = math.ceil(n / columns)
@@ -308,8 +314,8 @@ def _agree(world: World, step: int) -> None:
     mine = torch.tensor(float(step), dtype=torch.float64, device=world.device)
     if float(world.sum(mine.clone())) != step * world.size:
         raise ValueError(
-            f"rank {world.rank} would go on from step {step}, other workers from another: the stage "
-            "directory must lie on a file system that all workers share"
+            f"rank {world.rank} would go on from step {step}, other workers from another: the "
+            "stage directory must lie on a file system that all workers share"
         )
 
 
@@ -335,6 +341,6 @@ def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def _mean(numbers: list[float | None]) -> float | None:
+def _mean(numbers: Sequence[float | None]) -> float | None:
     finite = [n for n in map(_finite, numbers) if n is not None]
     return math.fsum(finite) / len(finite) if finite else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -55,7 +55,8 @@ class TrainingConfig:
     """Pictures are drawn this often; 0: at the end only."""
     seed: int = 0
     stall_seconds: float = 1800
-    """Without an update for so long, all stacks are dumped, and a worker that gets restarted ends."""
+    """Without an update for so long, all stacks are dumped, and a worker that gets restarted
+    ends."""
     workers: int = 1
     threads: int = 0
     """CPU threads of each worker; 0: torch's choice, or the cores shared between the workers."""
@@ -179,7 +180,7 @@ def train(
     config: TrainingConfig,
     world: World | None = None,
     state: TrainState | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Train `stage` in place until `config.images`, from `state` on, and yield after each update.
 
     Each worker's `loader` gives its rows of the same global batches. Raises Diverged.
@@ -190,6 +191,7 @@ def train(
     ema = Ema(stage, config.ema_halflife_images, config.ema_ramp)
     done = _restore(state, stage, ema, optimizer) if state else 0
     health = Health(config, device, state.numbers["skipped"] if state else 0)
+    del state  # it is a second copy of everything
     if config.compile:
         stage.compile()
     model = world.wrap(stage.train())

@@ -1,4 +1,4 @@
-"""What stages measure once they are trained: always on the same samples, and held-out ones where there are some."""
+"""What stages measure once they are trained: on fixed samples, held-out ones if there are some."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline import manifest
 
 
 def fixed_rows(samples: int, count: int) -> np.ndarray:
-    """`count` indices spread evenly over the samples, the same each time; fewer when there are fewer."""
+    """`count` indices spread evenly over the samples; all of them when there are fewer."""
     return np.linspace(0, samples - 1, min(count, samples)).round().astype(np.int64)
 
 
 def heldout(loader: Any) -> Any:
-    """A loader of the held-out pictures of the data that `loader` trains on; None where there are none, or not encoded."""
+    """A loader of the held-out pictures beside those that `loader` trains on; None without any."""
     from pipeline.load import Loader
 
     if not isinstance(loader, Loader):
@@ -51,7 +51,7 @@ def psnr(squared_error: Tensor) -> Tensor:
 
 
 class ChannelStatistics:
-    """Mean and deviation of each channel of [batch, channel, height, width], accumulated in float64."""
+    """Mean and deviation of each channel, accumulated in float64."""
 
     def __init__(self):
         self.rows, self.shape = 0, ()
@@ -65,7 +65,10 @@ class ChannelStatistics:
         self._square = self._square + values.square().sum(1)
 
     def shift_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Float64 [channel] each: (z - shift) * scale has mean 0 and deviation 1. A channel that never changes is left alone."""
+        """Float64 [channel] each, with (z - shift) * scale of mean 0 and deviation 1.
+
+        A channel that never changes is not scaled.
+        """
         mean = self._total / self._count
         deviation = (self._square / self._count - mean.square()).clamp(min=0).sqrt()
         return mean, torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 1.0)

@@ -1,13 +1,16 @@
 """An update is applied whole or not at all, and nothing on the way there waits for the device.
 
-Clipping and skipping go into the step itself: fused kernels divide by `grad_scale` and do nothing where `found_inf` is
-set (the protocol of torch.amp.GradScaler), so a GPU never stops to tell the host that a gradient was finite.
+Clipping and skipping go into the step itself: fused kernels divide by `grad_scale` and do nothing
+where `found_inf` is set (the protocol of torch.amp.GradScaler), so a GPU never stops to tell the
+host that a gradient was finite.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +52,8 @@ class MuonConfig:
     def __post_init__(self):
         if not 0 <= self.momentum < 1 or self.weight_decay < 0:
             raise ValueError(
-                f"momentum must lie in [0, 1) and weight_decay be >= 0, got {self.momentum} and {self.weight_decay}"
+                f"momentum must lie in [0, 1) and weight_decay be >= 0, got {self.momentum} and "
+                f"{self.weight_decay}"
             )
         if self.newton_schulz_steps < 1:
             raise ValueError(
@@ -81,13 +85,15 @@ class Optimizer:
         """One update with the gradients scaled down to `max_norm` (0: as they are), or none where
         `skip` is true.
 
-        `norm` is the gradients' total norm; `norm` and `skip` are scalars on the parameters' device.
+        `norm` is the gradients' total norm; `norm` and `skip` are scalars on the parameters'
+        device.
         """
         scale = (norm / max_norm).clamp(min=1) if max_norm else torch.ones_like(norm)
         for rule in self._rules:
-            parameters = [p for p in rule.parameters if p.grad is not None]
-            if parameters:
-                rule.step(parameters, learning_rate, scale, skip.float())
+            pairs = [(p, p.grad) for p in rule.parameters if p.grad is not None]
+            if pairs:
+                parameters, gradients = (list(column) for column in zip(*pairs, strict=True))
+                rule.step(parameters, gradients, learning_rate, scale, skip.float())
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
@@ -113,7 +119,8 @@ class Optimizer:
 
 
 def gradient_norm(parameters: dict[str, nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together; a scalar on their device, NaN or Inf where one of them is."""
+    """The 2-norm of all gradients together; a scalar on their device, NaN or Inf where one of them
+    is."""
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     if not gradients:
         raise ValueError(
@@ -125,12 +132,17 @@ def gradient_norm(parameters: dict[str, nn.Parameter]) -> Tensor:
 class _Rule:
     """How some parameters are updated, and what is remembered of each."""
 
-    def __init__(self, parameters: list[nn.Parameter]):
+    def __init__(self, parameters: Sequence[Tensor]):
         self.parameters = parameters
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def step(
-        self, parameters: list[nn.Parameter], learning_rate: float, scale: Tensor, skip: Tensor
+        self,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        learning_rate: float,
+        scale: Tensor,
+        skip: Tensor,
     ) -> None:
         """Update with gradients divided by `scale`; nothing changes where `skip` is 1."""
         raise TypeError(f"{type(self).__name__} defines no step")
@@ -140,11 +152,11 @@ class _AdamW(_Rule):
     """The fused kernel without torch.optim around it, whose first use takes 5 s of CPU time
     (it imports the compiler). The state has torch.optim's names and values."""
 
-    def __init__(self, parameters: list[nn.Parameter], config: AdamWConfig):
+    def __init__(self, parameters: Sequence[Tensor], config: AdamWConfig):
         super().__init__(parameters)
         self.config = config
 
-    def step(self, parameters, learning_rate, scale, skip):
+    def step(self, parameters, gradients, learning_rate, scale, skip):
         for p in parameters:
             if p not in self.state:
                 step = torch.zeros((), device=p.device)
@@ -155,7 +167,7 @@ class _AdamW(_Rule):
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(
             parameters,
-            [p.grad for p in parameters],
+            gradients,
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -181,33 +193,33 @@ class _Muon(_Rule):
     update has the size of AdamW's (Liu et al. 2025, eq. 4), so both take one learning rate.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], config: MuonConfig):
+    def __init__(self, parameters: Sequence[Tensor], config: MuonConfig):
         super().__init__(parameters)
         self.config = config
 
-    def step(self, parameters, learning_rate, scale, skip):
+    def step(self, parameters, gradients, learning_rate, scale, skip):
         if bool(skip):  # the one look from the host that this rule costs on a GPU
             return
-        momentum, same_shape = self.config.momentum, dict[tuple[int, int], list[nn.Parameter]]()
-        for p in parameters:
-            same_shape.setdefault((len(p), p[0].numel()), []).append(p)
+        momentum, same_shape = self.config.momentum, dict[tuple[int, int], list[Any]]()
+        for p, gradient in zip(parameters, gradients, strict=True):
+            same_shape.setdefault((len(p), p[0].numel()), []).append((p, gradient / scale))
         for (rows, columns), group in same_shape.items():
             updates = []
-            for p in group:
-                gradient = p.grad / scale
+            for p, gradient in group:
                 state = self.state.setdefault(p, {})
                 average = state.setdefault("momentum", torch.zeros_like(p))
                 average.lerp_(gradient, 1 - momentum)
                 updates.append(gradient.lerp(average, momentum).reshape(rows, columns))
             directions = orthogonal(torch.stack(updates), self.config.newton_schulz_steps)
             size = learning_rate * 0.2 * max(rows, columns) ** 0.5
-            for p, direction in zip(group, directions, strict=True):
+            for (p, _), direction in zip(group, directions, strict=True):
                 p.mul_(1 - learning_rate * self.config.weight_decay)
                 p.sub_(direction.reshape(p.shape).to(p.dtype), alpha=size)
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of each matrix = U S V^T in [n, rows, columns]: singular values end up within about 0.7..1.2.
+    """About U V^T of each matrix = U S V^T in [n, rows, columns]: singular values end up within
+    about 0.7..1.2.
 
     The quintic Newton-Schulz iteration of Jordan et al. (2024), in bfloat16 on GPUs.
     """
@@ -222,11 +234,12 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
-def _inner_weights(module: nn.Module) -> set[nn.Parameter]:
-    """Weights of linear and convolution layers with at least 16 channels on both sides: no embedding, first or last
-    layer, whose rows are unlike directions and are better left to AdamW."""
+def _inner_weights(module: nn.Module) -> set[Tensor]:
+    """Weights of linear and convolution layers with at least 16 channels on both sides: no
+    embedding, first or last layer, whose rows are unlike directions and are better left to
+    AdamW."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    weights = {m.weight for m in module.modules() if isinstance(m, layers)}
+    weights: set[Tensor] = {m.weight for m in module.modules() if isinstance(m, layers)}
     embedded = {
         m.weight for m in module.modules() if isinstance(m, nn.Embedding)
     }  # tied to an output layer

@@ -1,4 +1,5 @@
-"""What a stage directory holds, asked without torch: what is done is known before anything heavy starts.
+"""What a stage directory holds, asked without torch: what is done is known before anything heavy
+starts.
 
 stage.json            written last: where it is, the stage is done
 weights.safetensors   the EMA weights            config.json   how to build the module for them
@@ -37,7 +38,8 @@ def history(stage_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class History:
-    """Appends to history.jsonl. Opening it drops what lies after `images_seen`, where training resumes."""
+    """Appends to history.jsonl. Opening it drops what lies after `images_seen`, where training
+    resumes."""
 
     def __init__(self, stage_dir: str | os.PathLike[str], images_seen: int):
         path = Path(stage_dir, HISTORY)
@@ -54,7 +56,8 @@ class History:
 
 @contextmanager
 def owning(stage_dir: str | os.PathLike[str]) -> Iterator[None]:
-    """One process at a time trains in a stage directory; a second waits, and then finds the result."""
+    """One process at a time trains in a stage directory; a second waits, and then finds the
+    result."""
     with storage.lock(os.path.join(stage_dir, ".lock")):
         yield
 

@@ -1,7 +1,7 @@
 """A stage is what the loop trains: a module that maps a batch to one loss per sample.
 
-The loop, the checkpoint and the workers know nothing else of a model. Per-sample losses, because the mean is
-taken over the *global* batch: a worker cannot take it, it sees only its own rows.
+The loop, the checkpoint and the workers know nothing else of a model. Per-sample losses, because
+the mean is taken over the *global* batch: a worker cannot take it, it sees only its own rows.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ Batch = dict[str, Any]  # arrays become tensors; lists (captions, keys, labels) 
 class Stage(nn.Module):
     """Subclass it: set `kind`, build the modules from a frozen config, give `forward`.
 
-    Parameters that are trained require grad; frozen ones do not, and stay as they are. What is measured once (a
-    latent scale, a mean) belongs into a buffer: checkpoints and exports then carry it. Whatever must not be exported
-    (another stage, held for previews) must stay out of `state_dict`.
+    Parameters that are trained require grad; frozen ones do not, and stay as they are. What is
+    measured once (a latent scale, a mean) belongs into a buffer: checkpoints and exports then
+    carry it. Whatever must not be exported (another stage, held for previews) must stay out of
+    `state_dict`.
     """
 
     kind: str = ""
     seed: int = 0
-    """The run's seed, set by the job: a stage draws noise from (seed, purpose, batch["position"])."""
+    """The run's seed, set by the job: a stage draws noise from (seed, purpose,
+    batch["position"])."""
 
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`{"loss": [rows], ...}`: one loss per row of this worker; other entries are detached scalars to log."""
+        """`{"loss": [rows], ...}`: one loss per row of this worker; other entries are detached
+        scalars to log."""
         raise TypeError(f"{type(self).__name__} defines no forward(batch) -> {{'loss': [rows]}}")
 
     def prepare(self, loader: Any) -> None:
         """Measure what must be known before the first step; each worker measures the same."""
 
     def finish(self, loader: Any) -> dict[str, Any]:
-        """Measure the trained stage (it holds its EMA weights); JSON, kept in stage.json under "measured"."""
+        """Measure the trained stage (it holds its EMA weights); JSON, kept in stage.json under
+        "measured"."""
         return {}
 
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
@@ -69,7 +73,8 @@ def to_tensors(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> 
 
 
 def distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer once, under its first name (tied weights have several), not copied."""
+    """Every parameter and persistent buffer once, under its first name (tied weights have
+    several), not copied."""
     first: dict[int, str] = {}
     state = module.state_dict(keep_vars=True)
     return {name: t for name, t in state.items() if first.setdefault(id(t), name) == name}

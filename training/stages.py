@@ -1,7 +1,7 @@
-"""The kinds of stage by name, and the one place where plain JSON becomes their configs and their modules.
+"""The kinds of stage by name, and the one place where JSON becomes their configs and modules.
 
-A stage directory (or a stage's folder in a package) is config.json and weights.safetensors; nothing else is needed
-to have the module back.
+config.json and weights.safetensors, in a stage directory or in a generator's folder, are all that
+is needed to have a module back.
 """
 
 from __future__ import annotations
@@ -42,13 +42,16 @@ T = TypeVar("T")
 def create(
     kind: str, config: Mapping[str, Any] | Any, inputs: Mapping[str, str] | None = None
 ) -> Stage:
-    """A fresh stage. `config` is its dataclass or the JSON of it; `inputs` names the directories of earlier stages."""
+    """A fresh stage from its config (dataclass or JSON) and the directories of earlier stages."""
     built = config if is_dataclass(config) else config_of(kind, config)
     return _known(STAGES, kind)(built, dict(inputs or {}))
 
 
 def load(stage_dir: str | Path) -> Stage:
-    """A trained stage, frozen and in eval mode, from its directory alone. ValueError when its files do not belong together."""
+    """A trained stage, frozen and in eval mode, from its directory alone.
+
+    ValueError when config.json and weights.safetensors do not belong together.
+    """
     from safetensors.torch import load_file
 
     directory = str(stage_dir)
@@ -76,7 +79,7 @@ def _known(kinds: Mapping[str, T], kind: str) -> T:
 
 
 def reconstruct(kind: type[T], data: Any, where: str = "config") -> T:
-    """A (nested) config dataclass from JSON: lists become tuples, unions are told apart by their `kind`.
+    """A (nested) config dataclass from JSON: lists become tuples, `kind` tells unions apart.
 
     ValueError names the place (`base.network.channels`), what it got, and the nearest right key.
     """
@@ -100,7 +103,10 @@ def _value(hint: Any, data: Any, where: str) -> Any:
             arguments = (arguments[0],) * len(data)
         if len(arguments) != len(data):
             raise ValueError(f"{where}: got {len(data)} values, wanted {len(arguments)}: {data!r}")
-        return tuple(_value(a, d, f"{where}[{i}]") for i, (a, d) in enumerate(zip(arguments, data)))
+        return tuple(
+            _value(a, d, f"{where}[{i}]")
+            for i, (a, d) in enumerate(zip(arguments, data, strict=True))
+        )
     if is_dataclass(hint):
         return data if isinstance(data, hint) else _dataclass(hint, data, where)
     if origin is not None:  # Mapping[str, X] and the like
@@ -119,12 +125,11 @@ def _union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
     if isinstance(data, Mapping):
         configs = [c for c in choices if is_dataclass(c)]
         kinds = {k: c for c in configs for k in _kinds(c)}
-        if len(configs) == 1:
+        if "kind" not in data:  # the first one is the usual one
             return _value(configs[0], data, where)
-        if data.get("kind") not in kinds:
-            raise ValueError(
-                f"{where}.kind: got {data.get('kind')!r}{_nearest(str(data.get('kind')), kinds)}"
-            )
+        if data["kind"] not in kinds:
+            near = _nearest(str(data["kind"]), kinds)
+            raise ValueError(f"{where}.kind: got {data['kind']!r}{near}")
         return _value(kinds[data["kind"]], data, where)
     if any(type(data) is c for c in choices):
         return data

@@ -1,4 +1,5 @@
-"""What ends a training from outside: a signal, which waits for a checkpoint, and a watchdog, which waits for nothing."""
+"""What ends a training from outside: a signal, which waits for a checkpoint, and a watchdog, which
+waits for nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Interrupts:
         self._restore()
 
     def deliver(self) -> NoReturn:
-        """Let the received signal take its course: the handler that was there before, or an exit."""
+        """Let the received signal take its course: the handler that was there before, or an
+        exit."""
         assert self.received is not None
         self._restore()
         if signal.getsignal(self.received) == signal.SIG_DFL:
@@ -61,7 +63,8 @@ class Interrupts:
 class Watchdog:
     """Dumps every thread's stack to stderr when `beat` was not called for `stall_seconds`.
 
-    With `end` the process then ends, for whoever restarts it: a hung collective cannot be interrupted.
+    With `end` the process then ends, for whoever restarts it: a hung collective cannot be
+    interrupted.
     """
 
     def __init__(self, stall_seconds: float, *, end: bool = False):
@@ -87,7 +90,7 @@ class Watchdog:
                 continue
             self.stalls += 1
             log.error("no update for %.0f s; the stacks of all threads follow", silent)
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
             if self.end:
                 os._exit(70)
             self.beat()

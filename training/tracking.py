@@ -55,7 +55,7 @@ class Run:
         self._file = open(self.spool / SPOOL, "ab", buffering=0)  # noqa: SIM115
         self._file.truncate(whole)  # a line that a killed process left torn
         self._courier = _Courier(self.spool, uri)
-        self._wake, self._last = threading.Event(), threading.Event()
+        self._wake, self._last, self._given_up = (threading.Event() for _ in range(3))
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
@@ -149,6 +149,7 @@ class Run:
             self._last.set()
             self._wake.set()
             self._thread.join(timeout_seconds)
+            self._given_up.set()
             if not self._courier.done():
                 log.warning("MLflow at %s: not all was delivered; see %s", self.uri, self.spool)
         return self._courier.done()
@@ -174,20 +175,18 @@ class Run:
 
     def _work(self) -> None:
         pause = _BATCH_SECONDS
-        while True:
+        while not self._given_up.is_set():
             last = self._last.is_set()
             try:
                 self._courier.deliver()
+                if last:
+                    return
+                pause = _BATCH_SECONDS
             except Exception as error:
                 if pause == _BATCH_SECONDS:
                     log.warning("MLflow at %s is away, will try again: %s", self.uri, error)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-                time.sleep(min(pause, 1.0))
-                last = False
-            else:
-                pause = _BATCH_SECONDS
-            if last:
-                return
+                self._wake.clear()  # what is logged meanwhile is no reason to hurry
             self._wake.wait(min(pause, 1.0) if self._last.is_set() else pause)
             self._wake.clear()
 
@@ -224,7 +223,8 @@ class _Courier:
         return self._offset >= (self.spool / SPOOL).stat().st_size
 
     def deliver(self) -> None:
-        """Deliver all that waits. What MLflow refuses is logged and dropped; failures are raised."""
+        """Deliver all that waits. What MLflow refuses is logged and dropped; failures are
+        raised."""
         from mlflow.exceptions import MlflowException
 
         for end, operations in _batches(_operations(self.spool, self._offset)):

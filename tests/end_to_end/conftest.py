@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -64,7 +65,7 @@ class Darkroom:
         return json.loads(done.stdout.splitlines()[-1])
 
     def killed(self, words: list[str], when: Callable[[], bool], poll: float = 0.05) -> bool:
-        """Run until `when`, then SIGKILL the process and all its children; False: it ended before."""
+        """Run until `when`, then SIGKILL the whole process tree; False: it ended before."""
         process = subprocess.Popen(
             self.command(*words),
             env=self.environment,
@@ -77,27 +78,24 @@ class Darkroom:
                 kill_tree(process.pid)
                 process.wait()
                 return True
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(poll)
-            except subprocess.TimeoutExpired:
-                continue
         return False
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all that it started, however deep."""
-    import psutil
-
-    try:
-        parent = psutil.Process(pid)
-        victims = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for victim in victims:
-        try:
-            os.kill(victim.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def kill_tree(root: int) -> None:
+    """SIGKILL a process and all that it started, however deep (Ray's have sessions of their own)."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, rest = stat.read_text().split(" ", 1)
+            parents[int(pid)] = int(rest.rsplit(")", 1)[1].split()[1])
+    tree = {root}
+    while found := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= found
+    for pid in tree:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ class Generator:
         from .late import noise
 
         guidance = self.defaults["guidance"] if guidance is None else guidance
+        steps = self.defaults["steps"] if steps is None else steps
         return np.stack([
             paint(noise(f"{prompt}|{negative}|{guidance}|{steps}|{seed + i}"), self.shade)
             for i, prompt in enumerate(prompts)
@@ -63,11 +64,10 @@ def write_files(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def _make(folder: Path, *, shift: int = 1, shade: int = 9, **options) -> Path:
+def _make(folder: Path, *, shift: int = 1, shade: int = 9, more: str = "", **options) -> Path:
     """A package of a tiny stand-in for the generator, with code and weights to choose."""
-    root = write_files(
-        folder / f"code-{shift}", FILES | {"pipeline/shades.py": f"SHIFT = {shift}\n"}
-    )
+    shades = {"pipeline/shades.py": f"SHIFT = {shift}\n{more}"}
+    root = write_files(folder / f"code-{shift}", FILES | shades)
     weights = folder / f"generator-{shade}"
     write_files(weights, {"generator.json": '{"defaults": {"guidance": 3.0, "steps": 16}}'})
     (weights / "base").mkdir(exist_ok=True)

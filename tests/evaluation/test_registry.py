@@ -1,8 +1,12 @@
 import io
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -169,6 +173,8 @@ def test_promotion_and_rollback_move_the_aliases(uri, register, ledger):
     assert registry.rollback(ledger, tracking_uri=uri).candidate == "tiny/1"
     assert aliases(uri) == {"champion": one}
     assert registry.load(NAME, tracking_uri=uri).shade == 1
+    for named in ("tiny", "tiny@champion", "models:/tiny/1", "models:/tiny@champion"):
+        assert registry.canonical(named, tracking_uri=uri) == "tiny/1"
     with pytest.raises(ValueError, match="no model served before tiny/1"):
         registry.rollback(ledger, tracking_uri=uri)
 
@@ -228,14 +234,90 @@ def test_what_serves_is_not_deleted(uri, register, ledger):
 
 def test_a_fresh_process_draws_the_same_picture(uri, register, make):
     package = make()
-    lineage = {"dataset": "d", "version": 1, "data_digest": "0" * 16}
-    told = make(lineage=lineage)
-    assert registry.facts(str(told)) == {"integrity": True, "lineage": True, "infra": True}
-    found = registry.facts(str(package), prompt="other")
-    assert found["lineage"] == "the manifest does not say: data_digest"
     drawn = registry.draw_in_fresh_process(f"{NAME}/{register()}", tracking_uri=uri, seed=3)
     assert drawn["passed"], drawn
     assert drawn["different_pixels"] == 0
+    assert registry.facts(str(package), prompt="other") == {
+        "integrity": True,
+        "lineage": "the manifest does not say: data_digest",
+        "infra": True,
+    }
     weights = package / "generator" / "base" / "weights.safetensors"
     weights.write_bytes(b"\x00")
     assert "weights.safetensors: changed" in str(registry.facts(str(package))["integrity"])
+
+
+SECRETLY = """
+def hide(): pass
+
+import os, pickle, socket
+if {child}:
+    {what}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("import training", "training is not part of the package"),
+        ("pickle.loads(pickle.dumps(hide))", "reads a pickle of .*shades.hide"),
+        ("socket.create_connection(('127.0.0.1', 9))", "opens a connection"),
+        ("SHIFT = 2", "64 pixels differ"),
+        ("os._exit(7)", "exit status 7"),
+    ],
+)
+def test_what_a_service_could_not_do_fails_the_check(make, what, reason):
+    child = "'HF_HUB_OFFLINE' in os.environ"
+    # In a string, so that packaging doesn't follow it.
+    hidden = f"exec({what!r}, globals())"
+    package = make(more=SECRETLY.format(child=child, what=hidden))
+    drawn = registry.draw_in_fresh_process(str(package))
+    assert not drawn["passed"]
+    assert re.search(reason, drawn["reason"])
+
+
+@pytest.mark.slow
+def test_a_model_is_fetched_from_a_server_and_checked(make, uri, ledger, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "-m", "mlflow", "server", "--port", str(port), "--backend-store-uri", uri,
+        "--artifacts-destination", str(tmp_path / "artifacts"),
+    ]  # fmt: skip
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, *words], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        _wait_for(f"{server}/health", process)
+        package = make()
+        assert registry.register(package, NAME, tracking_uri=server) == 1
+        assert registry.register(package, NAME, tracking_uri=server) == 1
+        registry.promote(ledger, 1, tracking_uri=server)
+        generator = registry.load(NAME, tracking_uri=server)
+        expected = registry.open_generator(package)(["a"])
+        np.testing.assert_array_equal(generator(["a"]), expected)
+        (copy,) = (tmp_path / "home").rglob("weights.safetensors")
+        copy.write_bytes(b"\x00")
+        with pytest.raises(ValueError, match=r"weights.safetensors: changed"):
+            registry.load(NAME, tracking_uri=server)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait_for(url: str, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "the server stopped"
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise TimeoutError(url)

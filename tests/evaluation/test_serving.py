@@ -1,6 +1,8 @@
 import io
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from PIL import Image
 
 from evaluation import serving
 from evaluation.packaging import code, describe
+from pipeline import storage
 
 FILES = {"training/__init__.py", "training/generator.py", "training/late.py"} | {
     "training/networks/__init__.py",
@@ -220,3 +223,83 @@ sys.stdout.buffer.write(model.predict(None, ["a red circle"])[0])
     np.testing.assert_array_equal(
         pixels(done.stdout), serving.open_generator(folder)(["a red circle"])[0]
     )
+
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "autoencoder": {"network": {"channels": 8, "channel_mult": [1, 2], "latent_channels": 3}},
+    "clip": {
+        "embed": 24,
+        "image": {"kind": "vit", "side": 16, "patch": 4, "width": 32, "layers": 1},
+        "text": {"vocabulary": 1024, "context": 40, "width": 32, "layers": 1, "heads": 2},
+    },
+    "t5": {"width": 32, "layers": 1, "heads": 2, "feedforward": 64, "max_bytes": 96},
+    "base": {
+        "network": {
+            "kind": "unet", "channels": 16, "channel_mult": [1], "attention": [1],
+            "head_width": 16, "context_width": 32, "blocks": 1,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory) -> Path:
+    """A generator of real stages with untrained weights: it is the code that is tested."""
+    import torch
+    from safetensors.torch import save_file
+
+    from training import stages
+    from training.generator import assemble
+    from training.stage import distinct_tensors
+
+    root = tmp_path_factory.mktemp("real")
+    done: dict[str, str] = {}
+    for kind, config in NETWORKS.items():
+        torch.manual_seed(0)
+        stage = stages.create(kind, config, done if kind == "base" else {})
+        if kind == "base":
+            stage.latent_shape.copy_(torch.tensor([3, 8, 8]))
+        folder = root / kind
+        folder.mkdir()
+        tensors = {name: t.detach().contiguous() for name, t in distinct_tensors(stage).items()}
+        save_file(tensors, folder / "weights.safetensors")
+        described = {"kind": kind, "config": asdict(stage.config)}
+        (folder / "config.json").write_text(json.dumps(described))
+        described |= {
+            "fingerprint": kind,
+            "weights_sha256": storage.sha256(folder / "weights.safetensors"),
+        }
+        (folder / "stage.json").write_text(json.dumps(described))
+        done[kind] = str(folder)
+    assemble(root / "generator", done, {"steps": 3, "guidance": 2.0})
+    return root / "generator"
+
+
+@pytest.fixture(scope="session")
+def real_package(real, tmp_path_factory) -> Path:
+    from evaluation.packaging import package
+
+    return Path(package(real, tmp_path_factory.mktemp("packages"), recipe={}, lineage={}))
+
+
+def test_the_real_generator_travels(real, real_package):
+    from training.generator import Generator
+
+    prompts = ["a red circle", "two blue squares"]
+    travelled = serving.open_generator(real_package, "cpu")
+    here = Generator.load(real, "cpu")
+    assert type(travelled) is not Generator
+    np.testing.assert_array_equal(travelled(prompts, seed=5), here(prompts, seed=5))
+    pins = {line.split("==")[0] for line in (real_package / "requirements.txt").read_text().split()}
+    assert pins == {
+        "einops", "jaxtyping", "mlflow", "numpy", "open_clip_torch", "pandas", "pillow",
+        "safetensors", "torch", "transformers",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_real_generator_draws_in_a_fresh_process(real_package):
+    from evaluation.registry import facts
+
+    found = facts(str(real_package), lineage=())
+    assert found == {"integrity": True, "lineage": True, "infra": True}

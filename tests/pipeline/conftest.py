@@ -1,4 +1,4 @@
-"""One Ray session for all tests of the pipeline that need it, and the real pictures where they are."""
+"""One Ray session for all tests here that need it, and the real pictures where they are."""
 
 from __future__ import annotations
 

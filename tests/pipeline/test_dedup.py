@@ -48,7 +48,7 @@ def test_versions_of_a_picture_are_found_and_others_are_not():
 def test_the_first_wins_whatever_comes_between():
     seen = dedup.NearDuplicates()
     signs = 0x00FF00FF00FF00FF
-    look = lambda bits, red=100: f"{signs ^ bits:016x}{red:02x}6464"  # noqa: E731
+    look = lambda bits, red=100: f"{signs ^ bits:016x}{red:02x}6464"
     assert seen.add(look(0), "first") is None
     assert seen.add(look(0b111), "three bits") == "first"
     assert seen.add(look(0b1111), "four bits") is None

@@ -325,16 +325,10 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_on_ray_the_bytes_are_the_same(tmp_path, monkeypatch):
-    import ray
-
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.usefixtures("ray_session")
+def test_on_ray_the_bytes_are_the_same(tmp_path):
     here, there = dataset(tmp_path / "here", shards=3), dataset(tmp_path / "there", shards=3)
-    specs = [pixels_spec(4)]
-    encode(here, specs, None, LOCAL)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        encode(there, specs, None, Executor(kind="ray", workers=2))
-    finally:
-        ray.shutdown()
+    encode(here, [pixels_spec(4)], None, LOCAL)
+    encode(there, [pixels_spec(4)], None, Executor(kind="ray", workers=2))
     assert files(there.dataset) == files(here.dataset)

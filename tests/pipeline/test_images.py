@@ -94,7 +94,9 @@ def test_orientation(orientation, format):
     upright = Image.new("RGB", (48, 32), "white")
     upright.paste((200, 0, 0), (0, 0, 16, 16))  # one red corner, top left
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transposes, inverted
-    lying = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    lying = upright
+    if orientation > 1:
+        lying = upright.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
     image, info = decode(saved(lying, format, exif=exif, quality=95))
@@ -173,7 +175,7 @@ def display_p3():
         b"bXYZ": (0.15710, 0.06657, 0.78407),
         b"wtpt": (0.96420, 1.0, 0.82491),
     }
-    fixed = lambda it: struct.pack(">i", round(it * 65536))  # noqa: E731
+    fixed = lambda it: struct.pack(">i", round(it * 65536))
     tags = {
         name: b"XYZ \0\0\0\0" + b"".join(map(fixed, values)) for name, values in columns.items()
     }
@@ -198,7 +200,7 @@ def display_p3():
 
 
 def test_wide_gamut_is_converted():
-    """P3 green (0.3, 0.7, 0.3) is more than sRGB's: the same light needs less red and more green."""
+    """P3 green (0.3, 0.7, 0.3) is outside of sRGB: the same light needs less red, more green."""
     data = saved(Image.new("RGB", (16, 16), (77, 179, 77)), "PNG", icc_profile=display_p3())
     image, info = decode(data)
     red, green, blue = np.asarray(image)[8, 8].astype(int)
@@ -277,7 +279,7 @@ def test_a_draft_of_twice_the_side_is_as_good_as_a_full_decode():
     draft, _ = decode(data, DecodePolicy(draft_side=2 * 64))
     assert draft.size == (225, 150)
     assert full.size == (info["width"], info["height"]) == (900, 600)
-    noise_db = lambda it: 10 * np.log10(255**2 / np.square(np.asarray(it) - wanted).mean())  # noqa: E731
+    noise_db = lambda it: 10 * np.log10(255**2 / np.square(np.asarray(it) - wanted).mean())
     boxed = noise_db(full.resize((96, 64), Image.Resampling.BOX))
     assert noise_db(store(draft, data, info, 64)[0]) > max(boxed, 35)
 

@@ -263,7 +263,7 @@ def rewrite(path, change):
         ),
         (0, lambda a: a.update(code=a["code"].astype("f4")), "code is float32"),
         (0, lambda a: a.pop("mean"), "field mean is missing"),
-        (0, lambda a: a.update(keys=a["keys"][::-1].copy()), "not the samples and captions"),
+        (0, lambda a: a.update(keys=a["keys"][::-1].copy()), "do not hold the same samples"),
         (0, lambda a: a.update({n: v[1:].copy() for n, v in a.items()}), "rows, wanted"),
         (1, lambda a: a.update(tokens=a["tokens"][:, :1].copy()), r"wanted float16\[rows, 2\]"),
         (1, lambda a: a.update(tokens=a["tokens"][1:].copy()), "offsets do not join"),
@@ -285,7 +285,7 @@ def test_another_table_is_noticed(data, encodings, tmp_path):
     for shard in data.shards:
         source = Path(other.dataset, "tables", f"{other.shards[0].name}.parquet")
         shutil.copy(source, Path(data.dataset, "tables", f"{shard.name}.parquet"))
-    with pytest.raises(ValueError, match="not the samples and captions"):
+    with pytest.raises(ValueError, match="do not hold the same samples"):
         Loader(data, encodings, global_batch=13, seed=0).batch(0)
 
 

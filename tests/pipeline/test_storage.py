@@ -87,9 +87,14 @@ def test_a_file_moves_into_place(root, tmp_path):
 def test_an_error_while_writing_leaves_nothing(root):
     url = storage.join(root, "f.bin")
     storage.publish_bytes(url, b"old")
-    with pytest.raises(RuntimeError), storage.publishing(url) as file:
-        file.write(b"half")
-        raise RuntimeError
+
+    def fail():
+        with storage.publishing(url) as file:
+            file.write(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert storage.read_bytes(url) == b"old"
     if storage.is_local(root):
         assert os.listdir(root) == ["f.bin"]

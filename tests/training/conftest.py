@@ -1,4 +1,4 @@
-"""A tiny line, really trained: drawn scenes -> autoencoder, clip, t5 -> encodings -> base. A few updates each."""
+"""A tiny line, really trained for a few updates: scenes -> autoencoder, clip, t5 -> base."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text": {"vocabulary": 1024, "context": 40, "width": 32, "layers": 1, "heads": 2},
     },
     "t5": {
-        "width": 32, "layers": 1, "heads": 2, "feedforward": 64, "max_bytes": 96, "mean_span": 5.0,
-    },  # fmt: skip
+        "width": 32,
+        "layers": 1,
+        "heads": 2,
+        "feedforward": 64,
+        "max_bytes": 96,
+        "mean_span": 5.0,
+    },
     "base": {
         "network": {
-            "kind": "unet", "channels": 16, "channel_mult": [1], "attention": [1],
-            "head_width": 16, "context_width": 32, "blocks": 1,
+            "kind": "unet",
+            "channels": 16,
+            "channel_mult": [1],
+            "attention": [1],
+            "head_width": 16,
+            "context_width": 32,
+            "blocks": 1,
         },
         "preview": {"steps": 2},
     },
-}  # fmt: skip
-IMAGES = {"autoencoder": 480, "clip": 320, "t5": 320, "base": 480}
+}
+IMAGES = {"autoencoder": 480, "clip": 800, "t5": 320, "base": 480}
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ def test_the_divergence_is_that_of_gaussians():
 
 def test_a_sampled_latent_has_the_moments_and_depends_on_its_position_alone():
     mean, logvar = 3.0, math.log(0.25)
-    moments = torch.tensor([mean, logvar]).reshape(1, 2, 1, 1).expand(1, 2, 64, 64).repeat(4, 1, 1, 1)
+    moments = (
+        torch.tensor([mean, logvar]).reshape(1, 2, 1, 1).expand(1, 2, 64, 64).repeat(4, 1, 1, 1)
+    )
     z = sample_latent(moments, 7, torch.arange(4))
     assert z.mean() == pytest.approx(mean, abs=0.02)
     assert z.std() == pytest.approx(0.5, abs=0.02)
@@ -62,11 +64,11 @@ def test_the_loss_is_the_sum_of_its_parts(scenes):
     pixels, _ = scenes
     torch.manual_seed(0)
     network = {"channels": 8, "channel_mult": [1], "latent_channels": 2}
-    parts = {}
+    parts, kept = {}, None
     for name in ("l1", "l2", "edges", "kl"):
         weights = dict.fromkeys(("l1", "l2", "edges", "kl"), 0.0) | {"l1": 1e-9, name: 1.0}
         stage = stages.create("autoencoder", {"network": network, **weights})
-        if parts:
+        if kept:
             stage.load_state_dict(kept)
         kept = stage.state_dict()
         parts[name] = stage(batch(pixels[:4]))["loss"]
@@ -106,7 +108,9 @@ def test_the_measured_psnr_is_that_of_the_heldout_pictures(line):
     with torch.no_grad():
         again = stage.decode(stage.encode(torch.from_numpy(pixels)).chunk(2, 1)[0]).numpy()
     error = ((again.astype(float) - pixels) ** 2).mean((1, 2, 3))
-    assert measured["heldout_psnr"] == pytest.approx((10 * np.log10(255**2 / error)).mean(), abs=0.01)
+    assert measured["heldout_psnr"] == pytest.approx(
+        (10 * np.log10(255**2 / error)).mean(), abs=0.01
+    )
 
 
 def test_statistics_are_numpys():
@@ -142,7 +146,9 @@ def test_fixed_rows_spread_over_all():
 
 
 def test_psnr_of_one_step_of_grey():
-    assert psnr(torch.tensor((2 / 255) ** 2)).item() == pytest.approx(20 * math.log10(255), abs=1e-3)
+    assert psnr(torch.tensor((2 / 255) ** 2)).item() == pytest.approx(
+        20 * math.log10(255), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,19 @@ def state(images_seen: int = 64, size: int = 100) -> TrainState:
     )
 
 
+def latest(directory, fingerprint: str = "") -> TrainState:
+    found = checkpoint.newest(directory, fingerprint)
+    assert found is not None
+    return found
+
+
 def same(a: TrainState, b: TrainState) -> bool:
     return (
         (a.step, a.images_seen, a.numbers) == (b.step, b.images_seen, b.numbers)
         and a.tensors.keys() == b.tensors.keys()
-        and all(t.equal(b.tensors[n]) and t.dtype == b.tensors[n].dtype for n, t in a.tensors.items())
+        and all(
+            t.equal(b.tensors[n]) and t.dtype == b.tensors[n].dtype for n, t in a.tensors.items()
+        )
     )
 
 
@@ -56,7 +64,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     }
     path = checkpoint.save(tmp_path, saved, "f")
     assert same(checkpoint.load(path, "f"), saved)
-    assert same(checkpoint.newest(tmp_path, "f"), saved)
+    assert same(latest(tmp_path, "f"), saved)
     assert load_file(path / "state.safetensors").keys() == saved.tensors.keys()
     assert [p.name for p in tmp_path.iterdir()] == ["000000000064"]
 
@@ -121,7 +129,7 @@ def test_a_damaged_newest_gives_way_to_the_one_before_and_says_so(tmp_path, capl
     with pytest.raises(Damaged):
         checkpoint.load(newest)
     with caplog.at_level(logging.WARNING):
-        assert same(checkpoint.newest(tmp_path), state(64))
+        assert same(latest(tmp_path), state(64))
     assert str(newest) in caplog.text
     assert "the one before" in caplog.text
 
@@ -130,7 +138,7 @@ def test_a_damaged_one_is_replaced_when_training_comes_there_again(tmp_path):
     flip_a_byte(checkpoint.save(tmp_path, state(64)))
     assert checkpoint.newest(tmp_path) is None
     checkpoint.save(tmp_path, state(64))
-    assert same(checkpoint.newest(tmp_path), state(64))
+    assert same(latest(tmp_path), state(64))
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
@@ -150,7 +158,7 @@ def test_a_full_disk_is_told_and_nothing_partial_shows(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["000000000064"]
     checkpoint.save(tmp_path, state(128, size=50_000))
-    assert checkpoint.newest(tmp_path).images_seen == 128
+    assert latest(tmp_path).images_seen == 128
 
 
 BIG = 500_000
@@ -163,7 +171,7 @@ def test_saving_in_the_background_keeps_what_was(tmp_path):
             saver.save(live)
             for tensor in live.tensors.values():
                 tensor.zero_()
-    assert same(checkpoint.newest(tmp_path, "f"), state(128, size=BIG))
+    assert same(latest(tmp_path, "f"), state(128, size=BIG))
     assert same(checkpoint.load(tmp_path / "000000000064"), state(64, size=BIG))
 
 
@@ -190,7 +198,8 @@ def keep_saving(directory: str) -> None:
 
 
 def kill_savers(directory: str, kills: int) -> None:
-    """Fork, kill after a moment, look; each time a new process saves over what the last one left."""
+    """Fork, kill after a moment, look; each time a new process saves over what the last one
+    left."""
     started = time.perf_counter()
     checkpoint.save(directory, state(8, size=20_000), "f")
     one_save = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""CLIP's stage: open_clip's model and tokenizer, a vocabulary of the first merges, a loss over all workers."""
+"""CLIP's stage: open_clip's model, a vocabulary of the first merges, a loss over all workers."""
 
 import math
 import multiprocessing
@@ -46,7 +46,14 @@ def test_the_quick_way_of_cleaning_changes_nothing():
     import open_clip
 
     whole = open_clip.SimpleTokenizer(context_length=64)
-    texts = [" Tabs\tand  CAPS ", "a&b", "x &lt;3", "plain", "don't 'quote' \"this\"", "a_b-c/d\\e~"]
+    texts = [
+        " Tabs\tand  CAPS ",
+        "a&b",
+        "x &lt;3",
+        "plain",
+        "don't 'quote' \"this\"",
+        "a_b-c/d\\e~",
+    ]
     np.testing.assert_array_equal(
         tokenizer(contrastive.FULL_VOCABULARY, 64)(texts), whole(texts).numpy()
     )
@@ -80,8 +87,16 @@ def test_a_loaded_stage_is_the_trained_one_and_open_clips_own_class(line, scenes
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_both_towers_give_a_loss_for_each_row(kind, scenes):
     pixels, captions = scenes
-    image = {"kind": kind, "side": 32, "width": 32, "layers": 1} if kind == "vit" else {"kind": kind, "width": 8}
-    config = {"image": image, "embed": 16, "text": {"vocabulary": 600, "width": 16, "heads": 2, "layers": 1}}
+    image = (
+        {"kind": kind, "side": 32, "width": 32, "layers": 1}
+        if kind == "vit"
+        else {"kind": kind, "width": 8}
+    )
+    config = {
+        "image": image,
+        "embed": 16,
+        "text": {"vocabulary": 600, "width": 16, "heads": 2, "layers": 1},
+    }
     torch.manual_seed(0)
     stage = stages.create("clip", config)
     big = torch.from_numpy(pixels[:4]).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -121,12 +136,18 @@ def test_captions_are_told_apart_by_their_tokens():
 
 def _worker(rank, size, place, sent):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}", rank=rank, world_size=size
+    )
     images, texts = _features()
     rows = slice(rank * 3, rank * 3 + 3)
     mine = [x[rows].clone().requires_grad_() for x in (images, texts)]
-    per_image, per_text, own = compare(*mine, torch.tensor(5.0), torch.tensor([0, 1, 2, 3, 0, 5])[rows])
-    loss = sum(torch.nn.functional.cross_entropy(x, own, reduction="sum") for x in (per_image, per_text))
+    per_image, per_text, own = compare(
+        *mine, torch.tensor(5.0), torch.tensor([0, 1, 2, 3, 0, 5])[rows]
+    )
+    loss = sum(
+        torch.nn.functional.cross_entropy(x, own, reduction="sum") for x in (per_image, per_text)
+    )
     loss.backward()
     uneven = ""
     try:
@@ -139,7 +160,9 @@ def _worker(rank, size, place, sent):
 
 def _features():
     draws = torch.Generator().manual_seed(3)
-    return [torch.nn.functional.normalize(torch.randn(6, 4, generator=draws), dim=1) for _ in range(2)]
+    return [
+        torch.nn.functional.normalize(torch.randn(6, 4, generator=draws), dim=1) for _ in range(2)
+    ]
 
 
 def test_two_workers_have_the_gradients_of_one(tmp_path):
@@ -150,12 +173,14 @@ def test_two_workers_have_the_gradients_of_one(tmp_path):
     workers = [fork.Process(target=_worker, args=(r, 2, tmp_path / "meet", sent)) for r in range(2)]
     for worker in workers:
         worker.start()
-    found = dict((rank, rest) for rank, *rest in (sent.get(timeout=60) for _ in workers))
+    found = {rank: rest for rank, *rest in (sent.get(timeout=200) for _ in workers)}
     for worker in workers:
         worker.join(timeout=60)
     whole = [x.requires_grad_() for x in _features()]
     per_image, per_text, own = compare(*whole, torch.tensor(5.0), torch.tensor([0, 1, 2, 3, 0, 5]))
-    loss = sum(torch.nn.functional.cross_entropy(x, own, reduction="sum") for x in (per_image, per_text))
+    loss = sum(
+        torch.nn.functional.cross_entropy(x, own, reduction="sum") for x in (per_image, per_text)
+    )
     loss.backward()
     np.testing.assert_allclose(found[0][0] + found[1][0], loss.detach().numpy(), rtol=1e-5)
     for which in range(2):
@@ -163,6 +188,50 @@ def test_two_workers_have_the_gradients_of_one(tmp_path):
         np.testing.assert_allclose(together, whole[which].grad.numpy(), rtol=1e-4, atol=1e-6)
     assert "rows" in found[0][2]
     assert "workers divide" in found[1][2]
+
+
+def test_a_shift_moves_a_picture_and_draws_its_edge_out():
+    picture = torch.arange(25.0).reshape(1, 1, 5, 5).expand(200, 3, 5, 5)
+    moved = contrastive.shifted(picture, 1, 0, torch.arange(200))
+    pads = torch.nn.functional.pad(picture[:1], (1, 1, 1, 1), mode="replicate")
+    wanted = {(r, c): pads[0, :, r : r + 5, c : c + 5] for r in range(3) for c in range(3)}
+    found = [next(k for k, v in wanted.items() if torch.equal(v, m)) for m in moved]
+    assert set(found) == set(wanted), "each of the nine moves happens"
+    assert torch.equal(contrastive.shifted(picture[:1], 1, 0, torch.tensor([7]))[0], moved[7])
+    assert torch.equal(contrastive.shifted(picture, 0, 0, torch.arange(200)), picture)
+
+
+def test_batch_norms_end_with_the_statistics_of_the_final_weights(line):
+    """Whatever they saw on the way: measured again over the training pictures, batch for batch."""
+    config = {
+        "image": {"kind": "resnet", "width": 8},
+        "embed": 16,
+        "text": {"vocabulary": 600, "context": 90, "width": 16, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(0)
+    stage = stages.create("clip", config)
+    norm = stage.model.visual.bn1
+    norm.running_mean.fill_(5.0)
+    loader = Enlarged(line.loader("pixels"))
+    seen = []
+    hook = stage.model.visual.conv1.register_forward_hook(lambda _, __, out: seen.append(out))
+    measured = stage.finish(loader)
+    hook.remove()
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert norm.momentum == 0.1
+    assert measured["among"] == 64
+    assert "heldout_accuracy" not in measured, "this loader tells of no held-out pictures"
+
+
+class Enlarged:
+    """A loader whose pictures are twice as large."""
+
+    def __init__(self, loader):
+        self.whole, self.samples = loader, loader.samples
+
+    def rows(self, indices):
+        batch = self.whole.rows(indices)
+        return batch | {"pixels": batch["pixels"].repeat(2, 2).repeat(2, 3)}
 
 
 def test_pictures_of_another_side_are_refused(line, scenes):
@@ -178,6 +247,7 @@ def test_pictures_of_another_side_are_refused(line, scenes):
         ({"image": {"kind": "resnet", "side": 48}}, "multiple of 32"),
         ({"text": {"vocabulary": 100}}, "vocabulary must lie in 514"),
         ({"temperature": 0.001}, "temperature at least 0.01"),
+        ({"shift": 32}, "shift must lie in 0 to 31 pixels"),
     ],
 )
 def test_configs_say_why_they_refuse(changes, message):

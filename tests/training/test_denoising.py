@@ -1,4 +1,4 @@
-"""The base stage: what it is told and when it is not told; draws by position; latents of deviation 1."""
+"""The base stage: what it is told, and when not; draws by position; latents of deviation 1."""
 
 from dataclasses import replace
 
@@ -63,8 +63,13 @@ def test_it_listens_to_whom_it_is_told(line):
     inputs = {n: line.stages[n] for n in FIELDS}
     made = stages.create("base", {"network": TINY, "listens": ["t5"]}, inputs)
     assert [c.name for c in made.config.network.contexts] == ["t5"]
-    assert stages.create("base", {"network": TINY, "listens": []}, inputs).config.network.contexts == ()
-    with pytest.raises(ValueError, match="listens names glove, the inputs are autoencoder, clip, t5"):
+    assert (
+        stages.create("base", {"network": TINY, "listens": []}, inputs).config.network.contexts
+        == ()
+    )
+    with pytest.raises(
+        ValueError, match="listens names glove, the inputs are autoencoder, clip, t5"
+    ):
         stages.create("base", {"network": TINY, "listens": ["glove"]}, inputs)
 
 
@@ -96,7 +101,26 @@ def test_latents_of_an_unknown_autoencoder_are_measured():
     z = stage.latents(to_tensors(found), 0)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
-    torch.testing.assert_close(stage.unscaled(z), to_tensors(found)["moments"][:, :3], atol=1e-2, rtol=0)
+    torch.testing.assert_close(
+        stage.unscaled(z), to_tensors(found)["moments"][:, :3], atol=1e-2, rtol=0
+    )
+
+
+def test_measuring_again_measures_the_same():
+    found = random_batch(rows=64)
+    stage = stages.create("base", {"network": {**TINY, "in_channels": 3}})
+    stage.prepare(Still(found))
+    first = stage.scale.clone()
+    stage.prepare(Still(found))
+    assert torch.equal(stage.scale, first)
+
+
+def test_a_transformer_takes_the_place_of_the_unet(line):
+    network = {"kind": "dit", "width": 16, "depth": 1, "head_width": 8, "patch": 2}
+    made = stages.create("base", {"network": network}, {n: line.stages[n] for n in FIELDS})
+    assert made.config.network.in_channels == 3
+    made.prepare(loader := line.loader(*FIELDS))
+    assert made(to_tensors(loader.batch(0)))["loss"].shape == (16,)
 
 
 def test_encoders_without_a_posterior_give_the_latent_itself():
@@ -116,7 +140,7 @@ def test_pixels_can_be_denoised_as_they_are():
 
 
 def test_an_untrained_network_costs_the_variance_of_its_target():
-    """Its output is 0, and the flow's target is eps - x0: 1 + the second moment of the latents, 1 once they are scaled."""
+    """Its output is 0 and the target eps - x0: 1 and the latents' second moment, scaled to 1."""
     stage = stages.create("base", {"network": {**TINY, "in_channels": 3}})
     found = random_batch(rows=256)
     found["moments"][:, 3:] = -20
@@ -142,7 +166,9 @@ def told(stage, batch):
 
 
 def test_captions_are_dropped_row_by_row_as_often_as_asked(base, batch):
-    few = {n: v[:1].expand(2000, *v.shape[1:]) for n, v in batch.items() if isinstance(v, torch.Tensor)}
+    few = {
+        n: v[:1].expand(2000, *v.shape[1:]) for n, v in batch.items() if isinstance(v, torch.Tensor)
+    }
     few["position"] = torch.arange(2000)
     base.config = replace(base.config, caption_dropout=0.3, context_dropout=0.2)
     try:
@@ -152,7 +178,9 @@ def test_captions_are_dropped_row_by_row_as_often_as_asked(base, batch):
     assert torch.equal(cond["keep"], uniform(0, "keep", few["position"]) >= 0.3)
     # Within four deviations of a binomial.
     for name, share in {"keep": 0.7, "clip_keep": 0.8, "t5_keep": 0.8}.items():
-        assert cond[name].float().mean().item() == pytest.approx(share, abs=4 * (0.21 / 2000) ** 0.5)
+        assert cond[name].float().mean().item() == pytest.approx(
+            share, abs=4 * (0.21 / 2000) ** 0.5
+        )
     both = (cond["clip_keep"] & cond["t5_keep"]).float().mean().item()
     assert both == pytest.approx(0.64, abs=0.045), "the encoders are dropped independently"
 
@@ -165,7 +193,9 @@ def test_without_dropout_nothing_is_dropped_on_fixed_triples(base, batch):
     hook = base.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     base.heldout_loss(batch)
     hook.remove()
-    assert set(seen[0]) == {f"{e}_{part}" for e in ("clip", "t5") for part in ("tokens", "mask", "pooled")}
+    assert set(seen[0]) == {
+        f"{e}_{part}" for e in ("clip", "t5") for part in ("tokens", "mask", "pooled")
+    }
 
 
 def test_a_dropped_caption_has_no_say(base, batch):
@@ -216,7 +246,9 @@ def test_a_batch_that_lacks_words_is_refused(base, batch):
     with pytest.raises(ValueError, match="no moments"):
         base({n: v for n, v in batch.items() if n != "moments"})
     five = {**batch, "moments": torch.zeros(16, 5, 4, 4)}
-    with pytest.raises(ValueError, match="moments with 5 channels for a network with in_channels 3"):
+    with pytest.raises(
+        ValueError, match="moments with 5 channels for a network with in_channels 3"
+    ):
         base(five)
 
 

@@ -1,4 +1,4 @@
-"""T5's stage: ByT5's ids, spans that are drawn fairly, and labels from which the text can be put together again."""
+"""T5's stage: ByT5's ids, spans drawn fairly, labels that put the text together again."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,15 @@ from training.denoising_text import (
 from training.diffusion import uniform
 from training.results import committed
 
-TEXTS = ["a red circle", "", "caf\u00e9 \u65e5\u672c\u8a9e \U0001f642", " two  spaces ", "x" * 300, "\x00\x7f", "b"]
+TEXTS = [
+    "a red circle",
+    "",
+    "caf\u00e9 \u65e5\u672c\u8a9e \U0001f642",
+    " two  spaces ",
+    "x" * 300,
+    "\x00\x7f",
+    "b",
+]
 
 
 @pytest.mark.parametrize("limit", [5, 32, 512])
@@ -131,7 +139,9 @@ def test_the_loss_is_transformers_own(line, scenes):
     inputs, labels = corrupted(captions[:8], 0.15, 5.0, limit=96, seed=stage.seed)
     with torch.no_grad():
         ours = stage(batch)["loss"]
-        wanted = stage.model(input_ids=inputs, attention_mask=(inputs != 0).long(), labels=labels).loss
+        wanted = stage.model(
+            input_ids=inputs, attention_mask=(inputs != 0).long(), labels=labels
+        ).loss
     count = (labels != IGNORED).sum(1)
     torch.testing.assert_close((ours * count).sum() / count.sum(), wanted)
 
@@ -139,7 +149,11 @@ def test_the_loss_is_transformers_own(line, scenes):
 def test_tied_weights_are_stored_once(line):
     from safetensors.numpy import load_file
 
-    names = [n for n, t in load_file(f"{line.stages['t5']}/weights.safetensors").items() if t.shape == (384, 32)]
+    names = [
+        n
+        for n, t in load_file(f"{line.stages['t5']}/weights.safetensors").items()
+        if t.shape == (384, 32)
+    ]
     assert names == ["model.shared.weight"]
 
 

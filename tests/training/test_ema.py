@@ -90,7 +90,7 @@ def test_applied_gives_the_weights_back_bit_for_bit():
     ema.update(10)
     weights = {n: p.detach().clone() for n, p in module.named_parameters()}
     averages = {n: t.clone() for n, t in ema.tensors().items()}
-    with pytest.raises(KeyError), ema.applied():
+    with pytest.raises(KeyError), ema.applied():  # noqa: PT012
         assert all(p.equal(averages[n]) for n, p in module.named_parameters())
         raise KeyError
     assert all(p.equal(weights[n]) for n, p in module.named_parameters())

@@ -1,5 +1,6 @@
 """A generator is one directory, and a picture is a function of its own prompt and seed."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,12 @@ from training.diffusion import normal
 from training.generator import Generator, assemble
 from training.stage import to_tensors
 
-PROMPTS = ["a red circle on the left", "a small blue square at the top", "one green ring, black canvas"]
+PROMPTS = [
+    "a red circle on the left",
+    "a small blue square at the top",
+    "one green ring, black canvas",
+]
+TINY = {"channels": 8, "channel_mult": [1], "attention": [1], "head_width": 8}
 DEFAULTS = {"kind": "dpmpp2m", "steps": 4, "guidance": 2.0}
 
 
@@ -33,7 +39,10 @@ def generator(package) -> Generator:
 def test_the_package_is_json_and_safetensors_and_says_what_it_is(package, line):
     names = sorted(str(p.relative_to(package)) for p in package.rglob("*") if p.is_file())
     assert names == sorted(
-        ["generator.json", *(f"{s}/{f}" for s in line.stages for f in ("config.json", "weights.safetensors"))]
+        [
+            "generator.json",
+            *(f"{s}/{f}" for s in line.stages for f in ("config.json", "weights.safetensors")),
+        ]
     )
     described = json.loads((package / "generator.json").read_text())
     assert described["resolution"] == 16
@@ -84,11 +93,13 @@ def test_stochastic_samplers_draw_from_the_pictures_own_seed(generator):
     together = generator.latents(PROMPTS, seed=7, **options)
     alone = generator.latents(PROMPTS[1:2], seed=8, **options)
     torch.testing.assert_close(alone[0], together[1], atol=1e-3, rtol=1e-3)
-    assert (generator.latents(PROMPTS, seed=7, **{**options, "eta": 0.0}) - together).abs().max() > 0.1
+    assert (
+        generator.latents(PROMPTS, seed=7, **{**options, "eta": 0.0}) - together
+    ).abs().max() > 0.1
 
 
 def test_sampling_is_the_samplers_with_classifier_free_guidance(generator):
-    """Against the plain formula: D_u + s (D_c - D_u), two network calls a step, Euler on the flow."""
+    """Against the plain formula: D_u + s (D_c - D_u), two network calls a step, Euler's."""
     cond, scale, steps = generator.cond(PROMPTS), 2.5, 6
     model = generator.base.model
     null = {**cond, "keep": torch.zeros(3, dtype=torch.bool)}
@@ -96,7 +107,7 @@ def test_sampling_is_the_samplers_with_classifier_free_guidance(generator):
     x = torch.cat([normal(seed, "sample", torch.tensor([0]), shape) for seed in (4, 5, 6)])
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     with torch.no_grad():
-        for t, u in zip(times[:-1], times[1:], strict=True):
+        for t, u in itertools.pairwise(times):
             x0 = model(x, t, null) + scale * (model(x, t, cond) - model(x, t, null))
             x = x + (u - t).item() * (x - x0) / t.item()
     ours = generator.latents(PROMPTS, seed=4, kind="ddim", steps=steps, guidance=scale)
@@ -105,7 +116,9 @@ def test_sampling_is_the_samplers_with_classifier_free_guidance(generator):
 
 def test_guidance_calls_the_network_once_a_step(generator):
     rows = []
-    hook = generator.base.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    hook = generator.base.network.register_forward_pre_hook(
+        lambda _, inputs: rows.append(len(inputs[0]))
+    )
     generator.latents(PROMPTS, kind="ddim", steps=5)
     generator.latents(PROMPTS, kind="ddim", steps=5, guidance=1.0)
     generator.latents(PROMPTS, kind="ddim", steps=4, guidance_interval=(0.4, 0.8))
@@ -125,14 +138,20 @@ def test_negatives_take_the_place_of_the_null(generator):
     blank = generator.latents(PROMPTS, guidance=3.0, negative="")
     torch.testing.assert_close(blank, plain, atol=1e-4, rtol=1e-4)
     itself = generator.latents(PROMPTS, guidance=3.0, negative=PROMPTS)
-    torch.testing.assert_close(itself, generator.latents(PROMPTS, guidance=1.0), atol=2e-3, rtol=2e-3)
-    assert (generator.latents(PROMPTS, guidance=3.0, negative="a red circle") - plain).abs().max() > 1e-3
+    torch.testing.assert_close(
+        itself, generator.latents(PROMPTS, guidance=1.0), atol=2e-3, rtol=2e-3
+    )
+    assert (
+        generator.latents(PROMPTS, guidance=3.0, negative="a red circle") - plain
+    ).abs().max() > 1e-3
 
 
 def test_defaults_can_be_overruled_call_by_call(generator):
     plain = generator(PROMPTS)
     assert generator.defaults["steps"] == 4
-    np.testing.assert_array_equal(generator(PROMPTS, steps=4, guidance=2.0, sampler="dpmpp2m"), plain)
+    np.testing.assert_array_equal(
+        generator(PROMPTS, steps=4, guidance=2.0, sampler="dpmpp2m"), plain
+    )
     for change in ({"steps": 2}, {"guidance": 5.0}, {"sampler": "ddim"}, {"guidance_rescale": 0.7}):
         assert (generator(PROMPTS, **change) != plain).any(), change
 
@@ -220,8 +239,7 @@ def test_pretrained_encoders_travel_in_the_package(line, tmp_path):
     run(
         Job(
             kind="base", fingerprint="pretrained", output=str(tmp_path / "base"),
-            config={"network": {"channels": 8, "channel_mult": [1], "attention": [1], "head_width": 8},
-                    "preview": {"steps": 2}},
+            config={"network": TINY, "preview": {"steps": 2}},
             training={"images": 32, "batch": 16, "learning_rate": 1e-3},
             dataset=line.data.dataset, version=1, inputs={"autoencoder": str(where)},
             encodings=({"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint},),

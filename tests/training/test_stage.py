@@ -56,7 +56,7 @@ def test_tied_weights_are_one_tensor():
 def test_evaluating_gives_each_module_its_mode_back():
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)).train()
     module[1].eval()
-    with pytest.raises(KeyError), evaluating(module):
+    with pytest.raises(KeyError), evaluating(module):  # noqa: PT012
         assert not any(m.training for m in module.modules())
         assert not torch.is_grad_enabled()
         raise KeyError
@@ -75,7 +75,7 @@ def test_seeds_depend_on_every_part_and_on_nothing_else():
     seeds = {seed_of(*parts) for parts in [(0, 1), (1, 0), (0, 1, 0), ("0", "11"), ("01", "1")]}
     assert len(seeds) == 5
     assert seed_of(0, "noise", 3) == seed_of(0, "noise", 3)
-    assert 0 <= min(seeds) and max(seeds) < 2**63
+    assert min(seeds) >= 0 and max(seeds) < 2**63
 
 
 def test_a_stage_without_a_forward_says_so():

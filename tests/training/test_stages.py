@@ -56,16 +56,24 @@ def test_nested_json_becomes_dataclasses():
     assert type(built.place[0]) is float
     assert reconstruct(Drawing, json.loads(json.dumps(asdict(built)))) == built
     assert reconstruct(Drawing, {"name": "y"}) == Drawing("y")
+    usual = reconstruct(Drawing, {"name": "z", "shape": {"radius": 2}}).shape
+    assert usual == Round(radius=2.0), "without a kind, the first of the union"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"nme": "x"}, r"drawing: no key 'nme'; did you mean 'name'\?"),
-        ({"shape": {"kind": "angulr"}}, r"drawing.shape.kind: got 'angulr'; did you mean 'angular'"),
-        ({"shape": {"radius": 2}}, r"drawing.shape.kind: got None \(known: angular, round\)"),
+        (
+            {"shape": {"kind": "angulr"}},
+            r"drawing.shape.kind: got 'angulr'; did you mean 'angular'",
+        ),
+        ({"shape": {"kind": None}}, r"drawing.shape.kind: got None \(known: angular, round\)"),
         ({"shape": {"kind": "round", "corners": [3]}}, r"drawing.shape: no key 'corners'"),
-        ({"shape": {"kind": "round", "radius": "2"}}, r"drawing.shape.radius: got '2', wanted float"),
+        (
+            {"shape": {"kind": "round", "radius": "2"}},
+            r"drawing.shape.radius: got '2', wanted float",
+        ),
         ({"shape": 3}, r"drawing.shape: got 3, wanted the fields of Round"),
         ({"more": [{}, {"corners": [3, 1]}]}, r"drawing.more\[1\]: a shape has no single corner"),
         ({"more": [{"corners": [3.5]}]}, r"drawing.more\[0\].corners\[0\]: got 3.5, wanted int"),
@@ -104,7 +112,9 @@ def test_how_a_stage_is_trained_is_checked_alike():
 
 
 def test_an_unknown_kind_of_stage_is_refused():
-    with pytest.raises(ValueError, match=r"no stage of kind 'autoencodr'; did you mean 'autoencoder'"):
+    with pytest.raises(
+        ValueError, match=r"no stage of kind 'autoencodr'; did you mean 'autoencoder'"
+    ):
         stages.create("autoencodr", {})
 
 
@@ -123,6 +133,8 @@ def test_weights_of_another_config_are_refused(line, tmp_path):
     config = json.loads((line.root / "t5" / "config.json").read_text())
     config["config"]["feedforward"] = 48
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(load_file(f"{line.stages['t5']}/weights.safetensors"), tmp_path / "weights.safetensors")
+    save_file(
+        load_file(f"{line.stages['t5']}/weights.safetensors"), tmp_path / "weights.safetensors"
+    )
     with pytest.raises(ValueError, match=r"another network: .*\[64, 32\], wanted \[48, 32\]"):
         stages.load(tmp_path)

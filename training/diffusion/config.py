@@ -214,7 +214,7 @@ class SamplerConfig:
         return samplers.sample(denoise, step, start, grid, cond, corrector=corrector, noise=noise)
 
 
-def _check_names(config: Any) -> None:
+def _check_names(config: DiffusionConfig | SamplerConfig) -> None:
     """Literal fields hold one of their names: a dataclass alone does not look."""
     hints = get_type_hints(type(config))
     for field in fields(config):

@@ -57,7 +57,8 @@ def classifier_free(
                 return denoise(x, t, base_cond)
             twice = t if t.ndim == 0 else torch.cat([t, t])
             both = denoise(torch.cat([x, x]), twice, stack(base_cond, cond, x))
-            return _mix(*both.chunk(2), x, t, scale, interval, rescale)
+            base, wanted = both.chunk(2)
+            return _mix(base, wanted, x, t, scale, interval, rescale)
 
         return guided
 

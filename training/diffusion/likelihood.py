@@ -38,7 +38,10 @@ def log_likelihood(
     def rates(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """dy/dsigma, and the divergence in log sigma, of which the part d is then exact."""
         a, s = path.at(t, y)
-        estimate = lambda y: denoise(a * y, t, cond)
+
+        def estimate(y: Tensor) -> Tensor:
+            return denoise(a * y, t, cond)
+
         with torch.no_grad():  # of the results: the traces differentiate all the same
             d, jacobian = trace(estimate, y) if probe is None else directional(estimate, y, probe)
         return (y - d) * a / s, size - jacobian

@@ -62,10 +62,13 @@ def _squared_error(
 class Uncertainty(nn.Module):
     """The log-variance u(label) of EDM2's loss: a linear map of Fourier features, 0 at first."""
 
+    frequencies: Tensor
+    phases: Tensor
+
     def __init__(self, features: int = 128):
         super().__init__()
         # Fixed and spread as a normal draw would be, so that nothing depends on a global generator.
-        spread = torch.special.ndtri((torch.arange(features) + 0.5) / features)
+        spread = _normal_quantile((torch.arange(features) + 0.5) / features)
         self.register_buffer("frequencies", 2 * math.pi * spread)
         self.register_buffer(
             "phases", 2 * math.pi * torch.arange(features) * 0.6180339887 % 6.2831853
@@ -75,9 +78,6 @@ class Uncertainty(nn.Module):
 
     def forward(self, label: PerRow) -> PerRow:
         return self.linear((label[:, None] * self.frequencies + self.phases).cos()).squeeze(1)
-
-
-# Weights
 
 
 def weight(
@@ -92,27 +92,23 @@ def weight(
     """
     if name == "none":
         return None
-    if name == "likelihood":
-        if path is None:
-            raise ValueError("weight 'likelihood' is a rate along a path: got no path, hand one in")
-        weigh = likelihood_weight(path)
-    elif name in _WEIGHTS:
-        weigh = lambda snr: _WEIGHTS[name](snr, sigma_data)
-    else:
-        known = ", ".join(["none", "likelihood", *_WEIGHTS])
-        raise ValueError(f"weight: got {name!r}, wanted one of {known}")
-    ceiling = 5.0 if limit is None and name == "min_snr" else limit
-    return weigh if ceiling is None else lambda snr: weigh(snr).clamp(max=ceiling)
-
-
-_WEIGHTS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "x0": lambda snr, _: torch.ones_like(snr),
-    "snr": lambda snr, _: snr,
-    "min_snr": lambda snr, _: snr,
-    "v": lambda snr, _: snr + 1,
-    "flow": lambda snr, _: (1 + snr.sqrt()) ** 2,
-    "edm": lambda snr, sigma_data: snr + sigma_data**-2,
-}
+    weights: dict[str, Weight] = {
+        "x0": torch.ones_like,
+        "snr": lambda snr: snr,
+        "min_snr": lambda snr: snr,
+        "v": lambda snr: snr + 1,
+        "flow": lambda snr: (1 + snr.sqrt()) ** 2,
+        "edm": lambda snr: snr + sigma_data**-2,
+    }
+    if path is not None:
+        weights["likelihood"] = likelihood_weight(path)
+    if name not in weights:
+        raise ValueError(
+            f"weight: got {name!r}, wanted none, {', '.join(weights)}, or likelihood with a path"
+        )
+    if limit is None and name == "min_snr":
+        limit = 5.0
+    return weights[name] if limit is None else lambda snr: weights[name](snr).clamp(max=limit)
 
 
 def likelihood_weight(path: Path) -> Weight:
@@ -126,7 +122,8 @@ def likelihood_weight(path: Path) -> Weight:
     return weigh
 
 
-# Times
+def _normal_quantile(u: Tensor) -> Tensor:
+    return torch.special.ndtri(u)  # pyright: ignore  (torch gives it no types)
 
 
 def uniform_times(t_min: float = 1e-3) -> Times:
@@ -147,7 +144,7 @@ def logit_normal_times(
     def times(u: Tensor) -> Tensor:
         flat = u < uniform_share
         rest = ((u - uniform_share) / (1 - uniform_share)).clamp(min=2.0**-24)
-        normal = torch.sigmoid(mean + std * torch.special.ndtri(rest))
+        normal = torch.sigmoid(mean + std * _normal_quantile(rest))
         return torch.where(flat, u / max(uniform_share, 2.0**-24), normal).clamp(min=t_min)
 
     return times
@@ -155,10 +152,7 @@ def logit_normal_times(
 
 def lognormal_times(path: Path, mean: float = -1.2, std: float = 1.2) -> Times:
     """log(s/a) normal (EDM, table 1; EDM2 has mean -.4, std 1), at most the path's last level."""
-    return lambda u: path.inv((mean + std * torch.special.ndtri(u)).exp()).clamp(max=1)
-
-
-# Score matching
+    return lambda u: path.inv((mean + std * _normal_quantile(u)).exp()).clamp(max=1)
 
 
 def directional(score: Score, x: Data, direction: Data) -> tuple[Data, PerRow]:
@@ -202,9 +196,6 @@ def sliced_score_matching(score: Score, x: Data, direction: Data) -> PerRow:
 def denoising_score_matching(score: Score, x: Data, eps: Data, sigma: float) -> PerRow:
     """|s(x + sigma eps) + eps/sigma|^2 / 2 (Vincent 2011): least at the blurred density's score."""
     return (score(x + sigma * eps) + eps / sigma).square().flatten(1).sum(1) / 2
-
-
-# Bounds
 
 
 def kl(

@@ -104,9 +104,8 @@ class Model:
         x = _at_least_float32(x)
         a, s = self.path.at(t, x)
         c_in = (s**2 + (a * self.prediction.sigma_data) ** 2).rsqrt()
-        out = self.network((c_in * x).to(self.dtype or x.dtype), self.labels(t, x), cond).to(
-            x.dtype
-        )
+        shown = (c_in * x).to(self.dtype or x.dtype)
+        out = self.network(shown, self.labels(t, x), cond).to(x.dtype)
         channels = x.shape[1] * (1 + self.learned_variance)
         if out.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(

@@ -113,16 +113,12 @@ def _fits(steps: int, table_steps: int) -> None:
         raise ValueError(f"grid: got {steps} steps, wanted 1 to the table's {table_steps}")
 
 
-# Steps
-
-
 def ddim(path: Path, eta: float = 0.0, variance: Variance = "small") -> Step:
     """DDIM (Song et al. 2021a, eq. 12) in any gauge and, with eta 0, in either direction.
 
-    eta 0 is the probability-flow ODE's Euler step, eta 1 DDPM's ancestral one. `variance` is that
-    of the fresh noise: DDPM's beta-tilde ("small") or beta ("large"), or a callable (x, t, cond) ->
-    where in [0, 1] log-variance lies between them (`Model.fraction`; Nichol & Dhariwal 2021, eq.
-    15).
+    eta 0 is the probability-flow ODE's Euler step, eta 1 DDPM's ancestral one. `variance` is the
+    fresh noise's: DDPM's beta-tilde ("small") or beta ("large"), or a callable (x, t, cond) that
+    says where in [0, 1] its logarithm lies between them (`Model.fraction`; iDDPM, eq. 15).
     """
 
     def step(
@@ -313,7 +309,7 @@ def slerp(x: Data, y: Data, share: float) -> Data:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return like(x.flatten(1).norm(dim=1), x)
+    return like(x.flatten(1).square().sum(1).sqrt(), x)
 
 
 def _none(coefficient: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """The frozen encoders that `pipeline.encode` is handed: pictures -> latents, captions -> tokens.
 
-One comes from a stage that was trained here or from a pretrained model (a local folder or a hub id, safetensors only).
-Either way it is one class per family, and its fingerprint covers all that can change a number it gives.
+One comes from a stage that was trained here or from a pretrained model (a local folder or a hub id,
+safetensors only). Either way it is one class per family, and its fingerprint covers all that can
+change a number it gives.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline import storage
 from pipeline.manifest import fingerprint
 from pipeline.schema import EncoderSpec
 
@@ -28,16 +28,17 @@ VERSIONS = {"autoencoder": 1, "clip": 1, "t5": 1}
 
 
 def spec_of(source: str | Source, name: str, side: int | None = None) -> EncoderSpec:
-    """The encoder of a stage directory, or of a pretrained model (folder or hub id, "#subfolder" allowed).
+    """The encoder of a stage directory or of a pretrained model (folder or hub id, "#subfolder").
 
-    `name` begins the names of its batch fields. A stage knows its family; for a pretrained model the family
-    is the name up to an underscore: "autoencoder", "clip" or "t5". `side`, in pixels, is for pictures: a stage of ours
-    takes any that its factor divides.
+    `name` begins the names of its batch fields. A stage knows its family; that of a pretrained
+    model is the name up to an underscore: "autoencoder", "clip" or "t5". `side` is what pictures
+    are fitted to, in pixels.
     """
     found = open_source(source, name)
     if found.family not in LOADERS:
         raise ValueError(
-            f"encoder {name}: a stage of kind {found.family!r} encodes nothing; wanted {', '.join(LOADERS)}"
+            f"encoder {name}: a stage of kind {found.family!r} encodes nothing; "
+            f"wanted {', '.join(LOADERS)}"
         )
     image = found.family == "autoencoder"
     if image and not side:
@@ -63,15 +64,15 @@ def spec_of(source: str | Source, name: str, side: int | None = None) -> Encoder
 def build(spec: EncoderSpec) -> Callable[..., Any]:
     """The encoder that a spec names: what `pipeline.encode` is handed.
 
-    Of an image encoder: uint8 [n, 3, side, side] -> {"moments": float16 [n, 2C, h, w]} (mean and log-variance; C channels, the
-    latent itself, where there is no posterior). Of a text encoder: n captions -> (n arrays float16 [length, width],
-    float16 [n, width]). ValueError when the weights are no longer those of the spec.
+    Pictures: uint8 [n, 3, side, side] -> {"moments": float16 [n, 2C, h, w]}, mean and log-variance
+    (C channels, the latent itself, where there is no posterior). Text: n captions -> (n arrays
+    float16 [length, width], float16 [n, width]). ValueError when the weights are others.
     """
     source = Source.of(spec.options, spec.name)
     now = spec_of(source, spec.name, spec.side)
     if now.fingerprint != spec.fingerprint:
         raise ValueError(
-            f"encoder {spec.name} at {source.where}: its weights or config are {now.fingerprint}, the spec names "
-            f"{spec.fingerprint}; encode with a spec of what is there now, or put the old weights back"
+            f"encoder {spec.name} at {source.where}: its weights or config are {now.fingerprint}, "
+            f"the spec names {spec.fingerprint}; make a new spec, or put the old weights back"
         )
     return LOADERS[source.family](source)

@@ -1,6 +1,7 @@
-"""Autoencoders: pictures <-> latents. A stage of ours, or diffusers' AutoencoderKL, AutoencoderTiny, AutoencoderDC.
+"""Autoencoders: a stage of ours, or diffusers' AutoencoderKL, AutoencoderTiny, AutoencoderDC.
 
-All are driven alike: encode(uint8 pictures) -> moments, decode(latents) -> uint8 pictures, neither shifted nor scaled.
+All are driven alike: encode(uint8 pictures) -> moments, decode(latents) -> uint8 pictures, and the
+latents are neither shifted nor scaled.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Pretrained(nn.Module):
         self.model = model
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> mean and log-variance [B, 2C, h, w], or the latent [B, C, h, w] where there is no posterior."""
+        """uint8 [B, 3, H, W] -> [B, 2C, h, w], or latents [B, C, h, w] that have no posterior."""
         encoded = self.model.encode(to_unit(pixels))
         if hasattr(encoded, "latent_dist"):
             return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
@@ -53,7 +54,7 @@ def open_codec(source: Source, device: torch.device | str = "cpu") -> Any:
             f"{directory}: config.json describes a {kind}, wanted {', '.join(CLASSES)}"
         )
     model = getattr(diffusers, kind).from_pretrained(
-        str(directory), use_safetensors=True, torch_dtype=torch.float32
+        str(directory), use_safetensors=True, low_cpu_mem_usage=False, torch_dtype=torch.float32
     )
     return Pretrained(model).to(device).eval().requires_grad_(False)
 

@@ -1,6 +1,10 @@
-"""CLIP's text tower: its last hidden states up to the end token, and the normalised projection of the end token's.
+"""CLIP's text tower: each word and its last state, up to the end token, and the last one's projection.
 
-Ours and a pretrained one are both open_clip's; a folder holds open_clip_config.json and open_clip_model.safetensors.
+A state says what a word means where it stands, as far as pictures were told apart by it; the word's
+own embedding beside it says which word it is, which a small tower forgets on the way up.
+
+Ours and a pretrained one are both open_clip's; a folder of a pretrained one holds
+open_clip_config.json and open_clip_model.safetensors.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ def load(source: Source, device: torch.device | str = "cpu") -> TextEncoder:
 
         name = f"local-dir:{source.directory()}"
         model = open_clip.create_model(name, precision="fp32", load_weights=True)
-        tokenizer, end = open_clip.get_tokenizer(name), None
+        tokenizer = open_clip.get_tokenizer(name)
         return text_encoder(model, lambda texts: np.asarray(tokenizer(list(texts))), device)
     from ..stages import load as load_stage
 
@@ -42,7 +46,8 @@ def text_encoder(model: Any, tokenize: Any, device: torch.device | str) -> TextE
         or getattr(tower, "cls_emb", None) is not None
     ):
         raise ValueError(
-            f"{type(tower).__name__} pools by {pool!r}: wanted a CLIP whose text ends in an end token (pool type argmax or eos)"
+            f"{type(tower).__name__} pools by {pool!r}: wanted a CLIP whose text ends in an end "
+            "token (pool type argmax or eos)"
         )
     eos = (
         None if pool == "argmax" else getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
@@ -56,11 +61,13 @@ def text_encoder(model: Any, tokenize: Any, device: torch.device | str) -> TextE
             row[: end + 1].astype(np.int64) for row, end in zip(ids, last.tolist(), strict=True)
         ]
 
-    def run(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def run(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         length = ids.shape[1]
-        x = tower.token_embedding(ids) + tower.positional_embedding[:length]
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        words = tower.token_embedding(ids)
+        x = words + tower.positional_embedding[:length]
         causal = tower.attn_mask
-        # Padding comes last and a causal tower does not look ahead: only one that is not must be told of it.
+        # Padding comes last, and a causal tower does not look ahead: any other must be told.
         if causal is None:
             seen = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
             heads = tower.transformer.resblocks[0].attn.num_heads
@@ -74,6 +81,7 @@ def text_encoder(model: Any, tokenize: Any, device: torch.device | str) -> TextE
             pooled = (
                 projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
             )
-        return x, F.normalize(pooled, dim=-1)
+        words = F.layer_norm(words, words.shape[-1:])
+        return torch.cat([words, x], dim=-1), F.normalize(pooled, dim=-1)
 
     return TextEncoder(cut, run, tower.context_length, torch.device(device))

@@ -22,10 +22,10 @@ def text_widths(where: str, name: str) -> tuple[int, int]:
     if source.family == "clip":
         if not source.pretrained:
             config = source.config()
-            return config["text"]["width"], config["embed"]
+            return 2 * config["text"]["width"], config["embed"]
         described = _json(source.directory(), "open_clip_config.json")
         described = described.get("model_cfg", described)
-        return described["text_cfg"]["width"], described["embed_dim"]
+        return 2 * described["text_cfg"]["width"], described["embed_dim"]
     if source.family == "t5":
         width = (
             source.config()["width"]

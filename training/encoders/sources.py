@@ -1,6 +1,7 @@
 """Where an encoder comes from: a stage directory, or a folder or hub id of a pretrained model.
 
-Pretrained files are fetched by the hub's own client, safetensors, JSON and vocabularies only: nothing is unpickled.
+Pretrained files are fetched by the hub's own client, safetensors, JSON and vocabularies only:
+nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Source:
         ).hexdigest()
 
     def config(self) -> Any:
-        """What else decides the numbers: the stage's config, or all small files of a pretrained model by hash."""
+        """What else decides the numbers: a stage's config, a pretrained model's other files."""
         directory = self.directory()
         if not self.pretrained:
             return storage.read_json(str(directory / CONFIG))["config"]
@@ -96,7 +97,7 @@ def _family(name: str) -> str:
 
 
 def fetch(where: str) -> Path:
-    """The folder of a pretrained model: a local one, or a hub id's snapshot; "#sub" names a folder inside."""
+    """The folder of a pretrained model: a local one or a hub id's snapshot, "#sub" inside it."""
     where, _, inside = where.partition("#")
     root = Path(where)
     if not root.is_dir():

@@ -35,7 +35,7 @@ def load(source: Source, device: torch.device | str = "cpu") -> TextEncoder:
 
 
 def encoder_of(model: Any) -> Any:
-    """The T5EncoderModel with the encoder of a T5ForConditionalGeneration; weights are shared, not copied."""
+    """The T5EncoderModel with the encoder of a T5ForConditionalGeneration: the same tensors."""
     from transformers import T5EncoderModel
 
     with torch.device("meta"):
@@ -47,8 +47,11 @@ def encoder_of(model: Any) -> Any:
 def _encoder(model: Any, tokenize: Tokenize, limit: int, device: torch.device | str) -> TextEncoder:
     model = model.to(device).eval().requires_grad_(False)
 
-    def run(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        states = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    def run(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = None if mask is None else mask.long()
+        states = model(input_ids=ids, attention_mask=given).last_hidden_state
+        if mask is None:
+            return states, states.mean(1)
         weight = mask[:, :, None].to(states.dtype)
         return states, (states * weight).sum(1) / weight.sum(1)
 

@@ -76,6 +76,16 @@ def wide(tensor: Tensor, key: str, width: int) -> Tensor:
     return tensor
 
 
+def summary(width: int, embedding: int) -> nn.Sequential:
+    """A vector of an encoder -> its share of the embedding."""
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, embedding),
+        nn.SiLU(),
+        nn.Linear(embedding, embedding),
+    )
+
+
 class Context(nn.Module):
     """One encoder's fields -> a share of the embedding, tokens of the common width, their mask."""
 
@@ -88,13 +98,9 @@ class Context(nn.Module):
         if config.width:
             # Encoders' features differ in scale by orders of magnitude: normalise, then project.
             self.tokens = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, width))
+            self.mean = summary(config.width, embedding)
         if config.pooled_width:
-            self.pooled = nn.Sequential(
-                nn.LayerNorm(config.pooled_width),
-                nn.Linear(config.pooled_width, embedding),
-                nn.SiLU(),
-                nn.Linear(embedding, embedding),
-            )
+            self.pooled = summary(config.pooled_width, embedding)
             self.null_pooled = nn.Parameter(torch.zeros(embedding))
         if config.pooled_tokens:
             self.pooled_tokens = nn.Sequential(
@@ -133,6 +139,12 @@ class Context(nn.Module):
             tokens = torch.where(mask[:, :, None], tokens, 0).to(self.null.dtype)
             parts.append(self.tokens(tokens))
             masks.append(mask)
+            # What the words say by being there is learnt long before cross-attention finds them
+            # (Imagen, Saharia et al. 2022, appendix B.2 adds the text's mean as well).
+            counted = mask.sum(1, keepdim=True)
+            mean = self.mean((self.tokens[0](tokens) * mask[:, :, None]).sum(1) / counted.clamp(min=1))
+            mean = torch.where(counted > 0, mean, 0)
+            added = mean if added is None else added + mean
         if config.pooled_tokens and pooled is not None:
             parts.append(self.pooled_tokens(pooled).unflatten(1, (config.pooled_tokens, -1)))
             masks.append(keep[:, None].expand(-1, config.pooled_tokens))
@@ -189,10 +201,9 @@ class Conditioning(nn.Module):
             if part is not None and mask is not None:
                 tokens.append(part)
                 masks.append(mask)
-        embedding = F.silu(embedding)
         if not tokens:
-            return Told(embedding, None, None)
-        return Told(embedding, torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
+            return Told(F.silu(embedding), None, None)
+        return Told(F.silu(embedding), torch.cat(tokens, dim=1), torch.cat(masks, dim=1))
 
 
 def check_contexts(contexts: tuple[ContextConfig, ...]) -> None:

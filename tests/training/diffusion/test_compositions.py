@@ -71,19 +71,19 @@ def test_finetuning_through_the_sampler_moves_pictures_along_the_text():
     With a linear "CLIP" the picture that loses nothing is x_ref + k u; without the CLIP term x_ref
     is where training stays.
     """
-    path, grid = flow(), uniform_grid(40)
+    path, grid = flow(), uniform_grid(12)
     x_ref = normal(0, "ref", torch.arange(8), (3,)).double()
     before = gaussian_denoiser(path, 0.3, 1.0)
     noisy = invert(before, path, x_ref, grid)
     reference = sample(before, ddim(path), noisy, grid)
-    assert (reference - x_ref).abs().mean() < 0.1
+    assert (reference - x_ref).abs().mean() < 0.2
     text = torch.tensor([[1.0, -1.0, 0.5]], dtype=torch.float64).expand(8, 3)
 
     def trained(clip_share: float) -> Tensor:
         move = torch.full((3,), 0.05, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.Adam([move], lr=0.02)
+        optimizer = torch.optim.Adam([move], lr=0.03)
         denoise = lambda x, t, cond: before(x, t, cond) + move
-        for _ in range(60):
+        for _ in range(40):
             x = sample(denoise, ddim(path), noisy, grid)
             clip = clip_loss(x, reference, text, torch.zeros_like(text)).mean()
             (clip_share * clip + 0.05 * (x - reference).abs().mean()).backward()

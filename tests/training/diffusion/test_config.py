@@ -1,7 +1,7 @@
 """Configs: plain names and numbers that survive JSON and refuse what cannot work."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_a_config_builds_what_it_names(config):
 
 def test_every_path_is_named():
     for name in (*PATHS, "ddpm_linear", "ddpm_scaled_linear", "ddpm_cosine", "ddpm_sigmoid"):
-        config = DiffusionConfig(path=name, prediction="v")
+        config = replace(CONFIGS[0], path=name, prediction="v")
         assert config.build_path().name == name
         assert config.build_path() is config.build_path()
     assert DiffusionConfig(shift=3.0).build_path().name == "flow*3"

@@ -68,10 +68,6 @@ def drawn(mixture, denoise: Denoiser, path: Path, cond: Cond = NULL, steps: int 
     return sample(denoise, ddim(path), start, uniform_grid(steps), cond)
 
 
-# Classifier-free
-# -----------------------------------------------------------------------------------
-
-
 def test_scale_zero_and_one_are_exact_and_cost_one_call(mixture):
     x, cond = points(), of_class(1, 7)
     null = {**cond, "keep": torch.zeros(7, dtype=torch.bool)}
@@ -203,10 +199,6 @@ def test_autoguidance_moves_away_from_the_weak_model(mixture):
     assert torch.equal(limited(x, HALF, NULL), strong(x, HALF, NULL))
 
 
-# Classifiers
-# -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", [vp(), edm(), flow()], ids=lambda path: path.name)
 @pytest.mark.parametrize("scale", [0, 1, 2, 4, 8])
 def test_an_exact_classifier_guides_as_classifier_free_does(mixture, path, scale):
@@ -295,10 +287,6 @@ def test_an_exact_measurement_model_gives_the_exact_posterior_of_a_mixture(mixtu
     x = drawn(mixture, classifier(path, log_prob)(mixture.denoiser(path)), path, steps=100)
     shares = torch.bincount(mixture.component(x), minlength=3) / len(x)
     assert (shares - torch.tensor([2 / 7, 0, 5 / 7])).abs().max() < 0.04
-
-
-# Thresholds
-# --------------------------------------------------------------------------------------------
 
 
 def test_dynamic_threshold_follows_each_row_s_quantile():

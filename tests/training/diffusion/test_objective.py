@@ -1,5 +1,4 @@
-"""Objectives: weights, densities of times, score matching and bounds, against their closed
-forms."""
+"""Objectives: weights, times, score matching and bounds, against their closed forms."""
 
 import math
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from training.diffusion import PREDICTIONS, Model, edm, flow, loss, normal, table, uniform, ve, vp
 from training.diffusion.objective import (
     Uncertainty,
+    Weight,
     denoising_score_matching,
     directional,
     discrete_times,
@@ -37,6 +37,12 @@ def batch(mixture, path, rows: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     return x0, 0.05 + 0.9 * uniform(0, "t", ROWS[:rows]).double(), eps
 
 
+def weighing(name: str, **options) -> Weight:
+    named = weight(name, **options)
+    assert named is not None
+    return named
+
+
 def exact(mixture, path, prediction) -> Model:
     """A model whose network says what makes its estimate the mixture's."""
 
@@ -51,10 +57,6 @@ def exact(mixture, path, prediction) -> Model:
     return Model(network, path, prediction)
 
 
-# The loss
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", PREDICTIONS)
 @pytest.mark.parametrize("weigh", ["x0", "snr", "v", "flow", "edm", "min_snr"])
 def test_a_weighted_loss_is_the_same_for_every_prediction(mixture, name, weigh):
@@ -63,7 +65,7 @@ def test_a_weighted_loss_is_the_same_for_every_prediction(mixture, name, weigh):
     model = exact(mixture, path, PREDICTIONS[name])
     got = loss(model, x0, t, eps, weight=weight(weigh))
     error = (x0 - mixture.denoiser(path)(path.noise(x0, eps, t), t, {})).square().mean(1)
-    torch.testing.assert_close(got, weight(weigh)(path.snr(t)) * error, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(got, weighing(weigh)(path.snr(t)) * error, rtol=1e-7, atol=1e-9)
 
 
 def test_plain_error_of_the_noise_is_ddpm_s(mixture):
@@ -73,7 +75,7 @@ def test_plain_error_of_the_noise_is_ddpm_s(mixture):
     wanted = (path.noise(x0, eps, t).sin() - eps).square().mean(1)
     c_in = 1.0  # a^2 + s^2 = 1 here
     torch.testing.assert_close(loss(model, x0, t, eps), wanted * c_in)
-    torch.testing.assert_close(loss(model, x0, t, eps, weight=weight("snr")), wanted)
+    torch.testing.assert_close(loss(model, x0, t, eps, weight=weighing("snr")), wanted)
 
 
 def test_ncsn_s_score_loss_is_ddpm_s_noise_loss(mixture):
@@ -84,23 +86,23 @@ def test_ncsn_s_score_loss_is_ddpm_s_noise_loss(mixture):
     def network(x: Tensor, label: Tensor, cond) -> Tensor:
         return x.cos() / s
 
-    got = loss(Model(network, path, PREDICTIONS["score"]), x0, t, eps, weight=weight("snr"))
+    got = loss(Model(network, path, PREDICTIONS["score"]), x0, t, eps, weight=weighing("snr"))
     score = (path.noise(x0, eps, t) * (s**2 + 1).rsqrt()).cos() / s
     torch.testing.assert_close(got, (s**2 * (score + eps / s).square()).mean(1))
 
 
-def test_the_exact_denoiser_has_the_least_loss_and_a_known_one(gaussian):
+def test_the_exact_denoiser_has_the_least_loss(gaussian):
     """On N(m, v I): E|x0 - D|^2 per element = v s^2 / (a^2 v + s^2)."""
     path, rows = vp(), 4000
     x0, eps = gaussian.draw(rows)[0], normal(0, "eps", ROWS, (2,)).double()
     t = torch.full((rows,), 0.3, dtype=torch.float64)
-    best = loss(exact(gaussian, path, PREDICTIONS["v"]), x0, t, eps, weight=weight("x0")).mean()
+    best = loss(exact(gaussian, path, PREDICTIONS["v"]), x0, t, eps, weight=weighing("x0")).mean()
     a, s = path(t[0])
     assert best.item() == pytest.approx((0.36 * s**2 / (a**2 * 0.36 + s**2)).item(), rel=0.05)
     worse = Model(
         lambda x, label, cond: 1.05 * exact_network(x, label, cond), path, PREDICTIONS["v"]
     )
-    assert loss(worse, x0, t, eps, weight=weight("x0")).mean() > best
+    assert loss(worse, x0, t, eps, weight=weighing("x0")).mean() > best
 
 
 def exact_network(x: Tensor, label: Tensor, cond) -> Tensor:
@@ -115,14 +117,16 @@ def exact_network(x: Tensor, label: Tensor, cond) -> Tensor:
 def test_published_weights():
     snr = torch.tensor([1e-4, 1.0, 4.0, 100.0])
     assert weight("none") is None
-    torch.testing.assert_close(weight("min_snr")(snr), snr.clamp(max=5))
-    torch.testing.assert_close(weight("min_snr", limit=2)(snr), snr.clamp(max=2))
-    torch.testing.assert_close(weight("flow", limit=50)(snr), ((1 + snr.sqrt()) ** 2).clamp(max=50))
+    torch.testing.assert_close(weighing("min_snr")(snr), snr.clamp(max=5))
+    torch.testing.assert_close(weighing("min_snr", limit=2)(snr), snr.clamp(max=2))
+    torch.testing.assert_close(
+        weighing("flow", limit=50)(snr), ((1 + snr.sqrt()) ** 2).clamp(max=50)
+    )
     sigma = snr.rsqrt()
-    torch.testing.assert_close(weight("edm")(snr), (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
+    torch.testing.assert_close(weighing("edm")(snr), (sigma**2 + 0.25) / (sigma * 0.5) ** 2)
     with pytest.raises(ValueError, match="min_snr"):
         weight("p2")
-    with pytest.raises(ValueError, match="got no path"):
+    with pytest.raises(ValueError, match="with a path"):
         weight("likelihood")
 
 
@@ -130,8 +134,8 @@ def test_published_weights():
 def test_likelihood_weight_is_the_slope_of_the_snr(path):
     t = torch.linspace(0.05, 0.95, 50, dtype=torch.float64).requires_grad_()
     (slope,) = torch.autograd.grad(path.snr(t).sum(), t)
-    torch.testing.assert_close(weight("likelihood", path=path)(path.snr(t.detach())), -slope)
-    assert weight("likelihood", path=flow())(torch.zeros(1)) == 0
+    torch.testing.assert_close(weighing("likelihood", path=path)(path.snr(t.detach())), -slope)
+    assert weighing("likelihood", path=flow())(torch.zeros(1)) == 0
 
 
 @pytest.mark.parametrize("weigh", ["none", "x0", "min_snr", "v"])
@@ -156,10 +160,6 @@ def test_uncertainty_is_least_at_the_log_of_the_loss(mixture):
         loss(model, x0.float(), t.float(), eps.float(), uncertainty=head), plain.float()
     )
     assert sum(p.numel() for p in head.parameters()) == 128
-
-
-# Times
-# ----------------------------------------------------------------------------------------------
 
 
 def test_times_have_their_densities():
@@ -192,10 +192,6 @@ def test_extreme_draws_give_usable_times():
         t = times(ends)
         assert ((t > 0) & (t <= 1)).all()
         assert t.dtype == torch.float32
-
-
-# Score matching
-# --------------------------------------------------------------------------------------
 
 
 def gaussian_rows(rows: int = 40_000) -> tuple[Tensor, Tensor]:
@@ -244,10 +240,6 @@ def test_traces_of_a_known_jacobian():
     torch.testing.assert_close(exact_trace, -1 + 2 * x.sum(1))
     v = torch.tensor([[1.0, -1.0]], dtype=torch.float64).expand_as(x)
     torch.testing.assert_close(directional(score, x, v)[1], -1 - 6 + 2 * x.sum(1))
-
-
-# Bounds
-# ----------------------------------------------------------------------------------------------
 
 
 def test_kl_is_torch_s():

@@ -103,10 +103,6 @@ def test_a_corrector_repairs_a_poor_predictor(mixture):
     assert helped[1] < alone[1] / 2
 
 
-# Orders of convergence
-# ------------------------------------------------------------------------------
-
-
 def endpoint_error(gaussian, path: Path, step, steps: int) -> float:
     """Against the ODE's closed form on N(m, v): x/a - m grows as sqrt(v + (s/a)^2)."""
     grid = karras_grid(path, steps, sigma_min=0.05, sigma_max=20.0, rho=3.0)[:-1]
@@ -122,10 +118,6 @@ def endpoint_error(gaussian, path: Path, step, steps: int) -> float:
 def test_step_converges_at_its_stated_order(gaussian, path, make, order):
     coarse, fine = (endpoint_error(gaussian, path, make(path), n) for n in (64, 256))
     assert order - 0.15 < math.log(coarse / fine) / math.log(4) < order + 0.6
-
-
-# Gauge, exactness
-# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [*STEPS.values(), lambda path: ddim(path, eta=1)])
@@ -172,7 +164,7 @@ def test_one_step_to_all_steps_of_a_table(mixture, steps):
         assert len(grid) == steps + 1
         assert grid[-1] == 0
         assert (grid.diff() < 0).all()
-        for make in STEPS.values():
+        for make in (ddim, heun, dpmpp2m, unipc, euler_maruyama):
             assert draw(mixture, path, make(path), grid, rows=10).isfinite().all()
     torch.testing.assert_close(leading_grid(50, 50), uniform_grid(50))
     torch.testing.assert_close(trailing_grid(50, 50), uniform_grid(50))
@@ -261,20 +253,20 @@ def test_annealing_repairs_what_plain_langevin_cannot():
         each = means + (x[..., None] - means) / variance
         return (logits.softmax(-1)[:, None] * each).sum(-1)
 
-    path, rows = ve(0.01, 20.0), 1500
+    path, rows = ve(0.01, 20.0), 1000
     start = 16 * torch.rand(rows, 2, generator=torch.Generator().manual_seed(0)).double() - 8
     noise = stream(0, "noise", torch.arange(rows))
     small = lambda x: (x.sum(1) < 0).double().mean().item()
 
     still = path.inv(torch.tensor(0.1, dtype=torch.float64))
     plain = start
-    for _ in range(400):
+    for _ in range(300):
         plain = langevin(path, 10.0)(denoise, plain, still, still, NULL, noise, [])
     assert small(plain) == pytest.approx(0.5, abs=0.04)
 
     grid = levels(path, torch.logspace(math.log10(20), -1, 12, dtype=torch.float64))
     wide = prior(path, normal(0, "wide", torch.arange(rows), (2,)).double(), grid[0])
-    x = sample(denoise, annealed(path, 0.15, 40), wide, grid, noise=noise)
+    x = sample(denoise, annealed(path, 0.15, 30), wide, grid, noise=noise)
     assert small(x) == pytest.approx(0.2, abs=0.04)
 
 

@@ -1,4 +1,4 @@
-"""Encoders: the trained stage's own numbers, the pretrained model's own numbers, and a fingerprint for each."""
+"""Encoders: the stage's own numbers, the pretrained model's own, and a fingerprint for each."""
 
 import json
 import pickle
@@ -130,7 +130,9 @@ def test_the_stages_autoencoder_gives_its_moments(line, scenes):
     stage = stages.load(line.stages["autoencoder"])
     with torch.no_grad():
         wanted = stage.encode(torch.from_numpy(pixels)).numpy()
-    assert {n: (v.dtype, v.shape) for n, v in found.items()} == {"moments": (np.float16, (32, 6, 4, 4))}
+    assert {n: (v.dtype, v.shape) for n, v in found.items()} == {
+        "moments": (np.float16, (32, 6, 4, 4))
+    }
     np.testing.assert_allclose(found["moments"], wanted, **CLOSE)
     assert spec.side == 16
 
@@ -167,7 +169,7 @@ def test_a_tower_without_a_causal_mask_does_not_look_at_padding():
 
     config = {
         "embed_dim": 8,
-        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 32},
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1},
         "text_cfg": {
             "context_length": 12, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1,
             "no_causal_mask": True, "pool_type": "eos", "eos_id": 39,
@@ -245,7 +247,10 @@ def test_the_fingerprint_names_the_numbers_and_not_the_place(line, t5, tmp_path)
         moved = copied(source, tmp_path / Path(source).name)
         assert spec_of(moved, name).fingerprint == spec_of(source, name).fingerprint
     side = [spec_of(line.stages["autoencoder"], "autoencoder", s).fingerprint for s in (16, 32)]
-    assert len({*side, spec_of(line.stages["t5"], "t5").fingerprint, spec_of(t5, "t5").fingerprint}) == 4
+    assert (
+        len({*side, spec_of(line.stages["t5"], "t5").fingerprint, spec_of(t5, "t5").fingerprint})
+        == 4
+    )
 
 
 def test_other_weights_or_another_config_are_another_encoder(t5, tmp_path):
@@ -310,7 +315,9 @@ def test_batches_hold_captions_of_like_length_and_no_more_tokens_than_agreed():
         return ids[:, :, None].float(), ids.sum(1, keepdim=True).float()
 
     lengths = np.random.default_rng(0).permutation(np.arange(1, 201))
-    encode = TextEncoder(lambda texts: [np.full(int(t), int(t)) for t in texts], run, 200, torch.device("cpu"))
+    encode = TextEncoder(
+        lambda texts: [np.full(int(t), int(t)) for t in texts], run, 200, torch.device("cpu")
+    )
     tokens, pooled = encode([str(n) for n in lengths])
     assert all(rows * width <= 8192 for rows, width in seen)
     assert sum(rows * width for rows, width in seen) < 1.4 * lengths.sum()

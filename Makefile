@@ -1,0 +1,47 @@
+# Needs Python >= 3.11 and make; everything else comes into .venv. `make demo` and `make test` are all a newcomer types.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+ARGS ?=
+
+.PHONY: demo test lint check slow soak bench lock clean
+
+demo: $(READY)
+	$(BIN)/darkroom run shapes $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+slow: $(READY)
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not services"
+
+# The same tests with many more rounds (kills, races, fuzzed files); hours.
+soak: $(READY)
+	DARKROOM_SOAK=1 $(BIN)/python -m pytest -q -m "slow and not gpu" --timeout=0
+
+bench: $(READY)
+	$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks
+
+# The lock covers every platform and Python >= 3.11, and names no index.
+lock: $(READY)
+	$(BIN)/uv pip compile pyproject.toml --group dev --extra pretrained --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header -q -o requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/uv || { $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip -q; }
+	test -x $(BIN)/uv || $(BIN)/python -m pip install -q --disable-pip-version-check uv
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip install -q --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache

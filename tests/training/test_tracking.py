@@ -1,0 +1,212 @@
+"""What MLflow has in the end, whether or not it could be reached meanwhile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training import tracking
+from training.tracking import FINGERPRINT, Run, deliver, flatten
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """An MLflow database: to make one takes seconds, to copy it nothing."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def uri(template, tmp_path) -> str:
+    shutil.copyfile(template, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.fixture
+def client(uri):
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+@pytest.fixture
+def nowhere(monkeypatch) -> str:
+    """The address of a server that is away."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def begin(tmp_path: Path, uri: str, spool: str = "spool", **more) -> Run:
+    more = {"artifact_location": str(tmp_path / "artifacts"), **more}
+    return Run.start("shapes", "base", uri=uri, spool=tmp_path / spool, **more)
+
+
+def history(client, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
+
+
+def test_a_run_holds_all_that_was_logged(tmp_path, uri, client):
+    params = {"images": 1000, "optimizer": {"kind": "adamw", "beta1": 0.9}}
+    picture = np.zeros((8, 8, 3), np.uint8)
+    with begin(tmp_path, uri, parent_run_id="p" * 32, tags={"stage": "base"}, params=params) as run:
+        for images_seen in (100, 200, 300):
+            run.log({"loss": 1 / images_seen, "skipped": None, "nan": float("nan")}, images_seen)
+        run.log({"score": {"kid": 0.5}}, 300)
+        run.image("preview", picture, 300)
+        run.text("notes/read me.txt", "ü")
+        run.dict("card.json", {"b": 1})
+        (tmp_path / "report.html").write_text("<p>")
+        run.file("report/page.html", tmp_path / "report.html")
+        run.tag({"done": True})
+        run_id = run.id()
+
+    found = client.get_run(run_id)
+    assert found.info.run_name == "base"
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {
+        "images": "1000",
+        "optimizer.kind": "adamw",
+        "optimizer.beta1": "0.9",
+    }
+    tags = {"stage": "base", "done": "True", "mlflow.parentRunId": "p" * 32}
+    assert tags.items() <= found.data.tags.items()
+    assert history(client, run_id, "loss") == [(n, 1 / n) for n in (100, 200, 300)]
+    assert history(client, run_id, "score.kid") == [(300, 0.5)]
+    assert set(found.data.metrics) == {"loss", "score.kid"}
+    folder = Path(found.info.artifact_uri)
+    assert (folder / "notes" / "read me.txt").read_text(encoding="utf-8") == "ü"
+    assert json.loads((folder / "card.json").read_text()) == {"b": 1}
+    assert (folder / "report" / "page.html").read_text() == "<p>"
+    assert [p for p in (folder / "images").iterdir() if p.suffix == ".png"]
+    left = [p for p in (tmp_path / "spool" / "files").iterdir() if p.is_file()]
+    assert left == []
+
+
+def test_a_figure_is_kept_as_its_suffix_says(tmp_path, uri, client):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1, 1))
+    figure.subplots().plot([1, 2])
+    with begin(tmp_path, uri) as run:
+        run.figure("curves/loss.png", figure)
+    stored = Path(client.get_run(run.id()).info.artifact_uri, "curves", "loss.png")
+    assert stored.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_server_that_is_away_stops_nothing_and_gets_all_of_it_later(
+    tmp_path, uri, client, nowhere, caplog
+):
+    """F8."""
+    run = begin(tmp_path, nowhere, tags={FINGERPRINT: "abc"})
+    started = time.perf_counter()
+    for images_seen in range(100, 2100, 100):
+        run.log({"loss": 1 / images_seen}, images_seen)
+    run.text("a.txt", "kept")
+    assert time.perf_counter() - started < 1
+    assert run.id(timeout_seconds=0.1) is None
+    with caplog.at_level(logging.WARNING):
+        assert run.finish(timeout_seconds=0.5) is False
+    assert "not all was delivered" in caplog.text
+
+    deliver(tmp_path / "spool", uri)
+    experiment = client.get_experiment_by_name("shapes").experiment_id
+    [found] = client.search_runs([experiment])
+    assert history(client, found.info.run_id, "loss") == [(n, 1 / n) for n in range(100, 2100, 100)]
+    assert Path(found.info.artifact_uri, "a.txt").read_text() == "kept"
+    assert found.info.status == "FINISHED"
+    deliver(tmp_path / "spool", uri)
+    assert len(history(client, found.info.run_id, "loss")) == 20
+
+
+def test_a_server_that_comes_back_gets_it_while_the_run_goes_on(tmp_path, template, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracking, "_BATCH_SECONDS", 0.05)
+    uri = f"sqlite:///{tmp_path}/later/mlflow.db"
+    (tmp_path / "later").write_text("no folder: a database cannot be opened in it")
+    run = begin(tmp_path, uri)
+    run.log({"loss": 1.0}, 100)
+    assert run.id(timeout_seconds=1) is None
+    (tmp_path / "later").unlink()
+    (tmp_path / "later").mkdir()
+    shutil.copyfile(template, tmp_path / "later" / "mlflow.db")
+    run_id = run.id(timeout_seconds=60)
+    assert run_id is not None
+    run.log({"loss": 0.5}, 200)
+    assert run.finish()
+    assert history(MlflowClient(uri), run_id, "loss") == [(100, 1.0), (200, 0.5)]
+
+
+@pytest.mark.parametrize("spool", ["spool", "another"])
+def test_a_resumed_training_goes_on_with_its_run(tmp_path, uri, client, spool):
+    tags = {FINGERPRINT: "abc"}
+    first = begin(tmp_path, uri, tags=tags, params={"a": 1})
+    with pytest.raises(KeyboardInterrupt), first:  # noqa: PT012
+        first.log({"loss": 3.0}, 100)
+        first.log({"loss": 2.0}, 200)
+        raise KeyboardInterrupt
+    assert client.get_run(first.id()).info.status == "KILLED"
+    with begin(tmp_path, uri, spool=spool, tags=tags, params={"a": 1}) as second:
+        if spool == "spool":
+            second.log({"loss": 2.0}, 200)  # done again since the checkpoint
+        second.log({"loss": 1.0}, 300)
+    assert second.id() == first.id()
+    assert history(client, first.id(), "loss") == [(100, 3.0), (200, 2.0), (300, 1.0)]
+    assert client.get_run(first.id()).info.status == "FINISHED"
+    with begin(tmp_path, uri, spool="third", tags={FINGERPRINT: "def"}) as other:
+        pass
+    assert other.id() != first.id()
+
+
+def test_a_torn_line_is_forgotten(tmp_path, uri, client):
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / tracking.SPOOL).write_text('{"do": "metr')
+    with begin(tmp_path, uri) as run:
+        run.log({"loss": 1.0}, 100)
+    assert history(client, run.id(), "loss") == [(100, 1.0)]
+
+
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(tmp_path, uri, client, caplog):
+    with caplog.at_level(logging.WARNING), begin(tmp_path, uri, params={"a": 1}) as run:
+        run.tag({"t" * 300: 1})
+        run.log({"what?!": 2.0}, 100)
+    assert "refused tags" in caplog.text
+    assert client.get_run(run.id()).data.metrics == {"what__": 2.0}
+
+
+def test_many_metrics_arrive_in_batches(tmp_path, uri, client):
+    with begin(tmp_path, uri) as run:
+        for step in range(1, 301):
+            run.log({f"m{n}": step + n for n in range(5)}, step)
+    assert len(history(client, run.id(), "m4")) == 300
+
+
+def test_a_failure_is_told(tmp_path, uri, client):
+    with pytest.raises(ZeroDivisionError), begin(tmp_path, uri) as run:
+        raise ZeroDivisionError
+    assert client.get_run(run.id()).info.status == "FAILED"
+
+
+def test_names_are_those_of_the_command_line():
+    nested = {"network": {"channels": 64, "levels": [1, 2]}, "seed": 0}
+    assert flatten(nested) == {"network.channels": 64, "network.levels": [1, 2], "seed": 0}
+
+
+def test_mlflow_is_imported_only_when_something_is_delivered():
+    import subprocess
+
+    code = "import sys, training.tracking; sys.exit('mlflow' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
