@@ -87,13 +87,13 @@ _ORDERS: Mapping[Wording, tuple[str, ...]] = {
         "{ground} background, {thing} {place}",
     ),
     "heldout": (
-        "an image of {thing}, {place}, {on}",
-        "{place} of the picture is {thing}; {on}",
-        "there is {thing} {place}; {on}",
-        "{on} and {place} we find {thing}",
+        "there is {thing} {place}, {on}",
+        "{on}, there is {thing} {place}",
+        "{place} we see {thing}, {on}",
+        "a picture with {thing}, {on}, {place}",
     ),
 }
-"""A wording is an order of the parts; the orders kept for evaluation use the same parts."""
+"""A wording is an order of the parts; the orders kept for evaluation use the same parts and words."""
 _PAIR_TEMPLATES: Mapping[Wording, tuple[str, ...]] = {
     "training": (
         "a {first} {relation} a {second} on a {ground} background",
