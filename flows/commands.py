@@ -328,7 +328,9 @@ def _forget(line: Line, stages: tuple[str, ...]) -> None:
     from pipeline import manifest
 
     data = manifest.latest(line.dataset)
-    for name in stages if data else ():
+    if data is None:
+        return
+    for name in stages:
         folder = line.stage_dir(name, data)
         if folder.exists():
             number = 1
@@ -336,7 +338,7 @@ def _forget(line: Line, stages: tuple[str, ...]) -> None:
                 number += 1
             folder.rename(aside)
             say(f"{name}: what was trained before is now in {aside}")
-    if data and line.model_dir(data).exists():
+    if line.model_dir(data).exists():
         shutil.rmtree(line.model_dir(data))
 
 

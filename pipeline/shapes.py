@@ -1,7 +1,8 @@
 """Drawn, captioned scenes with a known truth: the data set that is always at hand.
 
-A scene is a pure function of (seed, index): flat shapes on a flat ground, drawn from signed distances with
-one pixel of anti-aliasing. Its caption is worded in many ways; some wordings are kept for evaluation alone.
+A scene is a pure function of (seed, index): flat shapes on a flat ground, drawn from signed
+distances with one pixel of anti-aliasing. Its caption is worded in many ways; some wordings are kept
+for evaluation alone.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ RELATIONS: Mapping[str, tuple[float, float]] = {
 """Direction (x, y) from the second object to the first."""
 
 Wording = Literal["training", "heldout"]
+_Floats = NDArray[np.float32]
 
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _GROUND_WORDS = {name: (name,) for name in BACKGROUNDS} | {"grey": ("grey", "gray")}
@@ -93,7 +95,7 @@ _ORDERS: Mapping[Wording, tuple[str, ...]] = {
         "a picture with {thing}, {on}, {place}",
     ),
 }
-"""A wording is an order of the parts; the orders kept for evaluation use the same parts and words."""
+"""A wording is an order of the parts; those kept for evaluation use the same parts and words."""
 _PAIR_TEMPLATES: Mapping[Wording, tuple[str, ...]] = {
     "training": (
         "a {first} {relation} a {second} on a {ground} background",
@@ -213,25 +215,29 @@ def caption(it: Scene, seed: int, index: int, wording: Wording = "training") -> 
 def draw(it: Scene, side: int) -> NDArray[np.uint8]:
     """Pixels [side, side, 3] of a scene, sRGB."""
     x, y = _grid(side)
-    picture = np.broadcast_to(np.float32(BACKGROUNDS[it.background]), (side, side, 3)).copy()
+    picture = np.broadcast_to(_rgb(BACKGROUNDS[it.background]), (side, side, 3)).copy()
     for o in it.objects:
         distance = _distance(o.shape, (x - o.x) / o.radius, (y - o.y) / o.radius) * o.radius * side
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
-        picture += cover * (np.float32(COLOURS[o.colour]) - picture)
+        picture += cover * (_rgb(COLOURS[o.colour]) - picture)
     return (picture + 0.5).astype(np.uint8)
 
 
-_GRIDS: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+def _rgb(colour: tuple[int, int, int]) -> _Floats:
+    return np.array(colour, np.float32)
 
 
-def _grid(side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+_GRIDS: dict[int, tuple[_Floats, _Floats]] = {}
+
+
+def _grid(side: int) -> tuple[_Floats, _Floats]:
     if side not in _GRIDS:
-        centres = (np.arange(side, dtype=np.float32) + 0.5) / side
+        centres: _Floats = ((np.arange(side) + 0.5) / side).astype(np.float32)
         _GRIDS[side] = (centres[None, :], centres[:, None])
     return _GRIDS[side]
 
 
-def _distance(shape: str, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
+def _distance(shape: str, x: _Floats, y: _Floats) -> NDArray[np.floating[Any]]:
     """Signed distance (up to corners) to a shape of radius 1 whose bounding box is centred at 0."""
     match shape:
         case "circle":

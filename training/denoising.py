@@ -65,6 +65,9 @@ class BaseStage(Stage):
     """Trains on `moments` (or `pixels`) and the text fields of its contexts."""
 
     kind = "base"
+    shift: Tensor
+    scale: Tensor
+    latent_shape: Tensor
 
     def __init__(self, config: BaseStageConfig, inputs: Mapping[str, str] | None = None):
         self.inputs = dict(inputs or {})

@@ -28,6 +28,8 @@ from .supervision import Interrupts, Stopped
 
 RAY, STOP = "ray", "stop"
 POLL_SECONDS = 0.5
+GRACE_SECONDS = 25.0
+"""How long workers have for a checkpoint once the driver was told to stop."""
 _PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG")
 log = logging.getLogger(__name__)
 
@@ -101,13 +103,15 @@ def _fit(job: Job, workers: int, on_progress: OnProgress | None, build: Build) -
 
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
     follow = _follow(job.output, on_progress or (lambda record: None))
+    patience = GRACE_SECONDS
     with Interrupts() as interrupts:
         thread.start()
-        while thread.is_alive():
+        while thread.is_alive() and patience > 0:
             thread.join(POLL_SECONDS)
             follow()
             if interrupts.received is not None:
                 (output / STOP).touch()
+                patience -= POLL_SECONDS
         follow()
         (output / STOP).unlink(missing_ok=True)
         shutil.rmtree(output / RAY, ignore_errors=True)
@@ -155,13 +159,14 @@ def of_process_group(
         return tensor
 
     def wrap(module: nn.Module) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(
+        wrapped = nn.parallel.DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are measured once, alike everywhere
             gradient_as_bucket_view=True,
             find_unused_parameters=True,  # a condition may be absent from all of a worker's rows
         )
+        wrapped.broadcast_buffers = False  # at each step, that is: they are measured once
+        return wrapped
 
     def any_stops() -> bool:
         return bool(total(torch.tensor(float(stop()), device=device)) > 0)
@@ -202,7 +207,7 @@ def _ray(workers: int) -> Iterator[None]:
         if not ray.is_initialized():
             main = threading.current_thread() is threading.main_thread()
             before = signal.getsignal(signal.SIGTERM)
-            ray.init(include_dashboard=False, log_to_driver=True)
+            ray.init(include_dashboard=False, log_to_driver=False)
             if main and before is not None:
                 signal.signal(signal.SIGTERM, before)  # ray.init takes it and never gives it back
             stack.callback(ray.shutdown)

@@ -273,7 +273,7 @@ def _open(
 
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision: got {precision!r}, wanted 'bf16' or 'fp32'")
-    base = load(directories["base"]).to(device)
+    base: Any = load(directories["base"]).to(device)
     texts = [context.name for context in base.config.network.contexts]
     wanted = [*(["autoencoder"] if base.config.data == "moments" else []), *texts]
     if missing := [name for name in wanted if name not in directories]:

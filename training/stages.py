@@ -44,7 +44,8 @@ def create(
 ) -> Stage:
     """A fresh stage from its config (dataclass or JSON) and the directories of earlier stages."""
     built = config if is_dataclass(config) else config_of(kind, config)
-    return _known(STAGES, kind)(built, dict(inputs or {}))
+    make: Any = _known(STAGES, kind)
+    return make(built, dict(inputs or {}))
 
 
 def load(stage_dir: str | Path) -> Stage:
@@ -107,7 +108,7 @@ def _value(hint: Any, data: Any, where: str) -> Any:
             _value(a, d, f"{where}[{i}]")
             for i, (a, d) in enumerate(zip(arguments, data, strict=True))
         )
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return data if isinstance(data, hint) else _dataclass(hint, data, where)
     if origin is not None:  # Mapping[str, X] and the like
         hint = origin
@@ -123,7 +124,7 @@ def _union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
     if data is None and type(None) in choices:
         return None
     if isinstance(data, Mapping):
-        configs = [c for c in choices if is_dataclass(c)]
+        configs = [c for c in choices if isinstance(c, type) and is_dataclass(c)]
         kinds = {k: c for c in configs for k in _kinds(c)}
         if "kind" not in data:  # the first one is the usual one
             return _value(configs[0], data, where)

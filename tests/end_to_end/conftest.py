@@ -84,7 +84,7 @@ class Darkroom:
 
 
 def kill_tree(root: int) -> None:
-    """SIGKILL a process and all that it started, however deep (Ray's have sessions of their own)."""
+    """SIGKILL a process and all that it started, however deep (Ray opens sessions)."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

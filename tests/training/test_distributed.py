@@ -174,6 +174,13 @@ def group(size: int, output: Path, stop_after: int | None) -> None:
         os.waitpid(child, 0)
 
 
+def rays(test):
+    """Minutes on a busy machine, and Ray has warnings of its own."""
+    for mark in (pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")):
+        test = mark(test)
+    return test
+
+
 @pytest.fixture(scope="module")
 def ray():
     import ray
@@ -185,8 +192,7 @@ def ray():
     ray.shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+@rays
 def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
     """F5: rank 1 is killed at step 35; both start again from the checkpoint at step 30."""
     (tmp_path / "die").touch()
@@ -199,8 +205,7 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
     assert not (output / "ray").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+@rays
 def test_a_signal_makes_rays_workers_write_a_checkpoint(alone, tmp_path, ray):
     """F2 with several workers: it is obeyed at the next log point."""
 
@@ -221,8 +226,7 @@ def test_a_signal_makes_rays_workers_write_a_checkpoint(alone, tmp_path, ray):
     assert_close(tmp_path, alone)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+@rays
 def test_what_would_diverge_again_is_not_tried_again(tmp_path, ray):
     poisoned = job(tmp_path, 1, poison=list(range(20, 30)))
     with pytest.raises(Diverged, match="step 23") as caught:

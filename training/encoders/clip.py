@@ -1,4 +1,4 @@
-"""CLIP's text tower: each word and its last state, up to the end token, and the last one's projection.
+"""CLIP's text tower: each word and its last state up to the end token, and the end's projection.
 
 A state says what a word means where it stands, as far as pictures were told apart by it; the word's
 own embedding beside it says which word it is, which a small tower forgets on the way up.
@@ -32,7 +32,7 @@ def load(source: Source, device: torch.device | str = "cpu") -> TextEncoder:
         return text_encoder(model, lambda texts: np.asarray(tokenizer(list(texts))), device)
     from ..stages import load as load_stage
 
-    stage = load_stage(source.where)
+    stage: Any = load_stage(source.where)
     return text_encoder(stage.model, lambda texts: stage.tokens(texts).numpy(), device)
 
 

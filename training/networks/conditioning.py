@@ -142,7 +142,9 @@ class Context(nn.Module):
             # What the words say by being there is learnt long before cross-attention finds them
             # (Imagen, Saharia et al. 2022, appendix B.2 adds the text's mean as well).
             counted = mask.sum(1, keepdim=True)
-            mean = self.mean((self.tokens[0](tokens) * mask[:, :, None]).sum(1) / counted.clamp(min=1))
+            mean = self.mean(
+                (self.tokens[0](tokens) * mask[:, :, None]).sum(1) / counted.clamp(min=1)
+            )
             mean = torch.where(counted > 0, mean, 0)
             added = mean if added is None else added + mean
         if config.pooled_tokens and pooled is not None:

@@ -104,7 +104,7 @@ def test_t5_gives_its_encoders_last_states_up_to_the_end_token(line):
         np.testing.assert_allclose(summary, wanted.mean(0), **CLOSE)
 
 
-def test_clip_gives_its_towers_states_up_to_the_end_token(line):
+def test_clip_gives_its_words_and_its_towers_states_up_to_the_end_token(line):
     tokens, pooled = build(spec_of(line.stages["clip"], "clip"))(TEXTS)
     stage = stages.load(line.stages["clip"])
     ids = stage.tokens(TEXTS)
@@ -114,7 +114,12 @@ def test_clip_gives_its_towers_states_up_to_the_end_token(line):
     np.testing.assert_allclose(pooled, wanted, **CLOSE)
     for row, states in enumerate(tokens):
         assert len(states) == int(ids[row].argmax()) + 1
+        words, states = np.split(states, 2, axis=1)
         np.testing.assert_allclose(states, seen[0][row, : len(states)], **CLOSE)
+        with torch.no_grad():
+            own = stage.model.token_embedding(ids[row, : len(words)])
+        wanted = torch.nn.functional.layer_norm(own, own.shape[-1:]).numpy()
+        np.testing.assert_allclose(words, wanted, **CLOSE)
 
 
 def test_too_long_captions_are_cut_at_the_limit(line):
@@ -228,10 +233,10 @@ def test_pretrained_autoencoders_are_driven_alike(kind, tmp_path, scenes):
 
 def test_shapes_are_known_without_loading(line, t5, clip):
     assert latent_channels(line.stages["autoencoder"]) == 3
-    assert text_widths(line.stages["clip"], "clip") == (32, 24)
+    assert text_widths(line.stages["clip"], "clip") == (64, 24)
     assert text_widths(line.stages["t5"], "t5") == (32, 32)
     assert text_widths(t5, "t5") == (24, 24)
-    assert text_widths(clip, "clip") == (16, 12)
+    assert text_widths(clip, "clip") == (32, 12)
     for source, name in ((t5, "t5"), (clip, "clip")):
         tokens, pooled = build(spec_of(source, name))(["x"])
         assert (tokens[0].shape[1], pooled.shape[1]) == text_widths(source, name)
