@@ -97,12 +97,8 @@ def run_line(line: Line) -> dict[str, Any]:
         for picture in (GALLERY, SWEEP):
             run.file(picture, line.model_dir(data) / picture)
         run.file("report.html", verdict["report"])
-        run.tag(
-            **{
-                "darkroom.model": verdict["model"],
-                "darkroom.promoted": verdict["verdict"]["promote"],
-            }
-        )
+        promoted = verdict["verdict"]["promote"]
+        run.tag({"darkroom.model": verdict["model"], "darkroom.promoted": promoted})
     result = {
         "model": verdict["model"],
         "alias": verdict["alias"],

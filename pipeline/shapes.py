@@ -1,8 +1,8 @@
 """Drawn, captioned scenes with a known truth: the data set that is always at hand.
 
 A scene is a pure function of (seed, index): flat shapes on a flat ground, drawn from signed
-distances with one pixel of anti-aliasing. Its caption is worded in many ways; some wordings are kept
-for evaluation alone.
+distances with one pixel of anti-aliasing. Its caption is worded in many ways; some wordings are
+kept for evaluation alone.
 """
 
 from __future__ import annotations

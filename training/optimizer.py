@@ -164,7 +164,7 @@ class _AdamW(_Rule):
                 self.state[p] = {"step": step, **fields}
         states = [self.state[p] for p in parameters]
         steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, 1 - skip)
         torch._fused_adamw_(
             parameters,
             gradients,
@@ -182,7 +182,6 @@ class _AdamW(_Rule):
             grad_scale=scale,
             found_inf=skip,
         )
-        torch._foreach_sub_(steps, [skip] * len(steps))
 
 
 class _Muon(_Rule):
