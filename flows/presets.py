@@ -69,7 +69,9 @@ def pictures() -> Recipe:
             warm_images=60_000,
         ),
         evaluation=EvaluationConfig(kind="captions", guidance_scales=(2.0, 3.0, 5.0)),
-        gate=GatePolicy.model_validate({"non_inferior": {"retrieval": 0.05}}),
+        gate=GatePolicy.model_validate(
+            {"absolute": {"retrieval": 0.05}, "non_inferior": {"retrieval": 0.05}}
+        ),
     )
 
 

@@ -51,8 +51,8 @@ class Meter:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._shown >= self._every:
             self._shown = time.monotonic()
-            say(f"  {self.title}: {done / max(total, 1):4.0%}  {note}")
-        self._tell_prefect(100 * done / max(total, 1))
+            say(f"  {self.title}: {min(1.0, done / max(total, 1)):4.0%}  {note}")
+        self._tell_prefect(min(100.0, 100 * done / max(total, 1)))
 
     def _tell_prefect(self, percent: float) -> None:
         """A progress artifact of the run we are in, if we are in one; every five seconds and at the

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from pipeline.manifest import fingerprint
 from pipeline.schema import EncoderSpec
 
@@ -62,7 +64,7 @@ def spec_of(source: str | Source, name: str, side: int | None = None) -> Encoder
 
 
 def build(spec: EncoderSpec) -> Callable[..., Any]:
-    """The encoder that a spec names: what `pipeline.encode` is handed.
+    """The encoder that a spec names, on a GPU where there is one: what `pipeline.encode` is handed.
 
     Pictures: uint8 [n, 3, side, side] -> {"moments": float16 [n, 2C, h, w]}, mean and log-variance
     (C channels, the latent itself, where there is no posterior). Text: n captions -> (n arrays
@@ -75,4 +77,4 @@ def build(spec: EncoderSpec) -> Callable[..., Any]:
             f"encoder {spec.name} at {source.where}: its weights or config are {now.fingerprint}, "
             f"the spec names {spec.fingerprint}; make a new spec, or put the old weights back"
         )
-    return LOADERS[source.family](source)
+    return LOADERS[source.family](source, "cuda" if torch.cuda.is_available() else "cpu")
