@@ -91,7 +91,9 @@ def train(
     with meter(f"train {name}") as progress, run:
 
         def show(record: dict[str, Any]) -> None:
-            progress(record["images_seen"], images, f"loss {record['loss']:.4f}")
+            loss = record["loss"]  # None where every update since the last record was skipped
+            note = "updates skipped" if loss is None else f"loss {loss:.4f}"
+            progress(record["images_seen"], images, note)
             run.log(record, record["images_seen"])
 
         stage = fit(job, show)
