@@ -4,6 +4,7 @@ in Prefect's UI.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ class Meter:
             return
         self._artifact_shown = now
         if self._artifact is None:
-            key = self.title.replace(" ", "-").replace("_", "-")
+            key = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
             self._artifact = create_progress_artifact(percent, key=key, description=self.title)
         else:
             update_progress_artifact(self._artifact, percent)
