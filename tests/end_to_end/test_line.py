@@ -36,6 +36,9 @@ def test_a_line_makes_a_champion_and_a_report(darkroom, first):
     assert status["models"]["shapes"]["champion"] == "shapes/1"
 
 
+# webdataset leaves closing its files to the garbage collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_shards_are_plain_webdataset(darkroom, first):
     import webdataset
 
