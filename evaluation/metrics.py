@@ -222,12 +222,15 @@ def clip_score(images: Features, texts: Features) -> Values:
     return 100 * (_unit(images) * _unit(texts)).sum(1).clip(min=0)
 
 
-def retrieval_at_1(images: Features, texts: Features, among: int = 100) -> Values:
+def retrieval_at_1(
+    images: Features, texts: Features, among: int = 100, groups: Sequence[str] | None = None
+) -> Values:
     """1 where a picture is nearer to its own caption than to the next among-1 captions (cyclic),
     else 0; chance is 1/among.
 
-    A distractor with the very same features (a repeated caption) does not count against the
-    picture.
+    With `groups`, one per caption, a picture's distractors are the captions of its own group, and
+    of others only where its own has too few. A distractor with the very same features (a repeated
+    caption) does not count against the picture.
     """
     count = len(images)
     if images.shape != texts.shape or not 2 <= among <= count:
@@ -236,9 +239,15 @@ def retrieval_at_1(images: Features, texts: Features, among: int = 100) -> Value
             f"got {images.shape} and {texts.shape}"
         )
     similarity = _unit(images) @ _unit(texts).T
-    rows = np.arange(count)
-    others = similarity[rows[:, None], (rows[:, None] + np.arange(1, among)) % count]
-    return (similarity[rows, rows] >= others.max(1) - 1e-9).astype(np.float64)
+    rows, of = np.arange(count), np.zeros(count) if groups is None else np.asarray(groups)
+    others = np.empty((count, among - 1), np.int64)
+    for group in np.unique(of):
+        own, rest = rows[of == group], rows[of != group]
+        for turn, row in enumerate(own):
+            others[row] = np.concatenate([own[turn + 1 :], own[:turn], rest])[: among - 1]
+    return (similarity[rows, rows] >= similarity[rows[:, None], others].max(1) - 1e-9).astype(
+        np.float64
+    )
 
 
 def nearest(x: Features, to: Features, *, chunk: int = 4096) -> Values:

@@ -354,7 +354,8 @@ class _Scoring:
             }
         among = min(AMONG, count)
         texts = np.roll(self.text_features[:count], -shift, 0)
-        return {"retrieval": metrics.retrieval_at_1(features, texts, among)}
+        groups = np.roll([it.group for it in self.prompts[:count]], -shift)
+        return {"retrieval": metrics.retrieval_at_1(features, texts, among, groups.tolist())}
 
     def _measure(self, pictures: Pictures) -> _Measured:
         config, count = self.config, len(pictures)

@@ -13,6 +13,7 @@ from pipeline.ingest import IngestResult, ingest
 from pipeline.manifest import Manifest
 from pipeline.schema import EncoderSpec
 
+from .cluster import ray_session
 from .line import INPUTS, Line
 from .progress import meter
 
@@ -25,7 +26,7 @@ def ingest_sources(line: Line) -> IngestResult:
             f"recipe {line.recipe.name} has no data: set data.sources to folders, tables or tars, "
             "e.g. data.sources='[\"my-pictures\"]', or data.scenes to a number of drawn scenes"
         )
-    with meter("ingest") as progress:
+    with _ray(line), meter("ingest") as progress:
         return ingest(
             sources,
             line.dataset,
@@ -37,7 +38,7 @@ def ingest_sources(line: Line) -> IngestResult:
 
 def encode_pixels(line: Line, data: Manifest) -> None:
     """Decode every picture once, to the side that is learnt."""
-    with meter("pixels") as progress:
+    with _ray(line), meter("pixels") as progress:
         encode(data, [pixels_spec(line.recipe.data.side)], None, line.recipe.executor, progress)
 
 
@@ -45,7 +46,7 @@ def encode_stages(line: Line, data: Manifest) -> None:
     """Latents and text embeddings by the frozen stages."""
     from training import encoders
 
-    with meter("encode") as progress:
+    with _ray(line), meter("encode") as progress:
         encode(data, encoder_specs(line, data), encoders.build, line.recipe.executor, progress)
 
 
@@ -79,9 +80,14 @@ def encode_task(line: Line, data: Manifest) -> None:
 def build_dataset(line: dict[str, Any], name: str) -> dict[str, Any]:
     """Bring the data set up to date with its sources; leaves a table of what became of each row."""
     it = Line.from_json(line)
-    result = ingest_task(it)
-    decode_task(it, result.manifest)
+    with _ray(it):
+        result = ingest_task(it)
+        decode_task(it, result.manifest)
     rows = [{"outcome": what, "rows": count} for what, count in sorted(result.counts.items())]
     text = f"{name}, version {result.manifest.version}, data {result.manifest.digest}"
     create_table_artifact(rows, key=f"{it.slug}-rows", description=text)
     return {"version": result.manifest.version, "new": result.new, "reused": result.reused}
+
+
+def _ray(line: Line) -> Any:
+    return ray_session(line.recipe.executor.kind == "ray")

@@ -11,12 +11,16 @@ from pathlib import Path
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray is up inside; a session that is already there is used and left as it is.
+def ray_session(wanted: bool = True) -> Iterator[None]:
+    """Ray is up inside, if it is wanted; a session that is already there is used and left as it is.
 
-    ray.init replaces the process's SIGTERM handler, and with it Prefect's cancellation: it is put
-    back.
+    It lasts as long as the work that needs it: its processes wake up often enough to slow down a
+    training in this one by a twentieth. ray.init replaces the process's SIGTERM handler, and with
+    it Prefect's cancellation: it is put back.
     """
+    if not wanted:
+        yield
+        return
     import ray
 
     if ray.is_initialized():

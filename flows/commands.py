@@ -70,8 +70,7 @@ def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
     line = _line(recipe, overrides)
     data, reused = _prepare(line, FROZEN)
-    with _ray():
-        encode_stages(line, data)
+    encode_stages(line, data)
     made = {spec.name: spec.fingerprint for spec in encoder_specs(line, data)}
     shown = ", ".join(f"{name} {value}" for name, value in made.items())
     return {
@@ -92,10 +91,9 @@ def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) ->
     data, reused = _prepare(line, INPUTS[stage])
     if fresh:
         _forget(line, (stage,))
-    with _ray():
-        if INPUTS[stage]:
-            encode_stages(line, data)
-        done, found = fit(line, stage, data)
+    if INPUTS[stage]:
+        encode_stages(line, data)
+    done, found = fit(line, stage, data)
     where = str(line.stage_dir(stage, data))
     return {
         "stage": stage,
@@ -315,11 +313,10 @@ def _prepare(line: Line, stages: tuple[str, ...]) -> tuple[Any, list[str]]:
     from .train_stage import train as fit
 
     recipes.check_stages(line.recipe)
-    with _ray():
-        result = ingest_sources(line)
-        encode_pixels(line, result.manifest)
-        found = ["data"] if result.reused else []
-        found += [name for name in stages if fit(line, name, result.manifest)[1]]
+    result = ingest_sources(line)
+    encode_pixels(line, result.manifest)
+    found = ["data"] if result.reused else []
+    found += [name for name in stages if fit(line, name, result.manifest)[1]]
     return result.manifest, found
 
 
@@ -340,12 +337,6 @@ def _forget(line: Line, stages: tuple[str, ...]) -> None:
             say(f"{name}: what was trained before is now in {aside}")
     if line.model_dir(data).exists():
         shutil.rmtree(line.model_dir(data))
-
-
-def _ray() -> Any:
-    from .cluster import ray_session
-
-    return ray_session()
 
 
 def _url(source: str) -> str:

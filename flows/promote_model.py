@@ -44,6 +44,7 @@ def register_candidate(line: Line, data: Manifest, run_id: str | None = None) ->
         line.recipe.name,
         tracking_uri=line.settings.mlflow_uri,
         run_id=run_id,
+        artifact_location=line.settings.artifacts,
         tags={"darkroom.data": data.digest, "darkroom.recipe": line.recipe.identity},
     )
     name = registry.candidate(line.recipe.name, version)

@@ -14,7 +14,6 @@ from training import results
 
 from . import recipe as recipes
 from .build_dataset import build_dataset, encode_task
-from .cluster import ray_session
 from .line import Line
 from .progress import say, seconds
 from .promote_model import promote_model
@@ -75,7 +74,7 @@ def run_line(line: Line) -> dict[str, Any]:
         say(f"{title:12} {'already done' if result.get('reused') else seconds(took[title])}")
         return result
 
-    with ray_session(), _tracked(line) as run:
+    with _tracked(line) as run:
         now = time.monotonic()
         step("data", build_dataset(values, name), now)
         data = line.manifest()

@@ -16,6 +16,7 @@ from pipeline.schema import EncoderSpec
 from training import results
 
 from .build_dataset import encoder_specs
+from .cluster import ray_session
 from .line import INPUTS, Line
 from .progress import meter
 
@@ -88,7 +89,7 @@ def train(
         params={"config": job.config, "training": job.training, "data_version": data.version},
         artifact_location=line.settings.artifacts,
     )
-    with meter(f"train {name}") as progress, run:
+    with ray_session(job.training_config().workers > 1), meter(f"train {name}") as progress, run:
 
         def show(record: dict[str, Any]) -> None:
             loss = record["loss"]  # None where every update since the last record was skipped

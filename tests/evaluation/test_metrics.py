@@ -167,6 +167,15 @@ def test_retrieval_finds_the_own_caption_and_forgives_a_repeated_one():
         metrics.retrieval_at_1(texts[:50], texts[:50])
 
 
+def test_retrieval_is_among_captions_of_the_same_group_first():
+    e = np.eye(4)
+    texts, groups = e[[0, 1, 2, 3]], ["a", "b", "a", "b"]
+    images = e[[1, 1, 2, 2]]  # the first is nearest to a "b", the last to an "a": both elsewhere
+    images = images + 0.1 * e[[0, 1, 2, 3]]
+    assert metrics.retrieval_at_1(images, texts, 2, groups).tolist() == [1, 1, 1, 1]
+    assert metrics.retrieval_at_1(images, texts, 4, groups).tolist() == [0, 1, 1, 0]
+
+
 def test_memorisation_is_positive_for_copies_and_not_for_fresh_pictures():
     train, heldout, fresh = (normal(500, 8, seed=s) for s in range(3))
     copies = metrics.memorisation(train[:200] + 1e-4, train, heldout)
