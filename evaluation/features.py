@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from numpy import ndarray
 
@@ -75,11 +74,6 @@ class ClipFeatures:
 
     def _images(self, pictures: Pictures) -> Features:
         x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).to(self.device)
-        if x.shape[-2] != x.shape[-1]:
-            raise ValueError(f"pictures must be square, got {list(pictures.shape)}")
-        if x.shape[-1] != self.side:
-            x = F.interpolate(x.float(), (self.side, self.side), mode="bicubic", antialias=True)
-            x = x.round().clamp(0, 255).to(torch.uint8)
         return self._stage.images(x).cpu().numpy()
 
 

@@ -131,7 +131,12 @@ def write(path: str | os.PathLike[str], inputs: ReportInputs) -> None:
 
 def render(inputs: ReportInputs) -> str:
     """The page as HTML."""
-    return _environment().get_template(TEMPLATE).render(_Page(inputs).context())
+    return page(TEMPLATE, **_Page(inputs).context())
+
+
+def page(template: str, **values: Any) -> str:
+    """One self-contained page from a template of this folder."""
+    return _environment().get_template(template).render(values)
 
 
 @cache
@@ -324,6 +329,7 @@ def data_uri(data: bytes, kind: str = "png") -> str:
 _NAMES = {
     "correct": "Shows what was asked",
     "retrieval": "Found again among 100 captions",
+    "guidance_gain": "Gained by guidance",
     "clip_score": "CLIP score",
     "kid": "Kernel distance (KID)",
     "fid": "Fréchet distance (FID)",
@@ -333,6 +339,7 @@ _NAMES = {
     "heldout_loss": "Held-out loss",
 }
 _MEANING = {
+    "guidance_gain": "guided minus unguided, prompt by prompt",
     "clip_score": "100 × cosine of picture and caption",
     "kid": "to held-out pictures; unbiased, 0 = alike",
     "fid": "information only: it is biased by the count",
@@ -341,7 +348,7 @@ _MEANING = {
     "memorisation": "nearer to training pictures than held-out ones are; about 0 = no copies",
     "heldout_loss": "denoising loss on fixed noise",
 }
-_SHARES = ("correct", "retrieval", "precision", "recall")
+_SHARES = ("correct", "retrieval", "guidance_gain", "precision", "recall")
 _GROUPS = {
     "seen": ("seen in training", "combinations that training showed, in new words"),
     "unseen": ("never seen", "combinations that training never showed"),

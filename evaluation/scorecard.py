@@ -267,6 +267,11 @@ class _Scoring:
         values = dict(found.values) | {
             f"{name}_unguided": value for name, value in plain.values.items()
         }
+        if best != UNGUIDED:
+            gain = metrics.paired_difference(
+                found.per_prompt[self.main], plain.per_prompt[self.main], self.config.blocks
+            )
+            values["guidance_gain"] = _value(gain, found.values[self.main].basis)
         if loss := self._heldout_loss():
             per_prompt["heldout_loss"], values["heldout_loss"] = loss
         groups = self._groups(found)

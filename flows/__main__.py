@@ -86,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     it = verb("evaluate", "score a registered model anew", commands.evaluate)
     it.add_argument("model", metavar="MODEL")
 
+    it = verb("compare", "the same prompts and seeds, drawn side by side", commands.compare)
+    it.add_argument("models", nargs="+", metavar="MODEL[?KEY=VALUE&...]")
+    it.add_argument("--out", default="comparison.html", metavar="PAGE")
+    it.add_argument("--prompts", type=int, default=64, metavar="N")
+    it.add_argument("--title", default=None, metavar="TEXT")
+
     it = verb("promote", "put a registered version through the gate", commands.promote)
     it.add_argument("model", metavar="MODEL")
     it.add_argument("--dry-run", action="store_true", help="decide, change nothing")

@@ -14,7 +14,7 @@ from pipeline.manifest import Manifest
 from pipeline.schema import EncoderSpec
 
 from .cluster import ray_session
-from .line import INPUTS, Line
+from .line import Line
 from .progress import meter
 
 
@@ -55,10 +55,11 @@ def encoder_specs(line: Line, data: Manifest) -> list[EncoderSpec]:
     from training import encoders
 
     side = line.recipe.data.side
-    return [
+    specs = [
         encoders.spec_of(line.source(name, data), name, side if name == "autoencoder" else None)
-        for name in INPUTS["base"]
+        for name in line.recipe.inputs("base")
     ]
+    return [pixels_spec(side), *specs] if line.recipe.in_pixels else specs
 
 
 @task(name="ingest", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from . import recipe as recipes
-from .line import INPUTS, Line
+from .line import Line
 from .progress import meter, say
-from .recipe import FROZEN, STAGES
 from .settings import settings
 
 
@@ -24,7 +23,7 @@ def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any
 
     line = _line(recipe, overrides)
     if fresh:
-        _forget(line, STAGES)
+        _forget(line, line.recipe.stages)
     result = None if fresh else finished(line)
     if result is None:
         recipes.check_stages(line.recipe)
@@ -69,7 +68,7 @@ def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
     from .build_dataset import encode_stages, encoder_specs
 
     line = _line(recipe, overrides)
-    data, reused = _prepare(line, FROZEN)
+    data, reused = _prepare(line, line.recipe.inputs("base"))
     encode_stages(line, data)
     made = {spec.name: spec.fingerprint for spec in encoder_specs(line, data)}
     shown = ", ".join(f"{name} {value}" for name, value in made.items())
@@ -88,10 +87,10 @@ def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) ->
 
     line = _line(recipe, overrides)
     line.recipe.stage(stage)
-    data, reused = _prepare(line, INPUTS[stage])
+    data, reused = _prepare(line, line.recipe.inputs(stage))
     if fresh:
         _forget(line, (stage,))
-    if INPUTS[stage]:
+    if line.recipe.inputs(stage):
         encode_stages(line, data)
     done, found = fit(line, stage, data)
     where = str(line.stage_dir(stage, data))
@@ -130,6 +129,50 @@ def sample(
         storage.publish_bytes(storage.join(out, name), png(picture))
         files.append(storage.join(out, name))
     return {"files": files, "text": "\n".join(files)}
+
+
+def compare(models: list[str], out: str, prompts: int, title: str | None) -> dict[str, Any]:
+    """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
+    from evaluation import comparison, registry
+
+    from .score_model import ask
+
+    uri = settings().mlflow_uri
+    if len(models) < 2:
+        raise UsageError('name two models or more, e.g. shapes "shapes?steps=8"')
+    contenders: list[comparison.Contender] = []
+    loaded: dict[str, Any] = {}
+    for model in models:
+        name, _, query = model.partition("?")
+        if name not in loaded:
+            loaded[name] = registry.load(name, tracking_uri=uri)
+        options = dict(_option(model, part) for part in query.split("&") if part)
+        contenders.append(comparison.Contender(model, loaded[name], options))
+    line, _ = _line_of(models[0].partition("?")[0])
+    question = ask(line, line.manifest())
+    asked = question.prompts[:prompts]
+    with meter("compare") as progress:
+        drawn = comparison.compare(
+            contenders,
+            asked,
+            seed=line.recipe.evaluation.seed,
+            clip=question.clip,
+            progress=progress,
+        )
+    comparison.write(out, title or " · ".join(loaded), drawn, asked)
+    rows = [
+        {
+            "model": it.name,
+            "right": float(it.right.mean()),
+            "against_first": it.against_first
+            and [it.against_first.mean, it.against_first.low, it.against_first.high],
+            "evaluations": it.evaluations,
+            "seconds": it.seconds,
+        }
+        for it in drawn
+    ]
+    lines = [f"  {r['model']:44} {r['right']:6.1%}  {r['evaluations']:6.0f} calls" for r in rows]
+    return {"rows": rows, "page": str(Path(out)), "text": "\n".join([*lines, f"  {out}"])}
 
 
 def evaluate(model: str) -> dict[str, Any]:
@@ -337,6 +380,20 @@ def _forget(line: Line, stages: tuple[str, ...]) -> None:
             say(f"{name}: what was trained before is now in {aside}")
     if line.model_dir(data).exists():
         shutil.rmtree(line.model_dir(data))
+
+
+def _option(model: str, part: str) -> tuple[str, Any]:
+    """A field of the sampler and its value; a list in commas is one of numbers."""
+    import json
+
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise UsageError(f"{model}: expected MODEL?key=value&key=value, got {part!r}")
+    try:
+        found = json.loads(f"[{value}]")
+        return {"kind": "sampler"}.get(key, key), found if len(found) > 1 else found[0]
+    except json.JSONDecodeError:
+        return {"kind": "sampler"}.get(key, key), value
 
 
 def _url(source: str) -> str:

@@ -21,18 +21,11 @@ from pipeline import manifest as manifests
 from pipeline.manifest import Manifest, fingerprint
 from training import results
 
-from .recipe import FROZEN, STAGES, Recipe, learning
+from .recipe import FROZEN, Recipe, learning
 from .settings import Settings
 
 CODE_VERSION = 1
 """Raised by hand when a change of the code must train everything anew."""
-
-INPUTS: Mapping[str, tuple[str, ...]] = {
-    "autoencoder": (),
-    "clip": (),
-    "t5": (),
-    "base": ("autoencoder", "clip", "t5"),
-}
 
 
 @dataclass(frozen=True)
@@ -68,8 +61,8 @@ class Line:
 
     @cached_property
     def dataset(self) -> str:
-        chosen = self.recipe.data.dataset
-        return storage.absolute(chosen) if chosen else self.settings.dataset(self.recipe.name)
+        chosen = self.recipe.data.dataset or self.recipe.name
+        return storage.absolute(chosen) if "/" in chosen else self.settings.dataset(chosen)
 
     def manifest(self) -> Manifest:
         """The data set's latest version. ValueError when nothing was ingested yet."""
@@ -92,7 +85,7 @@ class Line:
                 "config": stage.config,
                 "pretrained": stage.pretrained,
                 "side": self.recipe.data.side,
-                "inputs": [self.stage_identity(i, data) for i in INPUTS[name]],
+                "inputs": [self.stage_identity(i, data) for i in self.recipe.inputs(name)],
             }
         )
 
@@ -148,7 +141,7 @@ class Line:
 
     def model_dir(self, data: Manifest) -> Path:
         """Generator, scores, package and report of the model these stages make."""
-        parts = [self.stage_identity(name, data) for name in STAGES]
+        parts = [self.stage_identity(name, data) for name in self.recipe.stages]
         recipe = self.recipe.model_dump(mode="json", include={"evaluation", "sampler"})
         identity = fingerprint({"stages": parts, "data": data.digest} | recipe)
         return self.settings.model(f"{self.recipe.name}-{identity}")

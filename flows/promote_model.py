@@ -14,7 +14,6 @@ from prefect.artifacts import create_markdown_artifact
 from pipeline.manifest import Manifest
 
 from .line import Line
-from .recipe import STAGES
 from .score_model import SCORES, Question, ask, lineage, score_candidate
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def register_candidate(line: Line, data: Manifest, run_id: str | None = None) ->
         tags={"darkroom.data": data.digest, "darkroom.recipe": line.recipe.identity},
     )
     name = registry.candidate(line.recipe.name, version)
-    line.note_version(name, {stage: line.source(stage, data) for stage in STAGES})
+    line.note_version(name, {stage: line.source(stage, data) for stage in line.recipe.stages})
     return name
 
 
@@ -105,7 +104,7 @@ def write_report(
     path = line.model_dir(data) / REPORT
     stages = [
         report.StageStory.of(stage, line.stage_dir(stage, data))
-        for stage in STAGES
+        for stage in line.recipe.stages
         if not line.recipe.stage(stage).pretrained
     ]
     inputs = report.ReportInputs(

@@ -46,7 +46,7 @@ class DataRecipe(_Part):
     side: int = Field(default=32, ge=8)
     """Side of the pictures that are learnt, in pixels."""
     dataset: str | None = None
-    """URL of the data set; by default a folder of the home."""
+    """URL of the data set, or its name in the home; by default that of the recipe."""
     ingest: IngestRules = IngestRules()
 
     def source_urls(self, seed: int) -> tuple[str, ...]:
@@ -90,6 +90,20 @@ class Recipe(_Part):
         if name not in STAGES:
             raise RecipeError(f"no stage {name!r} in recipe {self.name}{_nearest(name, STAGES)}")
         return getattr(self, name)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of this recipe's model, in the order of their making."""
+        return tuple(name for name in STAGES if name != "autoencoder" or not self.in_pixels)
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether the base denoises the pictures themselves, not an autoencoder's latents."""
+        return self.base.config.get("data") == "pixels"
+
+    def inputs(self, name: str) -> tuple[str, ...]:
+        """The stages that a stage learns from."""
+        return tuple(it for it in self.stages if it in FROZEN) if name == "base" else ()
 
     @property
     def identity(self) -> str:

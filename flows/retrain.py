@@ -17,7 +17,7 @@ from .build_dataset import build_dataset, encode_task
 from .line import Line
 from .progress import say, seconds
 from .promote_model import promote_model
-from .recipe import FROZEN, STAGES
+from .recipe import FROZEN
 from .score_model import GALLERY, SWEEP, score_model
 from .settings import prepare_environment
 from .train_stage import train_stage
@@ -39,7 +39,7 @@ def finished(line: Line) -> dict[str, Any] | None:
     data = unchanged(line.recipe.data.source_urls(line.recipe.seed), line.dataset, line.rules)
     if data is None or data.digest != result["data"]["digest"]:
         return None
-    trained = [name for name in STAGES if not line.recipe.stage(name).pretrained]
+    trained = [name for name in line.recipe.stages if not line.recipe.stage(name).pretrained]
     if any(results.committed(line.stage_dir(name, data)) is None for name in trained):
         return None
     if not storage.exists(result["report"]) or not storage.exists(result["package"]):
@@ -47,7 +47,7 @@ def finished(line: Line) -> dict[str, Any] | None:
     serving = line.ledger.champion() == result["model"].removeprefix("models:/")
     return result | {
         "alias": "champion" if serving else None,
-        "reused": ["data", *STAGES, "scores", "verdict"],
+        "reused": ["data", *line.recipe.stages, "scores", "verdict"],
     }
 
 
@@ -78,13 +78,13 @@ def run_line(line: Line) -> dict[str, Any]:
         now = time.monotonic()
         step("data", build_dataset(values, name), now)
         data = line.manifest()
-        for stage in FROZEN:
+        for stage in line.recipe.inputs("base"):
             now = time.monotonic()
             step(stage, train_stage(values, stage, run.id()), now)
         now = time.monotonic()
         encode_task(line, data)
         took["encode"] = time.monotonic() - now
-        for stage in STAGES:
+        for stage in line.recipe.stages:
             if stage not in FROZEN:
                 now = time.monotonic()
                 step(stage, train_stage(values, stage, run.id()), now)

@@ -21,7 +21,6 @@ from pipeline.schema import EncoderSpec, Encoding
 
 from .line import Line
 from .progress import meter
-from .recipe import STAGES
 from .train_stage import encodings
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
     from training.generator import Generator, assemble
 
     started = time.monotonic()
-    sources = {name: line.source(name, data) for name in STAGES}
+    sources = {name: line.source(name, data) for name in line.recipe.stages}
     assemble(folder / GENERATOR, sources, line.recipe.sampler)
     generator = Generator.load(folder / GENERATOR)
     scored = ask(line, data).score(line, generator, "score")
@@ -131,7 +130,7 @@ def lineage(line: Line, data: Manifest) -> dict[str, Any]:
         "version": data.version,
         "data_digest": data.digest,
         "samples": data.samples("train"),
-        "stages": {name: line.source(name, data) for name in STAGES},
+        "stages": {name: line.source(name, data) for name in line.recipe.stages},
     }
 
 

@@ -17,7 +17,7 @@ from training import results
 
 from .build_dataset import encoder_specs
 from .cluster import ray_session
-from .line import INPUTS, Line
+from .line import Line
 from .progress import meter
 
 
@@ -56,7 +56,7 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
             {"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint}
             for spec in encodings(line, name, data)
         ),
-        inputs={needed: line.source(needed, data) for needed in INPUTS[name]},
+        inputs={needed: line.source(needed, data) for needed in line.recipe.inputs(name)},
         output=output,
         parent=parent,
         seed=line.recipe.seed,

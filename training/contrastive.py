@@ -160,18 +160,17 @@ class ClipStage(Stage):
         return torch.from_numpy(self._tokenize(captions))
 
     def pixels(self, batch: Batch) -> Float[Tensor, "batch 3 side side"]:
-        """What the image tower reads. ValueError when the pictures have another side."""
-        pixels, side = batch["pixels"], self.config.image.side
-        if tuple(pixels.shape[-2:]) != (side, side):
-            raise ValueError(
-                f"clip was made for pictures of side {side}, got {tuple(pixels.shape[-2:])}: "
-                f"set clip's image.side, or encode pixels at side {side}"
-            )
-        return to_unit(pixels)
+        """What the image tower reads: square pictures, resized to its side."""
+        x, side = to_unit(batch["pixels"]), self.config.image.side
+        if x.shape[-2] != x.shape[-1]:
+            raise ValueError(f"clip: pictures must be square, got {list(x.shape)}")
+        if x.shape[-1] != side:
+            x = F.interpolate(x, (side, side), mode="bicubic", antialias=True)
+        return x
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Float[Tensor, "batch embed"]:
-        """Normalised features of pictures, uint8 [B, 3, side, side]."""
+        """Normalised features of square pictures, uint8 [B, 3, H, W]."""
         return self.model.encode_image(self.pixels({"pixels": pixels}), normalize=True).float()
 
     @torch.no_grad()

@@ -234,10 +234,13 @@ class Enlarged:
         return batch | {"pixels": batch["pixels"].repeat(2, 2).repeat(2, 3)}
 
 
-def test_pictures_of_another_side_are_refused(line, scenes):
+def test_pictures_of_another_side_are_resized_and_only_squares_are_taken(line, scenes):
     stage = stages.load(line.stages["clip"])
-    with pytest.raises(ValueError, match=r"side 16, got \(8, 8\)"):
-        stage.images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    pixels = torch.from_numpy(scenes[0])
+    twice = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(stage.images(twice), stage.images(pixels), atol=0.1)
+    with pytest.raises(ValueError, match="square"):
+        stage.images(torch.zeros(2, 3, 16, 8, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ class SamplerConfig:
     """For data in [-1, 1]."""
     threshold_quantile: float = 0.995
     corrections: int = 0
-    """Langevin corrections after each step (predictor-corrector)."""
+    """Langevin steps at each level: after a step of the others (predictor-corrector), and of
+    annealed, which has 20 where this is 0."""
 
     def __post_init__(self):
         _check_names(self)
@@ -163,11 +164,11 @@ class SamplerConfig:
         if self.kind == "ddim":
             return samplers.ddim(path, self.eta, self.variance)
         if self.kind == "annealed":
-            return samplers.annealed(path, self.step_size)
+            return samplers.annealed(path, self.step_size, self.corrections or 20)
         return samplers.STEPS[self.kind](path)
 
     def build_corrector(self, path: Path) -> samplers.Step | None:
-        if not self.corrections:
+        if not self.corrections or self.kind == "annealed":
             return None
         return samplers.langevin(path, self.step_size, self.corrections)
 

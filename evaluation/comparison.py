@@ -1,0 +1,182 @@
+"""Several models, or one model drawn in several ways, side by side: the same prompts and the same
+seeds, what each picture shows, and what it cost.
+
+Each is held against the first, prompt by prompt: what is said of a difference is a paired interval.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from pipeline import storage
+
+from . import metrics, shapes_oracle
+from .features import Extractor
+from .prompts import Prompt
+from .report import PIXELATED, image, page
+from .sample import Pictures, Progress
+
+TEMPLATE = "comparison.html.jinja"
+AMONG = 100
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A generator and how it is to draw: fields of SamplerConfig."""
+
+    name: str
+    generator: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a contender drew, one picture for each prompt."""
+
+    name: str
+    pictures: Pictures
+    right: ndarray
+    """1 where the picture shows what its prompt says (or is found again by CLIP), else 0."""
+    evaluations: float
+    """Network evaluations a picture; a guided step has two."""
+    seconds: float
+    """A picture."""
+    against_first: metrics.Interval | None
+    """`right` minus that of the first contender, paired; None for the first itself."""
+
+
+def compare(
+    contenders: Sequence[Contender],
+    prompts: Sequence[Prompt],
+    *,
+    seed: int,
+    clip: Extractor | None = None,
+    batch: int = 64,
+    blocks: int = 16,
+    progress: Progress | None = None,
+) -> list[Drawn]:
+    """Each contender's pictures of all prompts, picture i from seed + i.
+
+    Prompts with a truth are judged by the oracle, others by `clip`. ValueError when there is
+    nothing to compare, or prompts without a truth and no `clip`.
+    """
+    if len(contenders) < 2 or len(prompts) < 2:
+        raise ValueError(
+            f"a comparison needs two contenders and two prompts, got {len(contenders)} and "
+            f"{len(prompts)}"
+        )
+    found: list[Drawn] = []
+    total = len(contenders) * len(prompts)
+    for number, it in enumerate(contenders):
+        parts: list[Pictures] = []
+        started = time.perf_counter()
+        with evaluations(it.generator) as counted:
+            for start in range(0, len(prompts), batch):
+                texts = [prompt.text for prompt in prompts[start : start + batch]]
+                seeds = [seed + start + k for k in range(len(texts))]
+                parts.append(np.asarray(it.generator(texts, seed=seeds, **it.options)))
+                if progress:
+                    progress(number * len(prompts) + start + len(texts), total)
+        seconds = time.perf_counter() - started
+        pictures = np.concatenate(parts)
+        right = judged(pictures, prompts, clip)
+        against = metrics.paired_difference(right, found[0].right, blocks) if found else None
+        spent = counted() / len(prompts)
+        found.append(Drawn(it.name, pictures, right, spent, seconds / len(prompts), against))
+    return found
+
+
+def judged(pictures: Pictures, prompts: Sequence[Prompt], clip: Extractor | None) -> ndarray:
+    """For each picture 1.0 where it shows its prompt, else 0.0."""
+    if truths := _scenes(prompts):
+        return shapes_oracle.judge_all(pictures, truths)["all"].astype(np.float64)
+    if clip is None:
+        raise ValueError("prompts without a truth are judged by CLIP, and none was given")
+    texts = clip.texts([prompt.text for prompt in prompts])
+    groups = [prompt.group for prompt in prompts]
+    among = min(AMONG, len(prompts))
+    return metrics.retrieval_at_1(clip.images(pictures), texts, among, groups)
+
+
+@contextmanager
+def evaluations(generator: Any) -> Iterator[Any]:
+    """A function that says how many rows went through the generator's network so far; NaN for a
+    generator that shows no network.
+    """
+    network = getattr(getattr(generator, "base", None), "network", None)
+    rows = 0
+
+    def count(module: Any, arguments: tuple[Any, ...]) -> None:
+        nonlocal rows
+        rows += len(arguments[0])
+
+    if network is None:
+        yield lambda: float("nan")
+        return
+    hook = network.register_forward_pre_hook(count)
+    try:
+        yield lambda: float(rows)
+    finally:
+        hook.remove()
+
+
+def write(
+    path: str | os.PathLike[str], title: str, drawn: Sequence[Drawn], prompts: Sequence[Prompt]
+) -> None:
+    """Publish the comparison as one self-contained page at a path or URL."""
+    storage.publish_bytes(str(path), render(title, drawn, prompts).encode())
+
+
+def render(title: str, drawn: Sequence[Drawn], prompts: Sequence[Prompt], rows: int = 16) -> str:
+    """The page as HTML: a table of all contenders, and the first `rows` prompts drawn by each."""
+    table = []
+    for it in drawn:
+        share = metrics.proportion(it.right)
+        table.append(
+            {
+                "name": it.name,
+                "share": share.mean,
+                "between": f"{100 * share.low:.1f} to {100 * share.high:.1f} %",
+                "evaluations": "" if np.isnan(it.evaluations) else f"{it.evaluations:.0f}",
+                "milliseconds": f"{1000 * it.seconds:.0f} ms",
+                "against": _signed(it.against_first),
+            }
+        )
+    pictures = [
+        {
+            "text": prompt.text,
+            "images": [
+                {"uri": image(it.pictures[row]), "right": bool(it.right[row])} for it in drawn
+            ],
+        }
+        for row, prompt in enumerate(prompts[:rows])
+    ]
+    side = drawn[0].pictures.shape[1]
+    return page(
+        TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
+        table=table, rows=pictures, count=len(prompts),
+        names=[it.name for it in drawn],
+        judge="every attribute is read from the pixels" if _scenes(prompts)
+        else "the line's CLIP finds the caption again among others",
+    )  # fmt: skip
+
+
+def _scenes(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
+    """The truths of the prompts if all are of drawn scenes, else none."""
+    truths = [prompt.truth for prompt in prompts if prompt.truth and "background" in prompt.truth]
+    return truths if len(truths) == len(prompts) else []
+
+
+def _signed(difference: metrics.Interval | None) -> str:
+    if difference is None:
+        return ""
+    mean, low, high = (100 * x for x in (difference.mean, difference.low, difference.high))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
