@@ -82,7 +82,10 @@ def compare(
             for start in range(0, len(prompts), batch):
                 texts = [prompt.text for prompt in prompts[start : start + batch]]
                 seeds = [seed + start + k for k in range(len(texts))]
-                parts.append(np.asarray(it.generator(texts, seed=seeds, **it.options)))
+                options = dict(it.options)
+                if options.get("classifier_guidance"):
+                    options["labels"] = [prompt.truth or {} for prompt in prompts[start:][:batch]]
+                parts.append(np.asarray(it.generator(texts, seed=seeds, **options)))
                 if progress:
                     progress(number * len(prompts) + start + len(texts), total)
         seconds = time.perf_counter() - started

@@ -32,6 +32,8 @@ class EvaluationConfig(BaseModel):
     train_count: int = Field(default=4096, ge=16)
     """Training pictures among which memorisation looks for copies."""
     heldout_loss_samples: int = Field(default=512, ge=2)
+    likelihood_samples: int = Field(default=64, ge=2)
+    """Held-out pictures whose likelihood is computed, where the model has one."""
     kid_block: int = Field(default=32, ge=8)
     """Pictures in each disjoint block of the kernel distance."""
     blocks: int = Field(default=16, ge=2)

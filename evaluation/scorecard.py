@@ -272,8 +272,12 @@ class _Scoring:
                 found.per_prompt[self.main], plain.per_prompt[self.main], self.config.blocks
             )
             values["guidance_gain"] = _value(gain, found.values[self.main].basis)
-        if loss := self._heldout_loss():
-            per_prompt["heldout_loss"], values["heldout_loss"] = loss
+        for name, method, count in (
+            ("heldout_loss", "denoising_loss", self.config.heldout_loss_samples),
+            ("bits_per_dim", "bits_per_dim", self.config.likelihood_samples),
+        ):
+            if measured := self._of_heldout(method, count):
+                per_prompt[name], values[name] = measured
         groups = self._groups(found)
         of = np.array([it.group for it in self.prompts])
         per_prompt |= {
@@ -408,20 +412,25 @@ class _Scoring:
             self._train = self.clip.images(self.train)
         return self._train
 
-    def _heldout_loss(self) -> tuple[ndarray, Value] | None:
-        """The denoising loss on fixed (picture, noise, time) triples of held-out samples."""
-        loss: Callable[..., Any] | None = getattr(self.generator, "denoising_loss", None)
-        if loss is None or self.heldout is None:
+    def _of_heldout(self, method: str, samples: int) -> tuple[ndarray, Value] | None:
+        """What a method of the generator says of fixed held-out samples and draws; None where it
+        has no such method, or nothing to say.
+        """
+        ask: Callable[..., Any] | None = getattr(self.generator, method, None)
+        if ask is None or self.heldout is None:
             return None
         from training.measuring import fixed_rows
 
-        rows = fixed_rows(self.heldout.samples, self.config.heldout_loss_samples)
+        rows = fixed_rows(self.heldout.samples, samples)
         chunks = (rows[i : i + self.config.batch] for i in range(0, len(rows), self.config.batch))
         losses, keys = [], []
         for chunk in chunks:
             batch = self.heldout.rows(chunk)
+            said = ask(batch, self.config.seed)
+            if said is None:
+                return None
             keys += batch["key"] if "key" in batch else chunk.tolist()
-            losses.append(np.asarray(loss(batch, self.config.seed), np.float64).reshape(-1))
+            losses.append(np.asarray(said, np.float64).reshape(-1))
         found = np.concatenate(losses)
         named = hashlib.blake2b(" ".join(map(str, keys)).encode(), digest_size=8).hexdigest()
         basis = Basis(

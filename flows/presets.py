@@ -85,6 +85,23 @@ def shapes_flow() -> Recipe:
     return _in_pixels("shapes-flow", {"path": "flow"}, {"kind": "ddim", "steps": 24})
 
 
+def shapes_classifier() -> Recipe:
+    """shapes-ddpm and a noise-aware classifier (Dhariwal & Nichol 2021) that can guide it."""
+    ddpm = shapes_ddpm()
+    return ddpm.model_copy(
+        update={
+            "name": "shapes-classifier",
+            "classifier": StageRecipe(
+                config={
+                    "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
+                    "diffusion": ddpm.base.config["diffusion"],
+                },
+                training=_training(images=80_000, batch=64, learning_rate=1e-3),
+            ),
+        }
+    )
+
+
 def _in_pixels(
     name: str, diffusion: dict[str, Any], sampler: dict[str, Any], prompts: int = 512
 ) -> Recipe:
@@ -198,5 +215,6 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-sde": shapes_sde,
     "shapes-edm": shapes_edm,
     "shapes-flow": shapes_flow,
+    "shapes-classifier": shapes_classifier,
     "pictures": pictures,
 }

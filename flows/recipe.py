@@ -21,7 +21,7 @@ from pipeline.execute import Executor
 from pipeline.ingest import IngestRules
 from pipeline.manifest import fingerprint
 
-STAGES = ("autoencoder", "clip", "t5", "base")
+STAGES = ("autoencoder", "clip", "t5", "base", "classifier")
 FROZEN = ("autoencoder", "clip", "t5")
 """Trained once on a data set and kept when it grows: what they encoded stays valid."""
 
@@ -78,6 +78,8 @@ class Recipe(_Part):
     clip: StageRecipe = StageRecipe()
     t5: StageRecipe = StageRecipe()
     base: StageRecipe = StageRecipe()
+    classifier: StageRecipe | None = None
+    """A judge of noisy pictures, for classifier guidance; none by default."""
     sampler: dict[str, Any] = {"kind": "dpmpp2m", "steps": 16}
     """How pictures are drawn (training.diffusion.SamplerConfig); the sweep chooses the guidance."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -87,14 +89,19 @@ class Recipe(_Part):
     """Cron line of the scheduled retraining."""
 
     def stage(self, name: str) -> StageRecipe:
-        if name not in STAGES:
-            raise RecipeError(f"no stage {name!r} in recipe {self.name}{_nearest(name, STAGES)}")
+        if name not in self.stages:
+            near = _nearest(name, self.stages)
+            raise RecipeError(f"no stage {name!r} in recipe {self.name}{near}")
         return getattr(self, name)
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this recipe's model, in the order of their making."""
-        return tuple(name for name in STAGES if name != "autoencoder" or not self.in_pixels)
+        left_out = {
+            "autoencoder": self.in_pixels,
+            "classifier": self.classifier is None,
+        }
+        return tuple(name for name in STAGES if not left_out.get(name))
 
     @property
     def in_pixels(self) -> bool:
@@ -109,7 +116,7 @@ class Recipe(_Part):
     def identity(self) -> str:
         """Fingerprint of what decides the result; when and on how many machines does not."""
         body = self.model_dump(mode="json", exclude={"schedule", "executor"})
-        for name in STAGES:
+        for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
         return fingerprint(body)
 
@@ -152,7 +159,7 @@ def check_stages(recipe: Recipe) -> None:
     from training.loop import TrainingConfig
     from training.stages import CONFIGS, reconstruct
 
-    for name in STAGES:
+    for name in recipe.stages:
         stage = recipe.stage(name)
         try:
             reconstruct(SamplerConfig, recipe.sampler, "sampler")

@@ -161,7 +161,10 @@ class ClipStage(Stage):
 
     def pixels(self, batch: Batch) -> Float[Tensor, "batch 3 side side"]:
         """What the image tower reads: square pictures, resized to its side."""
-        x, side = to_unit(batch["pixels"]), self.config.image.side
+        return self._fitted(to_unit(batch["pixels"]))
+
+    def _fitted(self, x: Tensor) -> Tensor:
+        side = self.config.image.side
         if x.shape[-2] != x.shape[-1]:
             raise ValueError(f"clip: pictures must be square, got {list(x.shape)}")
         if x.shape[-1] != side:
@@ -171,7 +174,16 @@ class ClipStage(Stage):
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Float[Tensor, "batch embed"]:
         """Normalised features of square pictures, uint8 [B, 3, H, W]."""
-        return self.model.encode_image(self.pixels({"pixels": pixels}), normalize=True).float()
+        return self.features(to_unit(pixels))
+
+    def features(self, x: Tensor) -> Float[Tensor, "batch embed"]:
+        """Normalised features of square pictures in [-1, 1], with gradients."""
+        return self.model.encode_image(self._fitted(x), normalize=True).float()
+
+    @property
+    def temperature(self) -> float:
+        """What cosines are multiplied by."""
+        return self._scale().item()
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Float[Tensor, "batch embed"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from .diffusion import Cond, SamplerConfig, normal
+from .diffusion import Cond, SamplerConfig, classifier, normal
+from .diffusion.guidance import Guide, clip_log_prob, reconstruction
 from .stage import to_tensors
 
 GENERATOR, MODEL = "generator.json", "model"
@@ -45,6 +46,10 @@ class Generator:
     resolution: int
     """Side of the pictures in pixels."""
     precision: str
+    classifier: Any = None
+    """The classifier stage, for classifier guidance; None without one."""
+    clip: Path | None = None
+    """Folder of a CLIP stage with both towers, for CLIP guidance; None without one."""
 
     @classmethod
     def load(
@@ -87,6 +92,9 @@ class Generator:
         steps: int | None = None,
         seed: int | Sequence[int] = 0,
         sampler: str | None = None,
+        labels: Sequence[Mapping[str, str]] | None = None,
+        classifier_guidance: float = 0.0,
+        clip_guidance: float = 0.0,
         **options: Any,
     ) -> Pictures:
         """Pictures uint8 [n, H, W, 3], one for each prompt; with an integer seed, i has seed + i.
@@ -94,10 +102,20 @@ class Generator:
         `negative` is what guidance leads away from: one text, or one for each prompt. `sampler` is
         a kind of SamplerConfig, `options` are any other fields of it (guidance_interval, eta, ...).
         What is left out is the generator's default. An empty text is no caption at all.
+
+        `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage, for one
+        mapping of attributes to answers a prompt; `clip_guidance` that of the line's CLIP, which
+        judges the estimate of the picture. Both come on top of `guidance`: 0 there leaves the
+        captions to them. ValueError where the generator lacks what they need.
         """
         chosen = {"guidance": guidance, "steps": steps, "kind": sampler, **options}
+        guides = [
+            *self._classifier_guide(prompts, labels, classifier_guidance),
+            *self._clip_guide(prompts, clip_guidance),
+        ]
         pictures = [
-            self._decoded(x) for x in self._latents(prompts, negative, seed, self._sampler(chosen))
+            self._decoded(x)
+            for x in self._latents(prompts, negative, seed, self._sampler(chosen), guides)
         ]
         shape = (0, self.resolution, self.resolution, 3)
         return np.concatenate(pictures) if pictures else np.zeros(shape, np.uint8)
@@ -124,6 +142,15 @@ class Generator:
         """
         return self.base.heldout_loss(to_tensors(batch, self._device), seed).cpu().numpy()
 
+    def bits_per_dim(
+        self, batch: Mapping[str, Any], seed: int = 0
+    ) -> Float[np.ndarray, " sample"] | None:
+        """-log2 p(picture | caption) per byte for each row of a loader's batch; None for a model of
+        latents, which has no such density."""
+        if self.codec is not None:
+            return None
+        return self.base.bits_per_dim(to_tensors(batch, self._device), seed).cpu().numpy()
+
     @property
     def _device(self) -> torch.device:
         return self.base.shift.device
@@ -143,6 +170,7 @@ class Generator:
         negative: str | Sequence[str] | None,
         seed: int | Sequence[int],
         sampler: SamplerConfig,
+        guides: Sequence[Callable[[slice], Guide]] = (),
     ):
         if isinstance(prompts, str):
             raise ValueError(f"prompts: wanted a list of texts, got one text: {prompts!r:.80}")
@@ -155,7 +183,47 @@ class Generator:
         for start in range(0, count, BATCH):
             rows = slice(start, start + BATCH)
             against = None if negatives is None else self.cond(negatives[rows])
-            yield self._sampled(self.cond(prompts[rows]), against, seeds[rows], sampler)
+            cond, around = self.cond(prompts[rows]), [make(rows) for make in guides]
+            yield self._sampled(cond, against, seeds[rows], sampler, around)
+
+    def _classifier_guide(
+        self, prompts: Sequence[str], labels: Sequence[Mapping[str, str]] | None, scale: float
+    ) -> list[Callable[[slice], Guide]]:
+        if not scale:
+            return []
+        if self.classifier is None or self.codec is not None:
+            raise ValueError(
+                "classifier_guidance needs a base of pixels and a classifier stage: "
+                + ("this generator draws latents" if self.classifier else "it has none")
+            )
+        if labels is None or len(labels) != len(prompts):
+            raise ValueError(
+                f"classifier_guidance needs labels, one for each of {len(prompts)} prompts, got "
+                f"{'none' if labels is None else len(labels)}"
+            )
+        path = self.base.config.diffusion.build_path()
+        return [lambda rows: classifier(path, self.classifier.log_prob(labels[rows]), scale)]
+
+    def _clip_guide(self, prompts: Sequence[str], scale: float) -> list[Callable[[slice], Guide]]:
+        if not scale:
+            return []
+        if self.clip is None or self.codec is not None:
+            raise ValueError(
+                "clip_guidance needs a base of pixels and the line's own CLIP: "
+                + ("this generator draws latents" if self.clip else "this generator has none")
+            )
+        from .stages import load
+
+        judge: Any = load(self.clip).to(self._device)
+        path = self.base.config.diffusion.build_path()
+
+        def guide(rows: slice) -> Guide:
+            log_prob = clip_log_prob(
+                lambda x0, t: judge.features(x0), judge.texts(prompts[rows]), judge.temperature
+            )
+            return reconstruction(path, log_prob, scale)
+
+        return [guide]
 
     def cond(self, texts: Sequence[str]) -> Cond:
         """What the network is told by these texts; a blank one is the null condition."""
@@ -172,7 +240,12 @@ class Generator:
         return cond
 
     def _sampled(
-        self, cond: Cond, against: Cond | None, seeds: Sequence[int], sampler: SamplerConfig
+        self,
+        cond: Cond,
+        against: Cond | None,
+        seeds: Sequence[int],
+        sampler: SamplerConfig,
+        guides: Sequence[Guide] = (),
     ) -> Tensor:
         shape = self.base.latent_shape.tolist()
         origin = torch.zeros(1, dtype=torch.int64, device=self._device)
@@ -191,6 +264,7 @@ class Generator:
             drawn("sample"),
             cond,
             negative=against,
+            guides=guides,
             noise=lambda x: drawn(f"sample/{next(calls)}").to(x),
         )
 
@@ -283,12 +357,16 @@ def _open(
     sources = {name: open_source(directories[name], name) for name in wanted}
     codec = open_codec(sources["autoencoder"], device) if "autoencoder" in sources else None
     encoders = {name: LOADERS[sources[name].family](sources[name], device) for name in texts}
+    judge = load(directories["classifier"]).to(device) if "classifier" in directories else None
+    towers = directories.get("clip") if "clip" in sources else None
     shape = base.latent_shape.tolist()
     side = shape[-1]
     if codec is not None:
         with torch.no_grad():
             side = codec.decode(torch.zeros(1, *shape, device=device)).shape[-1]
-    return Generator(base, codec, encoders, sampler, side, precision)
+    if towers is not None and sources["clip"].pretrained:
+        towers = None
+    return Generator(base, codec, encoders, sampler, side, precision, judge, towers)
 
 
 def _same_encoders(

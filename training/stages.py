@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from pipeline import storage
 
 from .autoencoding import AutoencoderStage, AutoencoderStageConfig
+from .classifying import ClassifierStage, ClassifierStageConfig
 from .contrastive import ClipStage, ClipStageConfig
 from .denoising import BaseStage, BaseStageConfig
 from .denoising_text import T5Stage, T5StageConfig
@@ -28,12 +29,14 @@ CONFIGS: Mapping[str, type] = {
     "clip": ClipStageConfig,
     "t5": T5StageConfig,
     "base": BaseStageConfig,
+    "classifier": ClassifierStageConfig,
 }
 STAGES: Mapping[str, type[Stage]] = {
     "autoencoder": AutoencoderStage,
     "clip": ClipStage,
     "t5": T5Stage,
     "base": BaseStage,
+    "classifier": ClassifierStage,
 }
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,20 @@ class Darkroom:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(poll)
         return False
+
+    @staticmethod
+    @contextlib.contextmanager
+    def beside(words: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
+        """A process that runs as long as the block, and is killed with all that it started."""
+        with log.open("wb") as out:
+            it = subprocess.Popen(
+                words, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                yield
+            finally:
+                kill_tree(it.pid)
+                it.wait()
 
 
 def kill_tree(root: int) -> None:

@@ -43,8 +43,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "preview": {"steps": 2},
     },
+    "classifier": {
+        "network": {"in_channels": 3, "channels": 16, "channel_mult": [1], "blocks": 1, "patch": 2}
+    },
 }
-IMAGES = {"autoencoder": 480, "clip": 800, "t5": 320, "base": 480}
+IMAGES = {"autoencoder": 480, "clip": 800, "t5": 320, "base": 480, "classifier": 480}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ class Line:
         return results.history(self.stages[name])
 
 
+def truths(count: int, first: int = 0) -> list[dict[str, Any]]:
+    """What the drawn scenes show."""
+    from pipeline import shapes
+
+    return [shapes.scene(5, index).truth() for index in range(first, first + count)]
+
+
 def drawn(count: int, first: int = 0) -> tuple[np.ndarray, list[str]]:
     """(pixels uint8 [n, 3, SIDE, SIDE], captions) of drawn scenes."""
     from pipeline import shapes
@@ -98,7 +108,9 @@ def line(tmp_path_factory) -> Line:
 
     root = tmp_path_factory.mktemp("line")
     dataset = str(root / "data")
-    made = tuple(shard(dataset, split, *drawn(n, first)) for split, n, first in SPLITS)
+    made = tuple(
+        shard(dataset, split, *drawn(n, first), truths(n, first)) for split, n, first in SPLITS
+    )
     manifest.publish(manifest.Manifest(dataset, 1, None, made))
     data = manifest.read(dataset, 1)
     local = Executor(kind="local")
@@ -140,21 +152,30 @@ def line(tmp_path_factory) -> Line:
     ]
     encode(data, specs, encoders.build, local)
     train("base", specs)
+    stages, inputs = {}, stages
+    train("classifier", [pixels])
+    stages = {**inputs, **stages}
     return Line(root, data, stages, specs)
 
 
 SPLITS = (("train", 64, 0), ("heldout", 16, 64))
 
 
-def shard(dataset: str, split: str, pixels: np.ndarray, captions: list[str]) -> Any:
+def shard(
+    dataset: str,
+    split: str,
+    pixels: np.ndarray,
+    captions: list[str],
+    labels: list[dict[str, Any]],
+) -> Any:
     from PIL import Image
 
     from pipeline.shards import ShardSample, write_shard
 
     rows = []
-    for picture, caption in zip(pixels, captions, strict=True):
+    for picture, caption, label in zip(pixels, captions, labels, strict=True):
         out = io.BytesIO()
         Image.fromarray(picture.transpose(1, 2, 0)).save(out, "PNG")
         key = hashlib.blake2b(out.getvalue(), digest_size=16).hexdigest()
-        rows.append(ShardSample(key, out.getvalue(), "png", (caption,), {}))
+        rows.append(ShardSample(key, out.getvalue(), "png", (caption,), {"label": label}))
     return write_shard(sorted(rows, key=lambda row: row.key), dataset, split)

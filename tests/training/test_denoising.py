@@ -271,3 +271,23 @@ def test_configs_say_why_they_refuse(changes, message):
 
 def test_the_default_diffusion_is_flow_with_logit_normal_times():
     assert stages.CONFIGS["base"]().diffusion == DiffusionConfig(path="flow", times="logit_normal")
+
+
+def test_bits_per_dim_of_a_gaussian_are_those_of_its_density():
+    """An untrained network says 0, which by EDM's preconditioning is the denoiser of N(0, .5^2)."""
+    config = {
+        "network": TINY,
+        "data": "pixels",
+        "diffusion": {"path": "edm", "prediction": "edm", "times": "lognormal"},
+    }
+    stage = stages.create("base", config)
+    draws = np.random.default_rng(0)
+    x = np.clip(draws.normal(size=(6, 3, 8, 8)) * 0.3, -1, 1)
+    batch = {"pixels": np.round((x + 1) * 127.5).astype(np.uint8), "position": np.arange(6)}
+    stage.prepare(Still(batch))
+    found = stage.bits_per_dim(to_tensors(batch), seed=3)
+    square = np.square(batch["pixels"] / 127.5 - 1).reshape(6, -1).mean(1)
+    nats = 0.5 * np.log(2 * np.pi * 0.25) + square / (2 * 0.25)
+    assert found.numpy() == pytest.approx(np.log2(127.5) + nats / np.log(2), abs=0.01)
+    with pytest.raises(ValueError, match="data 'pixels'"):
+        stages.create("base", {"network": TINY}).bits_per_dim({})

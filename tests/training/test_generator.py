@@ -251,3 +251,76 @@ def test_pretrained_encoders_travel_in_the_package(line, tmp_path):
     generator = Generator.load(tmp_path / "g", "cpu")
     assert generator(["anything"]).shape == (1, 16, 16, 3)
     assert generator.base.scale.tolist() != [1, 1, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def drawer(line, tmp_path_factory) -> Generator:
+    """A generator of pixels with a classifier beside it."""
+    from pipeline.encode import pixels_spec
+    from training.job import Job, run
+
+    specs = [pixels_spec(16), *(s for s in line.specs if s.kind == "text")]
+    output = tmp_path_factory.mktemp("pixels") / "base"
+    inputs = {name: line.stages[name] for name in ("clip", "t5")}
+    config = {"data": "pixels", "network": {**TINY, "patch": 2}, "preview": {"steps": 2}}
+    run(
+        Job(
+            kind="base",
+            fingerprint="pixels",
+            config=config,
+            training={"images": 640, "batch": 16, "learning_rate": 3e-3},
+            dataset=line.data.dataset,
+            version=1,
+            encodings=tuple(
+                {"name": s.name, "kind": s.kind, "fingerprint": s.fingerprint} for s in specs
+            ),
+            inputs=inputs,
+            output=str(output),
+        )
+    )
+    where = output.parent / "generator"
+    assemble(where, {**inputs, "base": output, "classifier": line.stages["classifier"]}, DEFAULTS)
+    return Generator.load(where, "cpu", precision="fp32")
+
+
+def test_the_classifier_leads_to_what_its_labels_say(drawer):
+    from training.autoencoding import to_unit
+
+    wanted = [{"background": "black"}, {"background": "white"}, {"background": "pink"}]
+
+    def belief(scale: float) -> torch.Tensor:
+        pictures = drawer(PROMPTS[:3], seed=1, labels=wanted, classifier_guidance=scale)
+        x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        return drawer.classifier.log_prob(wanted)(x, torch.tensor(0.02), {})
+
+    assert (belief(30.0) > belief(0.0)).all()
+    with pytest.raises(ValueError, match="mauve"):
+        drawer(["a"], labels=[{"colour": "mauve"}], classifier_guidance=1.0)
+    with pytest.raises(ValueError, match="labels, one for each of 1 prompts, got none"):
+        drawer(["a"], classifier_guidance=1.0)
+
+
+def test_clip_leads_to_pictures_that_it_likes(drawer):
+    judge = stages.load(drawer.clip)
+    texts = judge.texts(PROMPTS)
+
+    def liking(scale: float) -> torch.Tensor:
+        pictures = torch.from_numpy(drawer(PROMPTS, seed=1, clip_guidance=scale))
+        return (judge.images(pictures.permute(0, 3, 1, 2)) * texts).sum(1)
+
+    assert liking(5.0).mean() > liking(0.0).mean() + 0.02
+
+
+def test_judges_of_pixels_are_refused_where_latents_are_drawn(generator):
+    with pytest.raises(ValueError, match="draws latents"):
+        generator(["a"], labels=[{}], classifier_guidance=1.0)
+    with pytest.raises(ValueError, match="draws latents"):
+        generator(["a"], clip_guidance=1.0)
+
+
+def test_a_model_of_pixels_has_a_likelihood_and_one_of_latents_none(drawer, generator, line):
+    batch = line.loader("pixels", "clip", "t5").rows(np.arange(4))
+    found = drawer.bits_per_dim(batch)
+    assert found.shape == (4,)
+    assert np.isfinite(found).all()
+    assert generator.bits_per_dim(batch) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -183,14 +184,16 @@ class SamplerConfig:
             return samplers.shifted_grid(self.steps, self.shift)
         return samplers.uniform_grid(self.steps)
 
-    def build_guide(self, negative: Cond | None = None) -> guidance.Guide:
+    def build_guide(self, negative: Cond | None = None, *more: guidance.Guide) -> guidance.Guide:
+        """Classifier-free guidance, then `more`, then thresholding."""
         guides = [
             guidance.classifier_free(
                 self.guidance,
                 negative,
                 interval=self.guidance_interval,
                 rescale=self.guidance_rescale,
-            )
+            ),
+            *more,
         ]
         if self.threshold == "static":
             guides.append(guidance.static_threshold())
@@ -205,10 +208,14 @@ class SamplerConfig:
         cond: Cond = NULL,
         *,
         negative: Cond | None = None,
+        guides: Sequence[guidance.Guide] = (),
         noise: samplers.Noise = torch.randn_like,
     ) -> Data:
-        """x0 of `model` from standard normal `eps`; `noise` serves the stochastic kinds alone."""
-        denoise: Denoiser = self.build_guide(negative)(model)
+        """x0 of `model` from standard normal `eps`; `noise` serves the stochastic kinds alone.
+
+        `guides` wrap the model besides classifier-free guidance.
+        """
+        denoise: Denoiser = self.build_guide(negative, *guides)(model)
         grid = self.build_grid(model.path)
         start: Tensor = samplers.prior(model.path, eps, grid[0])
         step, corrector = self.build_step(model.path), self.build_corrector(model.path)

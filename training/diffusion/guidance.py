@@ -160,6 +160,23 @@ def classifier(path: Path, log_prob: LogProb, scale: float = 1.0) -> Guide:
     return guide
 
 
+def reconstruction(path: Path, log_prob: LogProb, scale: float = 1.0) -> Guide:
+    """The same with log p(y | x0 = D(x_t)), the gradient taken through the denoiser (Ho et al.
+    2022, video diffusion, sec. 3.1): for judges that know clean data alone."""
+
+    def guide(denoise: Denoiser) -> Denoiser:
+        def guided(x: Data, t: Time, cond: Cond) -> Data:
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                x0 = denoise(leaf, t, cond)
+                gradient = torch.autograd.grad(log_prob(x0, t, cond).sum(), leaf)[0]
+            return x0.detach() + scale * _pull(path, t, gradient)
+
+        return guided
+
+    return guide
+
+
 def _pull(path: Path, t: Tensor, gradient: Tensor) -> Tensor:
     """(s^2/a) gradient."""
     a, s = path.at(t, gradient)
@@ -207,20 +224,13 @@ def linear_inverse(
     approximation.
     """
 
-    def guide(denoise: Denoiser) -> Denoiser:
-        def guided(x: Data, t: Time, cond: Cond) -> Data:
-            a, s = path.at(t, x)
-            spread = (s * data_std) ** 2 / (s**2 + (a * data_std) ** 2)
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                x0 = denoise(leaf, t, cond)
-                miss = (measured - operator(x0)).flatten(1).square().sum(1)
-                gradient = torch.autograd.grad(-miss.sum() / 2, leaf)[0]
-            return x0.detach() + _pull(path, t, gradient / (noise_std**2 + gram * spread))
+    def log_prob(x0: Data, t: Time, cond: Cond) -> Tensor:
+        a, s = path(t)
+        spread = (s * data_std) ** 2 / (s**2 + (a * data_std) ** 2)
+        miss = (measured - operator(x0)).flatten(1).square().sum(1)
+        return -miss / (2 * (noise_std**2 + gram * spread).to(miss))
 
-        return guided
-
-    return guide
+    return reconstruction(path, log_prob)
 
 
 def static_threshold(limit: float = 1.0) -> Guide:

@@ -102,10 +102,7 @@ class Model:
     def predict(self, x: Data, t: Time, cond: Cond = NULL) -> tuple[Tensor, Tensor | None]:
         """F, and of a model with learned variance the fraction by which `ddim` interpolates."""
         x = _at_least_float32(x)
-        a, s = self.path.at(t, x)
-        c_in = (s**2 + (a * self.prediction.sigma_data) ** 2).rsqrt()
-        shown = (c_in * x).to(self.dtype or x.dtype)
-        out = self.network(shown, self.labels(t, x), cond).to(x.dtype)
+        out = self.network(self.shown(x, t), self.labels(t, x), cond).to(x.dtype)
         channels = x.shape[1] * (1 + self.learned_variance)
         if out.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
@@ -116,6 +113,12 @@ class Model:
             return out, None
         out, fraction = out.chunk(2, dim=1)
         return out, (fraction + 1) / 2
+
+    def shown(self, x: Data, t: Time) -> Data:
+        """c_in x: the network's input, of unit variance at every level."""
+        a, s = self.path.at(t, x)
+        c_in = (s**2 + (a * self.prediction.sigma_data) ** 2).rsqrt()
+        return (c_in * x).to(self.dtype or x.dtype)
 
     def fraction(self, x: Data, t: Time, cond: Cond = NULL) -> Tensor:
         """The learned variance alone, as `ddim(variance=...)` wants it; one network call."""

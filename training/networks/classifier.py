@@ -35,7 +35,8 @@ class ClassifierConfig:
     """Noise-aware classifier; the fields it shares with UNetConfig mean the same."""
 
     kind: Literal["classifier"] = "classifier"
-    heads: tuple[HeadConfig, ...]
+    heads: tuple[HeadConfig, ...] = ()
+    """A network needs one at least; a stage fills them in."""
     in_channels: int = 4
     patch: int = 1
     channels: int = 64
@@ -49,7 +50,7 @@ class ClassifierConfig:
     def __post_init__(self):
         freeze(self, heads=HeadConfig)
         names = [head.name for head in self.heads]
-        if not names or len(set(names)) != len(names):
+        if len(set(names)) != len(names):
             raise ValueError(f"a classifier needs heads of different names, got {names}")
         assert self.trunk  # refuses what a U-Net would
 
@@ -74,6 +75,8 @@ class Classifier(nn.Module):
 
     def __init__(self, config: ClassifierConfig):
         super().__init__()
+        if not config.heads:
+            raise ValueError("a classifier needs a head at least, got none")
         self.config = config
         trunk = config.trunk
         width = trunk.widths[-1]

@@ -67,7 +67,9 @@ def test_config_round_trip_and_refusals():
     config = tiny()
     assert ClassifierConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     with pytest.raises(ValueError, match="different names"):
-        tiny(heads=())
+        tiny(heads=(HeadConfig("a", 2), HeadConfig("a", 3)))
+    with pytest.raises(ValueError, match="a head at least"):
+        Classifier(tiny(heads=()))
     with pytest.raises(ValueError, match="at least 2 classes"):
         HeadConfig("colour", 1)
     with pytest.raises(ValueError, match="multiple of 8"):
