@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,23 @@ class Darkroom:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(poll)
         return False
+
+    @staticmethod
+    def free_port() -> int:
+        with socket.socket() as it:
+            it.bind(("127.0.0.1", 0))
+            return it.getsockname()[1]
+
+    @staticmethod
+    def until(what: Callable[[], Any], seconds: float, log: Path) -> Any:
+        """The first true answer of `what`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError, ValueError):
+                if found := what():
+                    return found
+            time.sleep(1)
+        raise AssertionError(f"not within {seconds} s:\n{log.read_text()[-3000:]}")
 
     @staticmethod
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import subprocess
 import sys
 import time
@@ -105,6 +106,24 @@ def test_sampling_depends_on_prompt_and_seed_alone(darkroom, first, tmp_path):
     alone, beside = Image.open(one["files"][0]), Image.open(two["files"][1])
     # bf16 sums differ in the last bit with the batch's size; a picture may differ by a grey level.
     assert np.abs(np.asarray(alone, int) - np.asarray(beside, int)).max() <= 3
+
+
+def test_another_cluster_gives_the_same_result(darkroom, first, tmp_path):
+    port, log = darkroom.free_port(), tmp_path / "ray.log"
+    away = type(darkroom)(tmp_path / "home")
+    environment = dict(os.environ) | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.getcwd()}
+    away.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    head = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
+        f"--port={port}", "--num-cpus=4", "--include-dashboard=false",
+        "--object-store-memory=300000000", f"--temp-dir={tmp_path / 'r'}",
+    ]  # fmt: skip
+    with darkroom.beside(head, environment, log):
+        darkroom.until(lambda: "Ray runtime started" in log.read_text(), 90, log)
+        there = away(*away.run_words())
+    assert there["data"]["digest"] == first["data"]["digest"]
+    names = ("correct", "heldout_loss", "kid")
+    assert {n: there["scorecard"][n] for n in names} == {n: first["scorecard"][n] for n in names}
 
 
 def test_growth_reads_only_what_is_new_and_warm_starts(darkroom, first):

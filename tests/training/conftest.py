@@ -44,7 +44,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "preview": {"steps": 2},
     },
     "classifier": {
-        "network": {"in_channels": 3, "channels": 16, "channel_mult": [1], "blocks": 1, "patch": 2}
+        "network": {
+            "in_channels": 3,
+            "channels": 16,
+            "channel_mult": [1],
+            "attention": [1],
+            "head_width": 16,
+            "blocks": 1,
+            "patch": 2,
+        }
     },
 }
 IMAGES = {"autoencoder": 480, "clip": 800, "t5": 320, "base": 480, "classifier": 480}

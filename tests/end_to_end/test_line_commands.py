@@ -1,0 +1,82 @@
+"""Every command answers with one JSON object, and with the exit code that its outcome has."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def first(darkroom):
+    return darkroom(*darkroom.run_words())
+
+
+def test_ingest_counts_every_row_and_does_nothing_twice(darkroom, tmp_path):
+    for n in range(4):
+        Image.new("RGB", (40, 40), (60 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text(f"a red square, shade {n}")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    (tmp_path / "broken.txt").write_text("a picture that is none")
+    words = ("ingest", str(tmp_path), "--dataset", str(tmp_path / "set"))
+    made = darkroom(*words)
+    assert made["counts"]["seen"] == 5
+    assert made["counts"]["rejected"] == 1
+    assert made["counts"]["kept"] + made["counts"].get("duplicate", 0) == 4
+    again = darkroom(*words)
+    assert (again["version"], again["digest"]) == (1, made["digest"])
+    assert (again["reused"], again["new"]) == (["data"], 0)
+
+
+def test_encode_and_train_find_what_is_done(darkroom, first):
+    overrides = darkroom.run_words()[2:]
+    encoded = darkroom("encode", "shapes", *overrides)
+    assert set(encoded["encodings"]) == {"autoencoder", "clip", "t5"}
+    trained = darkroom("train", "shapes", "t5", *overrides)
+    assert trained["reused"] == ["data", "t5"]
+    assert Path(trained["directory"], "stage.json").exists()
+
+
+def test_evaluate_measures_the_same_again(darkroom, first):
+    card = darkroom("evaluate", first["model"])["scorecard"]
+    assert card["correct"] == first["scorecard"]["correct"]
+    assert card["heldout_loss"] == first["scorecard"]["heldout_loss"]
+
+
+def test_a_gate_that_says_no_is_exit_code_3_and_changes_nothing(darkroom, first):
+    champion = darkroom("status")["models"]["shapes"]["champion"]
+    changes = {"sampler.steps": 3, "gate.absolute": {"correct": 1.0}}
+    refused = darkroom(*darkroom.run_words(**changes), code=3)
+    assert not refused["verdict"]["promote"]
+    assert "correct" in refused["verdict"]["reason"]
+    assert refused["alias"] is None
+    assert darkroom("promote", refused["model"], "--dry-run", code=3)["refused"]
+    assert darkroom("status")["models"]["shapes"]["champion"] == champion
+
+
+def test_bad_usage_is_exit_code_2_and_names_the_nearest_right_key(darkroom):
+    wrong = darkroom("run", "shapes", "base.training.imagse=3", code=2)
+    assert "base.training" in wrong["error"]
+    assert "images" in wrong["error"]
+    assert "pictures" in darkroom("run", "picturs", code=2)["error"]
+    assert "no stage" in darkroom("train", "shapes", "bse", code=2)["error"]
+    nothing = subprocess.run(
+        darkroom.command("paint"), env=darkroom.environment, capture_output=True, check=False
+    )
+    assert nothing.returncode == 2
+
+
+def test_what_fails_is_exit_code_1_and_says_why(darkroom, first, tmp_path):
+    assert "nobody" in darkroom("sample", "nobody", "a", "--out", str(tmp_path), code=1)["error"]
+    missing = darkroom(
+        "run", "pictures", f"data.sources={json.dumps([str(tmp_path / 'no')])}", code=1
+    )
+    assert "no" in missing["error"]
+
+
+def test_recipes_and_doctor(darkroom):
+    assert {"shapes", "pictures", "shapes-ddpm"} <= set(darkroom("recipes")["recipes"])
+    assert darkroom("doctor")["failed"] == []
