@@ -19,17 +19,17 @@ class UsageError(ValueError):
 
 
 def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any]:
-    from .retrain import finished, retrain, summary
+    from .retrain import NOTHING_TO_DO, finished, retrain, summary
 
     line = _line(recipe, overrides)
     if fresh:
         _forget(line, line.recipe.stages)
-    result = None if fresh else finished(line)
+    result = finished(line)
     if result is None:
         recipes.check_stages(line.recipe)
         result = retrain(recipe, overrides)
     else:
-        say("nothing changed since this model was made: all of it is already done")
+        say(NOTHING_TO_DO)
     return result | {
         "text": summary(line, result),
         "refused": not result["verdict"]["promote"],

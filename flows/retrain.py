@@ -24,6 +24,7 @@ from .train_stage import train_stage
 
 RUN_RECORD = 1
 """Format of the records of finished runs."""
+NOTHING_TO_DO = "nothing changed since this model was made: all of it is already done"
 
 
 def finished(line: Line) -> dict[str, Any] | None:
@@ -57,7 +58,11 @@ def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[
     through.
     """
     settings = prepare_environment()
-    return run_line(Line(recipes.load(recipe, overrides or ()), settings))
+    line = Line(recipes.load(recipe, overrides or ()), settings)
+    if done := finished(line):
+        say(NOTHING_TO_DO)
+        return done
+    return run_line(line)
 
 
 def run_line(line: Line) -> dict[str, Any]:

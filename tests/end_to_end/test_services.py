@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_a_deployment_runs_when_asked_and_when_its_hour_comes(darkroom, tmp_path):
-    darkroom(*darkroom.run_words())
-    before = darkroom("status")["models"]
+    first = darkroom(*darkroom.run_words())
+    words = darkroom.run_words(sampler__steps=5)  # to be drawn, scored and judged; not trained
     api = f"http://127.0.0.1:{(port := darkroom.free_port())}/api"
     environment = darkroom.environment | {
         "PREFECT_HOME": str(tmp_path / "prefect"),
@@ -37,7 +37,7 @@ def test_a_deployment_runs_when_asked_and_when_its_hour_comes(darkroom, tmp_path
 
     server, serving = tmp_path / "server.log", tmp_path / "deploy.log"
     prefect = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
-    deploy = darkroom.command("deploy", *darkroom.run_words()[1:], 'schedule="* * * * *"')
+    deploy = darkroom.command("deploy", *words[1:], 'schedule="* * * * *"')
     with darkroom.beside(prefect, environment, server):
         darkroom.until(lambda: call("/health"), 120, server)
         with darkroom.beside(deploy, environment, serving):
@@ -49,4 +49,6 @@ def test_a_deployment_runs_when_asked_and_when_its_hour_comes(darkroom, tmp_path
             artifacts = call("/artifacts/filter", {})
     kinds = {it["type"] for it in artifacts}
     assert {"table", "image", "markdown"} <= kinds, kinds
-    assert darkroom("status")["models"] == before
+    again = darkroom(*words, code=None)
+    assert again["model"] != first["model"]
+    assert {"base", "scores", "verdict"} <= set(again["reused"])
