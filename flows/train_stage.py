@@ -85,8 +85,14 @@ def train(
         uri=line.settings.mlflow_uri,
         spool=storage.join(job.output, "tracking"),
         parent_run_id=parent_run,
-        tags={FINGERPRINT: job.fingerprint, "darkroom.stage": name, "darkroom.data": data.digest},
-        params={"config": job.config, "training": job.training, "data_version": data.version},
+        tags={
+            FINGERPRINT: job.fingerprint,
+            "darkroom.stage": name,
+            "darkroom.data": data.digest,
+            # A tag, for it may change: versions of one digest hold the same shards.
+            "darkroom.data_version": data.version,
+        },
+        params={"config": job.config, "training": job.training},
         artifact_location=line.settings.artifacts,
     )
     with ray_session(job.training_config().workers > 1), meter(f"train {name}") as progress, run:

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -111,16 +112,16 @@ def test_sampling_depends_on_prompt_and_seed_alone(darkroom, first, tmp_path):
 def test_another_cluster_gives_the_same_result(darkroom, first, tmp_path):
     port, log = darkroom.free_port(), tmp_path / "ray.log"
     away = type(darkroom)(tmp_path / "home")
-    environment = dict(os.environ) | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.getcwd()}
     away.environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    head = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
-        f"--port={port}", "--num-cpus=4", "--include-dashboard=false",
-        "--object-store-memory=300000000", f"--temp-dir={tmp_path / 'r'}",
-    ]  # fmt: skip
-    with darkroom.beside(head, environment, log):
-        darkroom.until(lambda: "Ray runtime started" in log.read_text(), 90, log)
-        there = away(*away.run_words())
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as scratch:
+        head = [
+            str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
+            f"--port={port}", "--num-cpus=4", "--include-dashboard=false",
+            "--object-store-memory=300000000", f"--temp-dir={scratch}",
+        ]  # fmt: skip
+        with darkroom.beside(head, os.environ | {"RAY_AUTH_MODE": "disabled"}, log):
+            darkroom.until(lambda: "Ray runtime started" in log.read_text(), 90, log)
+            there = away(*away.run_words())
     assert there["data"]["digest"] == first["data"]["digest"]
     names = ("correct", "heldout_loss", "kid")
     assert {n: there["scorecard"][n] for n in names} == {n: first["scorecard"][n] for n in names}

@@ -16,12 +16,14 @@ def first(darkroom):
 
 
 def test_ingest_counts_every_row_and_does_nothing_twice(darkroom, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
     for n in range(4):
-        Image.new("RGB", (40, 40), (60 * n, 0, 0)).save(tmp_path / f"{n}.png")
-        (tmp_path / f"{n}.txt").write_text(f"a red square, shade {n}")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
-    (tmp_path / "broken.txt").write_text("a picture that is none")
-    words = ("ingest", str(tmp_path), "--dataset", str(tmp_path / "set"))
+        Image.new("RGB", (40, 40), (60 * n, 0, 0)).save(photos / f"{n}.png")
+        (photos / f"{n}.txt").write_text(f"a red square, shade {n}")
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    (photos / "broken.txt").write_text("a picture that is none")
+    words = ("ingest", str(photos), "--dataset", str(tmp_path / "set"))
     made = darkroom(*words)
     assert made["counts"]["seen"] == 5
     assert made["counts"]["rejected"] == 1
