@@ -25,7 +25,7 @@ def shapes() -> Recipe:
         t5=StageRecipe(training=_training(images=16_000, batch=32, learning_rate=3e-3)),
         base=StageRecipe(
             config={"network": _unet(channels=64, blocks=1)},
-            training=_training(images=115_000, batch=64, learning_rate=2e-3),
+            training=_training(images=90_000, batch=64, learning_rate=2e-3),
             warm_images=30_000,
         ),
         evaluation=EvaluationConfig(kind="shapes", guidance_scales=(2.0, 3.0, 4.5)),
