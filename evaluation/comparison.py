@@ -23,6 +23,7 @@ from .features import Extractor
 from .prompts import Prompt
 from .report import PIXELATED, image, page
 from .sample import Pictures, Progress
+from .techniques import Technique
 
 TEMPLATE = "comparison.html.jinja"
 AMONG = 100
@@ -132,14 +133,26 @@ def evaluations(generator: Any) -> Iterator[Any]:
 
 
 def write(
-    path: str | os.PathLike[str], title: str, drawn: Sequence[Drawn], prompts: Sequence[Prompt]
+    path: str | os.PathLike[str],
+    title: str,
+    drawn: Sequence[Drawn],
+    prompts: Sequence[Prompt],
+    shown: Sequence[Technique] = (),
 ) -> None:
     """Publish the comparison as one self-contained page at a path or URL."""
-    storage.publish_bytes(str(path), render(title, drawn, prompts).encode())
+    storage.publish_bytes(str(path), render(title, drawn, prompts, shown).encode())
 
 
-def render(title: str, drawn: Sequence[Drawn], prompts: Sequence[Prompt], rows: int = 16) -> str:
-    """The page as HTML: a table of all contenders, and the first `rows` prompts drawn by each."""
+def render(
+    title: str,
+    drawn: Sequence[Drawn],
+    prompts: Sequence[Prompt],
+    shown: Sequence[Technique] = (),
+    rows: int = 16,
+) -> str:
+    """The page as HTML: a table of all contenders, the first `rows` prompts drawn by each, and what
+    else the first one does.
+    """
     table = []
     for it in drawn:
         share = metrics.proportion(it.right)
@@ -167,6 +180,19 @@ def render(title: str, drawn: Sequence[Drawn], prompts: Sequence[Prompt], rows: 
         TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
         table=table, rows=pictures, count=len(prompts),
         names=[it.name for it in drawn],
+        techniques=[
+            {
+                "title": it.title,
+                "lead": it.lead,
+                "columns": it.columns,
+                "error": it.error,
+                "rows": [
+                    {"text": text, "images": [image(picture) for picture in row]}
+                    for text, row in zip(it.labels, it.rows, strict=True)
+                ],
+            }
+            for it in shown
+        ],
         judge="every attribute is read from the pixels" if _scenes(prompts)
         else "the line's CLIP finds the caption again among others",
     )  # fmt: skip

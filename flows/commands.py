@@ -134,6 +134,7 @@ def sample(
 def compare(models: list[str], out: str, prompts: int, title: str | None) -> dict[str, Any]:
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
+    from evaluation.techniques import techniques
 
     from .score_model import ask
 
@@ -159,7 +160,13 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             clip=question.clip,
             progress=progress,
         )
-    comparison.write(out, title or " · ".join(loaded), drawn, asked)
+    shown = techniques(
+        contenders[0].generator,
+        [prompt.text for prompt in asked[:4]],
+        question.reference[:6],
+        line.recipe.evaluation.seed,
+    )
+    comparison.write(out, title or " · ".join(loaded), drawn, asked, shown)
     rows = [
         {
             "model": it.name,

@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from .diffusion import Cond, SamplerConfig, classifier, normal
-from .diffusion.guidance import Guide, clip_log_prob, reconstruction
+from .diffusion.guidance import Guide, clip_log_prob, linear_inverse, reconstruction
+from .diffusion.path import Path as NoisePath
+from .diffusion.samplers import slerp
 from .stage import to_tensors
 
 GENERATOR, MODEL = "generator.json", "model"
@@ -30,6 +33,35 @@ BATCH = 32
 """Pictures drawn at once: a bound on memory."""
 
 Pictures = UInt8[np.ndarray, "picture height width 3"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of pictures before they are drawn: some of their pixels, or smaller copies."""
+
+    pictures: Pictures
+    """With a `factor`, of 1/factor the generator's side: each pixel is the mean of a square."""
+    mask: Bool[np.ndarray, "picture height width"] | None = None
+    """True where a pixel is known; None: everywhere."""
+    factor: int = 1
+    noise_std: float = 0.02
+    """How exactly it is known, in units of half the pixels' range."""
+    data_std: float = 0.5
+    """Of all pixels, in the same units."""
+
+    def guide(self, rows: slice, path: NoisePath, device: torch.device) -> Guide:
+        measured = torch.from_numpy(self.pictures[rows]).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+        known = torch.ones((), device=device)
+        if self.mask is not None:
+            known = torch.from_numpy(self.mask[rows]).to(measured)[:, None]
+
+        def operator(x: Tensor) -> Tensor:
+            return known * avg_pool2d(x, self.factor)
+
+        return linear_inverse(
+            path, operator, known * measured, self.noise_std,
+            gram=self.factor**-2, data_std=self.data_std,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +127,7 @@ class Generator:
         labels: Sequence[Mapping[str, str]] | None = None,
         classifier_guidance: float = 0.0,
         clip_guidance: float = 0.0,
+        known: Known | None = None,
         **options: Any,
     ) -> Pictures:
         """Pictures uint8 [n, H, W, 3], one for each prompt; with an integer seed, i has seed + i.
@@ -106,12 +139,15 @@ class Generator:
         `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage, for one
         mapping of attributes to answers a prompt; `clip_guidance` that of the line's CLIP, which
         judges the estimate of the picture. Both come on top of `guidance`: 0 there leaves the
-        captions to them. ValueError where the generator lacks what they need.
+        captions to them. `known` is what the pictures must agree with, one for each prompt:
+        inpainting and super-resolution by conditioning alone (PiGDM, Song et al. 2023). ValueError
+        where the generator lacks what they need.
         """
         chosen = {"guidance": guidance, "steps": steps, "kind": sampler, **options}
         guides = [
             *self._classifier_guide(prompts, labels, classifier_guidance),
             *self._clip_guide(prompts, clip_guidance),
+            *self._known_guide(prompts, known),
         ]
         pictures = [
             self._decoded(x)
@@ -119,6 +155,20 @@ class Generator:
         ]
         shape = (0, self.resolution, self.resolution, 3)
         return np.concatenate(pictures) if pictures else np.zeros(shape, np.uint8)
+
+    @torch.no_grad()
+    def between(
+        self, prompt: str, seeds: tuple[int, int], shares: Sequence[float], **options: Any
+    ) -> Pictures:
+        """Pictures of one prompt from noise between that of two seeds, on the sphere: share 0 is
+        the first seed's picture (DDIM, Song et al. 2021, sec. 5.3). `options` are fields of
+        SamplerConfig; without them the sampler is deterministic.
+        """
+        sampler = self._sampler({"kind": "ddim", "eta": 0.0, "corrections": 0, **options})
+        first, last = self._drawn([seeds[0]], "sample"), self._drawn([seeds[1]], "sample")
+        eps = torch.cat([slerp(first, last, share) for share in shares])
+        cond = self.cond([prompt] * len(shares))
+        return self._decoded(self._sampled(cond, None, [seeds[0]] * len(shares), sampler, (), eps))
 
     @torch.no_grad()
     def latents(
@@ -225,6 +275,24 @@ class Generator:
 
         return [guide]
 
+    def _known_guide(
+        self, prompts: Sequence[str], known: Known | None
+    ) -> list[Callable[[slice], Guide]]:
+        if known is None:
+            return []
+        if self.codec is not None:
+            raise ValueError("known: needs a base of pixels, and this generator draws latents")
+        side = self.resolution // known.factor
+        wanted = (len(prompts), side, side, 3)
+        masked = wanted[:3] if known.mask is None else known.mask.shape
+        if known.pictures.shape != wanted or masked != wanted[:3]:
+            raise ValueError(
+                f"known: got pictures {known.pictures.shape} and a mask {masked}, wanted {wanted} "
+                f"and {wanted[:3]}"
+            )
+        path = self.base.config.diffusion.build_path()
+        return [lambda rows: known.guide(rows, path, self._device)]
+
     def cond(self, texts: Sequence[str]) -> Cond:
         """What the network is told by these texts; a blank one is the null condition."""
         cond = {"keep": torch.tensor([bool(text.strip()) for text in texts], device=self._device)}
@@ -246,13 +314,9 @@ class Generator:
         seeds: Sequence[int],
         sampler: SamplerConfig,
         guides: Sequence[Guide] = (),
+        eps: Tensor | None = None,
     ) -> Tensor:
-        shape = self.base.latent_shape.tolist()
-        origin = torch.zeros(1, dtype=torch.int64, device=self._device)
         calls = iter(range(1 << 62))
-
-        def drawn(purpose: str) -> Tensor:
-            return torch.cat([normal(seed, purpose, origin, shape) for seed in seeds])
 
         def network(x: Tensor, label: Tensor, cond: Cond) -> Tensor:
             # Autocast around the network alone: the sampler's arithmetic stays in float32.
@@ -261,12 +325,18 @@ class Generator:
 
         return sampler.sample(
             self.base.config.diffusion.build_model(network),
-            drawn("sample"),
+            self._drawn(seeds, "sample") if eps is None else eps,
             cond,
             negative=against,
             guides=guides,
-            noise=lambda x: drawn(f"sample/{next(calls)}").to(x),
+            noise=lambda x: self._drawn(seeds, f"sample/{next(calls)}").to(x),
         )
+
+    def _drawn(self, seeds: Sequence[int], purpose: str) -> Tensor:
+        """Standard normal noise, each row a function of its own seed."""
+        shape = self.base.latent_shape.tolist()
+        origin = torch.zeros(1, dtype=torch.int64, device=self._device)
+        return torch.cat([normal(seed, purpose, origin, shape) for seed in seeds])
 
     @torch.no_grad()
     def _decoded(self, x: Tensor) -> Pictures:

@@ -8,6 +8,7 @@ import torch
 
 from evaluation.comparison import Contender, compare, render
 from evaluation.prompts import Prompt
+from evaluation.techniques import techniques
 from pipeline import shapes
 
 SCENES = [shapes.scene(3, index) for index in range(24)]
@@ -76,6 +77,40 @@ def test_the_page_is_self_contained_and_escapes_captions():
     assert "&lt;i&gt;" in html
     assert "http" not in html.replace("http-equiv", "")
     assert html.count('class="wrong"') == 2  # pictures 0 and 3 of the second
+
+
+class Filler:
+    """A model of pixels that knows how to keep what is known, and draws grey elsewhere."""
+
+    codec, resolution = None, 16
+
+    def __call__(self, prompts, *, seed, guidance, known):
+        assert set(prompts) == {""}
+        if known.mask is None:
+            return known.pictures.repeat(known.factor, 1).repeat(known.factor, 2)
+        return np.where(known.mask[..., None], known.pictures, 128).astype(np.uint8)
+
+    def between(self, prompt, seeds, shares):
+        assert seeds[0] != seeds[1]
+        return np.stack([np.full((16, 16, 3), 255 * share, np.uint8) for share in shares])
+
+
+def test_what_else_a_model_of_pixels_does():
+    real = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    found = techniques(Filler(), ["a", "<b>"], real, seed=4)
+    assert [it.error for it in found] == [None, 0.0, 0.0]
+    assert [len(it.rows) for it in found] == [2, 3, 3]
+    between, filled, enlarged = found
+    assert between.rows[0][:, 0, 0, 0].tolist() == [0, 42, 85, 127, 170, 212, 255]
+    np.testing.assert_array_equal(filled.rows[1][-1], real[1])
+    assert (filled.rows[1][0][:, 8:] == 255).all()
+    assert (filled.rows[1][1][:, 8:] == 128).all()
+    assert all(len(row) == len(enlarged.columns) for row in enlarged.rows)
+    drawn = compare([Contender("a", Painter()), Contender("b", Painter())], PROMPTS, seed=0)
+    html = render("t", drawn, PROMPTS, found, rows=1)
+    assert html.count("data:image/png;base64,") == 2 + 2 * 7 + 6 * 6
+    assert "<b>" not in html.replace("<b>Darkroom", "")
+    assert techniques(Painter(), ["a"], real, seed=0) == []
 
 
 def test_refusals():
