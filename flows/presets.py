@@ -19,13 +19,13 @@ def shapes() -> Recipe:
         data=DataRecipe(scenes=24_000, side=32, ingest=IngestRules(shard_samples=3000)),
         autoencoder=StageRecipe(
             config={"network": {"channels": 32, "channel_mult": [1, 3], "latent_channels": 4}},
-            training=_training(images=38_000, batch=32, learning_rate=3e-3),
+            training=_training(images=46_000, batch=32, learning_rate=3e-3),
         ),
-        clip=StageRecipe(training=_training(images=34_000, batch=128, learning_rate=1e-3)),
+        clip=StageRecipe(training=_training(images=38_000, batch=128, learning_rate=1e-3)),
         t5=StageRecipe(training=_training(images=14_000, batch=32, learning_rate=3e-3)),
         base=StageRecipe(
             config={"network": _unet(channels=64, blocks=1)},
-            training=_training(images=85_000, batch=64, learning_rate=2e-3),
+            training=_training(images=100_000, batch=64, learning_rate=2e-3),
             warm_images=30_000,
         ),
         evaluation=EvaluationConfig(kind="shapes", guidance_scales=(2.0, 3.0, 4.5)),
