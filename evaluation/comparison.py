@@ -74,6 +74,13 @@ def compare(
             f"a comparison needs two contenders and two prompts, got {len(contenders)} and "
             f"{len(prompts)}"
         )
+
+    def options(it: Contender, asked: Sequence[Prompt]) -> dict[str, Any]:
+        told = {"labels": [prompt.truth or {} for prompt in asked]}
+        return {**it.options, **(told if it.options.get("classifier_guidance") else {})}
+
+    for it in contenders:  # a wrong option is found at once, and nobody's time has the first call's
+        it.generator([prompts[0].text], seed=[seed], **options(it, prompts[:1]))
     found: list[Drawn] = []
     total = len(contenders) * len(prompts)
     for number, it in enumerate(contenders):
@@ -81,12 +88,11 @@ def compare(
         started = time.perf_counter()
         with evaluations(it.generator) as counted:
             for start in range(0, len(prompts), batch):
-                texts = [prompt.text for prompt in prompts[start : start + batch]]
+                asked = prompts[start : start + batch]
+                texts = [prompt.text for prompt in asked]
                 seeds = [seed + start + k for k in range(len(texts))]
-                options = dict(it.options)
-                if options.get("classifier_guidance"):
-                    options["labels"] = [prompt.truth or {} for prompt in prompts[start:][:batch]]
-                parts.append(np.asarray(it.generator(texts, seed=seeds, **options)))
+                drawn = it.generator(texts, seed=seeds, **options(it, asked))
+                parts.append(np.asarray(drawn))
                 if progress:
                     progress(number * len(prompts) + start + len(texts), total)
         seconds = time.perf_counter() - started

@@ -348,7 +348,7 @@ _MEANING = {
     "recall": "share of real pictures that could be drawn",
     "memorisation": "nearer to training pictures than held-out ones are; about 0 = no copies",
     "heldout_loss": "denoising loss on fixed noise",
-    "bits_per_dim": "-log2 p of held-out pictures given their captions, per byte",
+    "bits_per_dim": "-log2 p of held-out pictures given their captions; an upper bound",
 }
 _SHARES = ("correct", "retrieval", "guidance_gain", "precision", "recall")
 _GROUPS = {

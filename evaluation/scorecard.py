@@ -255,8 +255,8 @@ class _Scoring:
 
     def run(self) -> Scored:
         sweep = {scale: self.sampler(self.texts[: self.first], scale)[0] for scale in self.scales}
-        rows = self._sweep(sweep)
-        best = self.fixed if self.fixed is not None else self._best(rows)
+        rows, shown = self._sweep(sweep)
+        best = self.fixed if self.fixed is not None else self._best(rows, shown)
         self.sampler.total = self.sampler.done + len({best, UNGUIDED}) * (
             len(self.prompts) - self.first
         )
@@ -313,20 +313,22 @@ class _Scoring:
             return rest, seconds
         return (np.concatenate([begun, rest]) if len(rest) else begun), seconds
 
-    def _sweep(self, sweep: Mapping[float, Pictures]) -> list[Scale]:
-        """Cheap values at each scale. The distribution's are compared only with each other: they
-        are of few pictures.
+    def _sweep(self, sweep: Mapping[float, Pictures]) -> tuple[list[Scale], list[ndarray]]:
+        """(cheap values at each scale, its main metric by prompt). The distribution's values are
+        compared only with each other: they are of few pictures.
         """
         rows: list[dict[str, float]] = []
+        shown: list[ndarray] = []
         for pictures in sweep.values():
             features = self.clip.images(pictures)
             count = min(len(features), len(self.features))
             precision, recall = metrics.precision_recall(
                 features[:count], self.features[:count], neighbours=NEIGHBOURS
             )
+            shown.append(self._fidelity(pictures, features)[self.main])
             rows.append(
                 {
-                    self.main: float(self._fidelity(pictures, features)[self.main].mean()),
+                    self.main: float(shown[-1].mean()),
                     "clip_score": float(
                         metrics.clip_score(features, self.text_features[: len(features)]).mean()
                     ),
@@ -337,15 +339,24 @@ class _Scoring:
             )
         points = [(row[self.main], -row["kid"]) for row in rows]
         pareto = [not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points) for p in points]
-        return [
+        scales = [
             Scale(scale=s, values=v, pareto=p) for s, v, p in zip(sweep, rows, pareto, strict=True)
         ]
+        return scales, shown
 
-    def _best(self, rows: Sequence[Scale]) -> float:
-        """The scale whose pictures show most of what was asked; of equals the one nearest to the
-        real pictures.
+    def _best(self, rows: Sequence[Scale], shown: Sequence[ndarray]) -> float:
+        """The least guidance whose pictures show what was asked as often as the best ones do, but
+        for one standard error of the paired difference (the rule of Breiman et al. 1984, sec.
+        3.4.3): what a scale wins by less on the sweep's few prompts is luck, and more guidance
+        varies less.
         """
-        return max(rows, key=lambda row: (row.values[self.main], -row.values["kid"])).scale
+        best = shown[int(np.argmax([it.mean() for it in shown]))]
+        behind = {row.scale: best - mine for row, mine in zip(rows, shown, strict=True)}
+        return min(
+            scale
+            for scale, miss in behind.items()
+            if miss.mean() <= miss.std(ddof=1) / np.sqrt(len(miss))
+        )
 
     def _fidelity(
         self, pictures: Pictures, features: ndarray, shift: int = 0

@@ -15,7 +15,7 @@ def ray_session(wanted: bool = True) -> Iterator[None]:
     """Ray is up inside, if it is wanted; a session that is already there is used and left as it is.
 
     It lasts as long as the work that needs it: its processes wake up often enough to slow down a
-    training in this one by a twentieth. ray.init replaces the process's SIGTERM handler, and with
+    training in this one by a sixth. ray.init replaces the process's SIGTERM handler, and with
     it Prefect's cancellation: it is put back.
     """
     if not wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -44,6 +45,7 @@ def ingest(sources: list[str], dataset: str, side: int) -> dict[str, Any]:
     from .cluster import ray_session
 
     rules = IngestRules(max_side=side)
+    dataset = dataset if "/" in dataset else settings().dataset(dataset)
     with ray_session(), meter("ingest") as progress:
         result = read(
             [_url(source) for source in sources],
@@ -141,17 +143,20 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
     uri = settings().mlflow_uri
     if len(models) < 2:
         raise UsageError('name two models or more, e.g. shapes "shapes?steps=8"')
-    contenders: list[comparison.Contender] = []
-    loaded: dict[str, Any] = {}
-    for model in models:
-        name, _, query = model.partition("?")
-        if name not in loaded:
-            loaded[name] = registry.load(name, tracking_uri=uri)
-        options = dict(_option(model, part) for part in query.split("&") if part)
-        contenders.append(comparison.Contender(model, loaded[name], options))
-    line, _ = _line_of(models[0].partition("?")[0])
+    named = [_contender(model) for model in models]
+    loaded = {
+        name: registry.load(name, tracking_uri=uri)
+        for name in dict.fromkeys(name for name, _ in named)
+    }
+    contenders = [
+        comparison.Contender(model, loaded[name], options)
+        for model, (name, options) in zip(models, named, strict=True)
+    ]
+    line, _ = _line_of(named[0][0])
     question = ask(line, line.manifest())
     asked = question.prompts[:prompts]
+    if len(asked) < prompts:
+        say(f"{len(asked)} prompts, not {prompts}: that is how many {models[0]} is asked")
     with meter("compare") as progress:
         drawn = comparison.compare(
             contenders,
@@ -179,7 +184,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         for it in drawn
     ]
     lines = [f"  {r['model']:44} {r['right']:6.1%}  {r['evaluations']:6.0f} calls" for r in rows]
-    return {"rows": rows, "page": str(Path(out)), "text": "\n".join([*lines, f"  {out}"])}
+    return {"rows": rows, "page": out, "text": "\n".join([*lines, f"  {out}"])}
 
 
 def evaluate(model: str) -> dict[str, Any]:
@@ -200,6 +205,8 @@ def evaluate(model: str) -> dict[str, Any]:
 def promote(model: str, dry_run: bool) -> dict[str, Any]:
     from .promote_model import decide, settle
 
+    if Path(model, "manifest.json").is_file():
+        raise UsageError(f"{model} is a folder; promote a registered model, e.g. models:/NAME/1")
     line, name = _line_of(model)
     data = line.manifest()
     if dry_run:
@@ -346,12 +353,13 @@ def _line(recipe: str, overrides: list[str]) -> Line:
 
 
 def _line_of(model: str) -> tuple[Line, str]:
-    """(the line that made a registered model, the model as the ledger calls it)."""
+    """(the line that made a model, the model as the ledger calls it, or its package's folder)."""
     from evaluation import registry
     from pipeline import storage
 
     here = settings()
-    name = registry.canonical(model, tracking_uri=here.mlflow_uri)
+    packaged = Path(model, "manifest.json").is_file()
+    name = model if packaged else registry.canonical(model, tracking_uri=here.mlflow_uri)
     folder, _ = registry.locate(name, tracking_uri=here.mlflow_uri)
     manifest = storage.read_json(str(folder / "manifest.json"))
     return Line(recipes.parse(manifest["recipe"]), here), name
@@ -389,18 +397,24 @@ def _forget(line: Line, stages: tuple[str, ...]) -> None:
         shutil.rmtree(line.model_dir(data))
 
 
-def _option(model: str, part: str) -> tuple[str, Any]:
-    """A field of the sampler and its value; a list in commas is one of numbers."""
-    import json
+def _contender(model: str) -> tuple[str, dict[str, Any]]:
+    """MODEL?key=value&key=value: the model and the fields of its sampler; commas make a list."""
+    name, _, query = model.partition("?")
+    options: dict[str, Any] = {}
+    for part in query.split("&") if query else ():
+        key, _, value = part.partition("=")
+        if not value:
+            raise UsageError(f"{model}: expected MODEL?key=value&key=value, got {part!r}")
+        values = [_number(text) for text in value.split(",")]
+        options[{"kind": "sampler"}.get(key, key)] = values if len(values) > 1 else values[0]
+    return name, options
 
-    key, equals, value = part.partition("=")
-    if not equals:
-        raise UsageError(f"{model}: expected MODEL?key=value&key=value, got {part!r}")
-    try:
-        found = json.loads(f"[{value}]")
-        return {"kind": "sampler"}.get(key, key), found if len(found) > 1 else found[0]
-    except json.JSONDecodeError:
-        return {"kind": "sampler"}.get(key, key), value
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _url(source: str) -> str:

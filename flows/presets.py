@@ -39,8 +39,8 @@ def shapes_ddpm() -> Recipe:
     """DDPM (Ho et al. 2020): noise is predicted, 16 px, drawn by 100 ancestral steps."""
     return _in_pixels(
         "shapes-ddpm",
-        {"path": "ddpm_cosine", "prediction": "eps", "times": "discrete"},
-        {"kind": "ddim", "eta": 1.0, "steps": 100},
+        {"path": "ddpm_linear", "prediction": "eps", "times": "discrete"},
+        {"kind": "ddim", "eta": 1.0, "steps": 100, "threshold": "static"},
     )
 
 
@@ -106,7 +106,8 @@ def _in_pixels(
     name: str, diffusion: dict[str, Any], sampler: dict[str, Any], prompts: int = 512
 ) -> Recipe:
     """Scenes of 16 px, denoised as they are. These recipes differ in their diffusion alone, and
-    share data, CLIP and T5. Samplers of hundreds of calls are scored on fewer prompts.
+    share data, CLIP and T5: with other `data` or another `seed`, set `data.dataset` too. Samplers
+    of hundreds of calls are scored on fewer prompts.
     """
     return Recipe(
         name=name,

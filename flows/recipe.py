@@ -11,7 +11,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -167,6 +167,26 @@ def check_stages(recipe: Recipe) -> None:
             reconstruct(TrainingConfig, stage.training, f"{name}.training")
         except ValueError as error:
             raise RecipeError(str(error)) from None
+    if recipe.classifier is not None:
+        _check_guide(recipe)
+
+
+def _check_guide(recipe: Recipe) -> None:
+    """A classifier guides pixels, at the noise levels it was trained on."""
+    from training.stages import CONFIGS, reconstruct
+
+    if not recipe.in_pixels:
+        raise RecipeError("classifier: it guides pixels alone; set base.config.data=pixels")
+
+    def path(name: str) -> Any:
+        config: Any = reconstruct(CONFIGS[name], recipe.stage(name).config, f"{name}.config")
+        return config.diffusion.build_path()
+
+    if path("classifier") is not path("base"):  # a path is made once for each description
+        raise RecipeError(
+            "classifier.config.diffusion: another path than that of base.config.diffusion, whose "
+            "noise levels it is to judge; make the two equal"
+        )
 
 
 def _file(path: Path, presets: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +255,9 @@ def _known(loc: tuple[Any, ...]) -> list[str]:
         field = fields.get(part)
         if field is None:
             return []
-        model = field.annotation
+        choices = get_args(field.annotation)  # of `StageRecipe | None`
+        described = [it for it in choices if hasattr(it, "model_fields")]
+        model = described[0] if described else field.annotation
     if dataclasses.is_dataclass(model):
         return [field.name for field in dataclasses.fields(model)]
     return list(getattr(model, "model_fields", {}))

@@ -143,7 +143,9 @@ class ClassifierStage(Stage):
         return torch.tensor(rows, dtype=torch.int64)
 
     def finish(self, loader: Any) -> dict[str, Any]:
-        """The share of pictures of which all is told, nearly clean and half way to noise."""
+        """The share of labelled pictures of which all that the label says is told, nearly clean and
+        half way to noise.
+        """
         measured = self._accuracies(loader, "")
         unseen = heldout(loader)
         return measured | (self._accuracies(unseen, "heldout_") if unseen is not None else {})
@@ -160,14 +162,17 @@ class ClassifierStage(Stage):
         found = {}
         with evaluating(self):
             for name, time in (("clean", 0.02), ("halfway", 0.5)):
-                right = []
+                right: list[float] = []
                 chosen = fixed_rows(loader.samples, 512)
                 for rows in np.array_split(chosen, -(-len(chosen) // 128)):
                     batch = to_tensors(loader.rows(rows), next(self.parameters()).device)
-                    t = torch.full((len(rows),), time)
+                    t = torch.full((len(rows),), time, device=batch["pixels"].device)
                     logits = self.logits(self._noisy(batch, t, 0, "judged/"), t)
                     answers = self.answers(batch["label"])
                     told = [logits[it.name].argmax(1).cpu() for it in self.config.attributes]
-                    right.append((torch.stack(told, 1) == answers).all(1).float())
-                found[f"{prefix}accuracy_{name}"] = torch.cat(right).mean().item()
+                    asked = answers != UNASKED
+                    correct = ((torch.stack(told, 1) == answers) | ~asked).all(1)
+                    right += correct[asked.any(1)].float().tolist()
+                if right:
+                    found[f"{prefix}accuracy_{name}"] = float(np.mean(right))
         return found

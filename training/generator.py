@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,14 @@ class Generator:
             return None
         return self.base.bits_per_dim(to_tensors(batch, self._device), seed).cpu().numpy()
 
+    @cached_property
+    def _judge(self) -> Any:
+        """The CLIP stage with both towers."""
+        from .stages import load
+
+        assert self.clip is not None
+        return load(self.clip).to(self._device)
+
     @property
     def _device(self) -> torch.device:
         return self.base.shift.device
@@ -262,10 +271,7 @@ class Generator:
                 "clip_guidance needs a base of pixels and the line's own CLIP: "
                 + ("this generator draws latents" if self.clip else "this generator has none")
             )
-        from .stages import load
-
-        judge: Any = load(self.clip).to(self._device)
-        path = self.base.config.diffusion.build_path()
+        judge, path = self._judge, self.base.config.diffusion.build_path()
 
         def guide(rows: slice) -> Guide:
             log_prob = clip_log_prob(

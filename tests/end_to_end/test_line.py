@@ -122,6 +122,7 @@ def test_another_cluster_gives_the_same_result(darkroom, first, tmp_path):
         with darkroom.beside(head, os.environ | {"RAY_AUTH_MODE": "disabled"}, log):
             darkroom.until(lambda: "Ray runtime started" in log.read_text(), 90, log)
             there = away(*away.run_words())
+            assert any(Path(scratch).glob("session_*/logs/worker-*-01000000-*")), "it ran elsewhere"
     assert there["data"]["digest"] == first["data"]["digest"]
     names = ("correct", "heldout_loss", "kid")
     assert {n: there["scorecard"][n] for n in names} == {n: first["scorecard"][n] for n in names}

@@ -27,10 +27,11 @@ def test_a_model_of_pixels_is_made_scored_and_compared(darkroom, tmp_path):
     name = "shapes-classifier"
     rows = darkroom(
         "compare", name, f"{name}?guidance=0&classifier_guidance=2", f"{name}?clip_guidance=1",
-        f"{name}?kind=heun&steps=3", "--prompts", "8", "--out", str(page),
+        f"{name}?kind=heun&steps=3&guidance_interval=.0,1e0", "--prompts", "8", "--out", str(page),
     )["rows"]  # fmt: skip
     assert [row["evaluations"] for row in rows] == [8, 4, 8, 10]
-    assert page.read_text().count("data:image/png") == 32
+    techniques = 4 * 7 + 2 * 6 * 6
+    assert page.read_text().count("data:image/png") == 8 * 4 + techniques
 
     # The same stages under another name: nothing is trained again, another model is registered.
     again = darkroom("run", "shapes-ddpm", *(w for w in TINY if not w.startswith("classifier.")))

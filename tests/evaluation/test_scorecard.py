@@ -123,6 +123,17 @@ def test_the_best_scale_is_chosen_and_its_values_are_those_of_the_painter(known)
     assert any(row.pareto for row in card.sweep)
 
 
+def test_of_scales_that_a_few_prompts_cannot_tell_apart_the_least_is_chosen():
+    """At 2 one prompt of the sweep is wrong, at 6 none, and unguided every second one."""
+    card = scored(
+        Painter(
+            lambda i, guidance: (guidance == 2.0 and i == 5) or (guidance == 1.0 and i % 2 == 1)
+        )
+    ).scorecard
+    assert card.sweep[1].values["correct"] < card.sweep[2].values["correct"] == 1.0
+    assert card.scale == 2.0
+
+
 def test_only_the_attribute_that_was_wrong_is_blamed(known):
     table = known[1].scorecard.attributes
     assert set(table) == set(ATTRIBUTES)

@@ -38,6 +38,8 @@ def test_status_of_an_empty_home(tmp_path):
         (["train", "shapes", "bass"], "did you mean 'base'"),
         (["frobnicate"], "invalid choice"),
         (["rollback", "shapes"], "was ever promoted"),
+        (["compare", "shapes"], "two models or more"),
+        (["compare", "shapes", "shapes?steps="], "expected MODEL?key=value"),
     ],
 )
 def test_bad_usage_is_exit_code_2_and_says_why(tmp_path, words, told):

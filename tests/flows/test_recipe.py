@@ -65,6 +65,24 @@ def test_stage_configs_are_checked_by_the_stages(override, told):
         recipes.check_stages(load("shapes", [override]))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override", "told"),
+    [
+        ("shapes", "classifier.training.images=64", "guides pixels alone"),
+        ("shapes-edm", "classifier.training.images=64", "make the two equal"),
+        ("shapes-classifier", "base.config.diffusion.path=vp", "make the two equal"),
+    ],
+)
+def test_a_classifier_judges_the_noise_levels_of_its_base(recipe, override, told):
+    with pytest.raises(RecipeError, match=told):
+        recipes.check_stages(load(recipe, [override]))
+
+
+def test_below_an_optional_stage_too_the_nearest_key_is_named():
+    with pytest.raises(RecipeError, match=r"classifier\.trainig.*did you mean 'training'"):
+        load("shapes-classifier", ["classifier.trainig.images=5"])
+
+
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(RecipeError, match="did you mean 'shapes'"):
         load("shape")

@@ -44,6 +44,29 @@ def test_what_is_not_asked_teaches_nothing(stage, line):
     assert stage(batch)["loss"].tolist() == [0.0] * 4
 
 
+def test_what_a_label_leaves_open_is_no_mistake(stage, line, monkeypatch):
+    loader = line.loader("pixels", splits=("heldout",))
+    whole = stage.finish(loader)
+    everything = type(stage).answers
+
+    def half(self, labels, strict=False):
+        answers = everything(self, labels, strict)
+        answers[:, 1:] = UNASKED
+        answers[::2] = UNASKED
+        return answers
+
+    monkeypatch.setattr(type(stage), "answers", half)
+    first = stage.finish(loader)
+    assert first["accuracy_clean"] >= whole["accuracy_clean"]
+    assert 0 < first["accuracy_clean"] <= 1
+    monkeypatch.setattr(
+        type(stage),
+        "answers",
+        lambda self, labels: torch.full_like(everything(self, labels), UNASKED),
+    )
+    assert stage.finish(loader) == {}
+
+
 def test_refusals(stage):
     with pytest.raises(ValueError, match="colour='mauve' cannot be asked for"):
         stage.log_prob([{"colour": "mauve"}])

@@ -353,6 +353,13 @@ def test_what_is_known_is_kept_and_the_rest_is_drawn(drawer, scenes):
         drawer([""] * 3, known=Known(real, factor=4))
 
 
+def test_guides_that_look_at_the_estimate_nest(drawer, scenes):
+    real = np.ascontiguousarray(scenes[0][:1].transpose(0, 2, 3, 1))
+    known = Known(real, np.ones(real.shape[:3], bool))
+    both = drawer(["a red circle"], known=known, clip_guidance=1.0, steps=24)
+    assert np.abs(both.astype(float) - real).mean() < 8
+
+
 def test_pictures_between_two_seeds_begin_and_end_with_theirs(drawer, generator):
     for it in (drawer, generator):
         options = {"steps": 6}

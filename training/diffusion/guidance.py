@@ -166,11 +166,13 @@ def reconstruction(path: Path, log_prob: LogProb, scale: float = 1.0) -> Guide:
 
     def guide(denoise: Denoiser) -> Denoiser:
         def guided(x: Data, t: Time, cond: Cond) -> Data:
+            nested = x.requires_grad  # another one around this one: its gradient goes through x0
             with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
+                leaf = x if nested else x.detach().requires_grad_()
                 x0 = denoise(leaf, t, cond)
-                gradient = torch.autograd.grad(log_prob(x0, t, cond).sum(), leaf)[0]
-            return x0.detach() + scale * _pull(path, t, gradient)
+                log_p = log_prob(x0, t, cond).sum()
+                gradient = torch.autograd.grad(log_p, leaf, retain_graph=nested)[0]
+            return (x0 if nested else x0.detach()) + scale * _pull(path, t, gradient)
 
         return guided
 
