@@ -248,8 +248,8 @@ def rollback(name: str) -> dict[str, Any]:
 def recipes_() -> dict[str, Any]:
     from .presets import PRESETS
 
-    known = {name: (make.__doc__ or "").strip() for name, make in PRESETS.items()}
-    return {"recipes": known, "text": "\n".join(f"{name:10} {doc}" for name, doc in known.items())}
+    known = {name: " ".join((make.__doc__ or "").split()) for name, make in PRESETS.items()}
+    return {"recipes": known, "text": "\n".join(f"{name:18} {doc}" for name, doc in known.items())}
 
 
 def doctor() -> dict[str, Any]:

@@ -149,6 +149,9 @@ def classifier(path: Path, log_prob: LogProb, scale: float = 1.0) -> Guide:
     """
 
     def guide(denoise: Denoiser) -> Denoiser:
+        if not scale:
+            return denoise
+
         def guided(x: Data, t: Time, cond: Cond) -> Data:
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
@@ -165,6 +168,9 @@ def reconstruction(path: Path, log_prob: LogProb, scale: float = 1.0) -> Guide:
     2022, video diffusion, sec. 3.1): for judges that know clean data alone."""
 
     def guide(denoise: Denoiser) -> Denoiser:
+        if not scale:
+            return denoise
+
         def guided(x: Data, t: Time, cond: Cond) -> Data:
             nested = x.requires_grad  # another one around this one: its gradient goes through x0
             with torch.enable_grad():

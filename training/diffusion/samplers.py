@@ -72,12 +72,12 @@ def trailing_grid(steps: int, table_steps: int) -> Grid:
     return (uniform_grid(steps) * table_steps).round() / table_steps
 
 
-def leading_grid(steps: int, table_steps: int, offset: int = 0) -> Grid:
+def leading_grid(steps: int, table_steps: int) -> Grid:
     """Every (T // n)-th state counted from the data, as DDIM was published: it starts below t = 1,
     so that pure noise is never seen. State i + 1 is what others call timestep i."""
     _fits(steps, table_steps)
-    states = torch.arange(steps, dtype=torch.float64).flip(0) * (table_steps // steps) + 1 + offset
-    return _to_data(states.clamp(max=table_steps) / table_steps)
+    states = torch.arange(steps, dtype=torch.float64).flip(0) * (table_steps // steps) + 1
+    return _to_data(states / table_steps)
 
 
 def shifted_grid(steps: int, factor: float) -> Grid:
