@@ -28,7 +28,8 @@ def test_a_model_of_pixels_is_made_scored_and_compared(darkroom, tmp_path):
     rows = darkroom(
         "compare", f"{name}?guidance=2", f"{name}?guidance=0&classifier_guidance=2",
         f"{name}?guidance=2&clip_guidance=1",
-        f"{name}?guidance=2&kind=heun&steps=3&guidance_interval=.0,1e0", "--prompts", "8", "--out", str(page),
+        f"{name}?guidance=2&kind=heun&steps=3&guidance_interval=.0,1e0",
+        "--prompts", "8", "--out", str(page),
     )["rows"]  # fmt: skip
     assert [row["evaluations"] for row in rows] == [8, 4, 8, 10]
     techniques = 4 * 7 + 2 * 6 * 6
