@@ -52,7 +52,7 @@ def finished(line: Line) -> dict[str, Any] | None:
     }
 
 
-@flow(name="retrain", log_prints=False)
+@flow(name="retrain", flow_run_name="retrain {recipe}", log_prints=False)
 def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[str, Any]:
     """Bring a recipe's model up to date with its sources, and promote it if the gate lets it
     through.

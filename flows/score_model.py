@@ -147,5 +147,6 @@ def score_model(line: dict[str, Any], name: str) -> dict[str, Any]:
     for picture in (GALLERY, SWEEP):
         content = base64.b64encode(Path(it.model_dir(data), picture).read_bytes()).decode()
         key = f"{it.slug}-{picture.removesuffix('.png')}"
-        create_image_artifact(f"data:image/png;base64,{content}", key=key)
+        told = f"{name}: the first prompts" + (" by guidance scale" if picture == SWEEP else "")
+        create_image_artifact(f"data:image/png;base64,{content}", key=key, description=told)
     return {**result, "reused": reused}

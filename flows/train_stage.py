@@ -120,11 +120,16 @@ def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) 
     it = Line.from_json(line)
     data = it.manifest()
     stage, reused = train(it, name, data, parent_run)
-    create_markdown_artifact(_summary(stage, reused), key=f"{it.slug}-{name}", description=name)
+    told = f"{name} of {it.recipe.name}"
+    create_markdown_artifact(_summary(stage, reused), key=f"{it.slug}-{name}", description=told)
     preview = it.stage_dir(name, data) / results.PREVIEW
     if preview.exists():
         picture = base64.b64encode(preview.read_bytes()).decode()
-        create_image_artifact(f"data:image/png;base64,{picture}", key=f"{it.slug}-{name}-preview")
+        create_image_artifact(
+            f"data:image/png;base64,{picture}",
+            key=f"{it.slug}-{name}-preview",
+            description=f"what {told} makes",
+        )
     return {"stage": name, "reused": reused, "seconds": stage.get("seconds", 0.0)}
 
 
@@ -132,5 +137,6 @@ def _summary(stage: dict[str, Any], reused: bool) -> str:
     lines = [f"## {stage['kind']}" + (" (found trained)" if reused else ""), "", "| | |", "|-|-|"]
     shown = {k: stage.get(k) for k in ("images_seen", "seconds", "parameters", "fingerprint")}
     for key, value in (shown | stage.get("measured", {})).items():
-        lines.append(f"| {key} | {value} |")
+        if not isinstance(value, list):  # the latents' scale and shift, channel by channel
+            lines.append(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
     return "\n".join(lines)

@@ -299,7 +299,9 @@ class _Courier:
         if found := self._client.get_experiment_by_name(name):
             return found.experiment_id
         try:
-            return self._client.create_experiment(name, operation["artifact_location"])
+            # Its page then opens on trainings, not on the traces of language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return self._client.create_experiment(name, operation["artifact_location"], kind)
         except MlflowException:  # another process may have been faster
             if found := self._client.get_experiment_by_name(name):
                 return found.experiment_id
