@@ -14,6 +14,19 @@ from typing import Any
 
 def say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
+    if text and _in_prefect():
+        from prefect.logging import get_run_logger
+
+        get_run_logger().info(text.strip())  # to the server alone: see settings.py
+
+
+def _in_prefect() -> bool:
+    """Whether this is a flow's or a task's run."""
+    if "prefect" not in sys.modules:
+        return False
+    from prefect.context import FlowRunContext, TaskRunContext
+
+    return FlowRunContext.get() is not None or TaskRunContext.get() is not None
 
 
 def seconds(value: float) -> str:
@@ -59,16 +72,11 @@ class Meter:
         """A progress artifact of the run we are in, if we are in one; every five seconds and at the
         end.
         """
-        if "prefect" not in sys.modules:
-            return
         now = time.monotonic()
-        if now - self._artifact_shown < 5 and percent < 100:
+        if (now - self._artifact_shown < 5 and percent < 100) or not _in_prefect():
             return
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
-        from prefect.context import FlowRunContext, TaskRunContext
 
-        if FlowRunContext.get() is None and TaskRunContext.get() is None:
-            return
         self._artifact_shown = now
         if self._artifact is None:
             key = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")

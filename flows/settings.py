@@ -57,6 +57,10 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> S
         # What must be dropped lies in our own logs; Prefect's API is not sent torch's warnings.
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
         "PREFECT_LOGGING_LEVEL": "WARNING",
+        # What a run says goes to the server; on the terminal it stands already.
+        "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
+        "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "INFO",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "WARNING",
         # Ray 2.60 turns token authentication on by itself where nothing is said.
         "RAY_AUTH_MODE": "disabled",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

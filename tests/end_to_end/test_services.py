@@ -47,8 +47,10 @@ def test_a_deployment_runs_when_asked_and_when_its_hour_comes(darkroom, tmp_path
             darkroom.until(lambda: runs("asked"), 240, serving)
             darkroom.until(lambda: runs("auto-scheduled"), 240, serving)
             artifacts = call("/artifacts/filter", {})
+            logs = [it["message"] for it in call("/logs/filter", {})]
     kinds = {it["type"] for it in artifacts}
     assert {"table", "image", "markdown"} <= kinds, kinds
+    assert any(it.startswith("scores ") for it in logs), logs
     again = darkroom(*words, code=None)
     assert again["model"] != first["model"]
     assert {"base", "scores", "verdict"} <= set(again["reused"])
