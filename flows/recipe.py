@@ -155,20 +155,39 @@ def parse(body: Mapping[str, Any]) -> Recipe:
 
 def check_stages(recipe: Recipe) -> None:
     """Check the stage configs as the stages will: imports torch."""
-    from training.diffusion import SamplerConfig
     from training.loop import TrainingConfig
     from training.stages import CONFIGS, reconstruct
 
     for name in recipe.stages:
         stage = recipe.stage(name)
         try:
-            reconstruct(SamplerConfig, recipe.sampler, "sampler")
             reconstruct(CONFIGS[name], stage.config, f"{name}.config")
             reconstruct(TrainingConfig, stage.training, f"{name}.training")
         except ValueError as error:
             raise RecipeError(str(error)) from None
+    _check_sampler(recipe)
     if recipe.classifier is not None:
         _check_guide(recipe)
+
+
+def _check_sampler(recipe: Recipe) -> None:
+    """What only the scoring would find out, after hours of training."""
+    from training.diffusion import SamplerConfig
+    from training.stages import CONFIGS, reconstruct
+
+    base: Any = reconstruct(CONFIGS["base"], recipe.base.config, "base.config")
+    try:
+        sampler = reconstruct(SamplerConfig, recipe.sampler, "sampler")
+        sampler.build_grid(base.diffusion.build_path())
+    except ValueError as error:
+        message = str(error)
+        named = message if message.startswith("sampler") else f"sampler: {message}"
+        raise RecipeError(named) from None
+    if sampler.variance == "learned" and not base.network.learned_variance:
+        raise RecipeError(
+            "sampler.variance: 'learned' needs a network that learns it; set "
+            "base.config.network.learned_variance=true, or use 'small' or 'large'"
+        )
 
 
 def _check_guide(recipe: Recipe) -> None:

@@ -28,6 +28,8 @@ from .diffusion import (
     normal,
     uniform,
 )
+from .diffusion.objective import Uncertainty, hybrid_loss
+from .diffusion.prediction import Network
 from .diffusion.samplers import karras_grid
 from .measuring import ChannelStatistics, fixed_rows, heldout
 from .networks import ContextConfig, DenoiserConfig, UNetConfig
@@ -70,9 +72,12 @@ class BaseStageConfig:
         for name in ("caption_dropout", "context_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.network.learned_variance or self.network.low_channels:
+        if self.network.low_channels:
+            raise ValueError("a base stage has no low_channels: set them to 0")
+        if self.network.learned_variance and self.diffusion.uncertainty:
             raise ValueError(
-                "a base stage has neither learned_variance nor low_channels: set them to 0"
+                "network.learned_variance and diffusion.uncertainty: the bound that teaches the "
+                "variance has no learned weight; set one of them to false"
             )
         if self.listens is not None:
             object.__setattr__(self, "listens", tuple(self.listens))
@@ -93,6 +98,7 @@ class BaseStage(Stage):
         self.config: BaseStageConfig
         self.network = build_network(config.network)
         self.weight = config.diffusion.build_weight()
+        self.uncertainty = config.diffusion.build_uncertainty()
         channels = config.network.in_channels
         self.register_buffer("shift", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
@@ -101,7 +107,13 @@ class BaseStage(Stage):
     @property
     def model(self) -> Model:
         """The network as a denoiser of shifted and scaled latents."""
-        return self.config.diffusion.build_model(self.network)
+        return self.build_model(self.network)
+
+    def build_model(self, network: Network) -> Model:
+        """The same with `network` called in its place."""
+        return self.config.diffusion.build_model(
+            network, learned_variance=self.config.network.learned_variance
+        )
 
     def prepare(self, loader: Any) -> None:
         """Take the latents' shift and scale from the autoencoder's stage, or measure them."""
@@ -130,7 +142,7 @@ class BaseStage(Stage):
             for context in config.network.contexts:
                 drawn = uniform(self.seed, f"keep/{context.name}", position)
                 cond[f"{context.name}_keep"] = drawn >= config.context_dropout
-        return {"loss": self._loss(batch, cond, self.seed, "")}
+        return {"loss": self._loss(batch, cond, self.seed, "", self.uncertainty)}
 
     def heldout_loss(self, batch: Batch, seed: int = 0) -> Float[Tensor, " batch"]:
         """The loss on (latent, time, noise) fixed by seed and position, with every caption."""
@@ -155,12 +167,22 @@ class BaseStage(Stage):
         nats = log_likelihood(self.model, path, x, grid, cond, probe=probe, data_std=x.std().item())
         return math.log2(HALF_BYTE) - nats / (math.log(2) * x[0].numel())
 
-    def _loss(self, batch: Batch, cond: Cond, seed: int, purpose: str) -> Float[Tensor, " batch"]:
+    def _loss(
+        self,
+        batch: Batch,
+        cond: Cond,
+        seed: int,
+        purpose: str,
+        uncertainty: Uncertainty | None = None,
+    ) -> Float[Tensor, " batch"]:
         position = batch["position"]
         x0 = self.latents(batch, seed, f"{purpose}posterior")
         t = self.config.diffusion.draw_times(seed, position, f"{purpose}time")
         eps = normal(seed, f"{purpose}noise", position, x0.shape[1:])
-        return loss(self.model, x0, t, eps, cond, self.weight)
+        if self.config.network.learned_variance:
+            steps = self.config.diffusion.table_steps
+            return hybrid_loss(self.model, x0, t, eps, cond, self.weight, steps=steps)
+        return loss(self.model, x0, t, eps, cond, self.weight, uncertainty)
 
     def latents(self, batch: Batch, seed: int, purpose: str = "posterior") -> Latents:
         """What is denoised: sampled from the batch's moments, shifted and scaled."""

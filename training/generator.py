@@ -330,7 +330,7 @@ class Generator:
                 return self.base.network(x, label, cond)
 
         return sampler.sample(
-            self.base.config.diffusion.build_model(network),
+            self.base.build_model(network),
             self._drawn(seeds, "sample") if eps is None else eps,
             cond,
             negative=against,

@@ -78,6 +78,19 @@ def test_a_classifier_judges_the_noise_levels_of_its_base(recipe, override, told
         recipes.check_stages(load(recipe, [override]))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override", "told"),
+    [
+        ("shapes", "sampler.grid=karras", "sampler: karras grid on path 'flow'"),
+        ("shapes-ddpm", "sampler.variance=learned", "learned_variance=true"),
+        ("shapes", "sampler.stepps=3", "did you mean 'steps'"),
+    ],
+)
+def test_a_sampler_that_the_base_cannot_use_is_refused_before_the_training(recipe, override, told):
+    with pytest.raises(RecipeError, match=told):
+        recipes.check_stages(load(recipe, [override]))
+
+
 def test_below_an_optional_stage_too_the_nearest_key_is_named():
     with pytest.raises(RecipeError, match=r"classifier\.trainig.*did you mean 'training'"):
         load("shapes-classifier", ["classifier.trainig.images=5"])

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from training import stages
-from training.diffusion import DiffusionConfig, uniform
+from training.diffusion import DiffusionConfig, SamplerConfig, uniform
 from training.networks import ContextConfig
 from training.results import committed
 from training.stage import to_tensors
+from training.stages import reconstruct
 
 TINY = {"channels": 8, "channel_mult": [1], "attention": [1], "head_width": 8, "blocks": 1}
 FIELDS = ("autoencoder", "clip", "t5")
@@ -207,15 +208,18 @@ def test_a_dropped_caption_has_no_say(base, batch):
     assert (base.network(x, label, heard) - base.network(x, label, nothing)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("diffusion", ["v", "edm", "eps"])
+@pytest.mark.parametrize("diffusion", ["v", "edm", "eps", "learned variance", "uncertainty"])
 def test_other_diffusions_train_through_the_same_stage(diffusion):
     config = {
         "v": {"path": "cosine", "prediction": "v", "weight": "min_snr"},
         "edm": {"path": "edm", "prediction": "edm", "times": "lognormal", "times_mean": -1.2},
         "eps": {"path": "ddpm_linear", "prediction": "eps", "times": "discrete"},
+        "learned variance": {"path": "ddpm_cosine", "prediction": "eps", "times": "discrete"},
+        "uncertainty": {"path": "edm", "prediction": "edm", "uncertainty": True},
     }[diffusion]
     torch.manual_seed(0)
-    stage = stages.create("base", {"network": {**TINY, "in_channels": 3}, "diffusion": config})
+    network = {**TINY, "in_channels": 3, "learned_variance": diffusion == "learned variance"}
+    stage = stages.create("base", {"network": network, "diffusion": config})
     found = random_batch(rows=32)
     stage.prepare(Still(found))
     optimizer = torch.optim.Adam(stage.parameters(), 3e-3)
@@ -227,6 +231,42 @@ def test_other_diffusions_train_through_the_same_stage(diffusion):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_learned_variance_is_trained_and_drawn_with():
+    """The bound alone moves it, and sampling by it needs no second call."""
+    network = {**TINY, "in_channels": 3, "learned_variance": True}
+    diffusion = {"path": "ddpm_linear", "prediction": "eps", "times": "discrete"}
+    preview = {"kind": "ddim", "eta": 1.0, "steps": 5, "variance": "learned"}
+    described = {"network": network, "diffusion": diffusion, "preview": preview}
+    stage = stages.create("base", described)
+    found = random_batch(rows=32)
+    stage.prepare(Still(found))
+    head = [p for p in stage.network.parameters() if p.shape[:1] == (6,)]
+    assert head, "no output of twice the channels"
+    stage(to_tensors(found))["loss"].mean().backward()
+    assert all((p.grad[3:] != 0).any() for p in head)
+    calls = []
+    stage.network.register_forward_pre_hook(lambda *_: calls.append(1))
+    config = reconstruct(SamplerConfig, preview)
+    x = config.sample(stage.model, torch.randn(2, 3, 4, 4))
+    assert x.shape == (2, 3, 4, 4)
+    assert len(calls) == 5
+    with pytest.raises(ValueError, match="learned_variance and diffusion.uncertainty"):
+        stages.create("base", {**described, "diffusion": {"uncertainty": True}})
+
+
+def test_a_learned_uncertainty_weighs_training_alone():
+    described = {
+        "network": {**TINY, "in_channels": 3},
+        "diffusion": {"path": "edm", "prediction": "edm", "uncertainty": True},
+    }
+    stage, batch = stages.create("base", described), to_tensors(random_batch())
+    before = stage(batch)["loss"], stage.heldout_loss(batch)
+    with torch.no_grad():
+        stage.uncertainty.linear.weight += 0.1
+    assert (stage(batch)["loss"] != before[0]).all()
+    assert torch.equal(stage.heldout_loss(batch), before[1])
 
 
 def test_previews_are_drawn_from_fixed_captions(line, base):
@@ -256,7 +296,7 @@ def test_a_batch_that_lacks_words_is_refused(base, batch):
     ("changes", "message"),
     [
         ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\)"),
-        ({"network": {"learned_variance": True}}, "neither learned_variance nor low_channels"),
+        ({"network": {"low_channels": 3}}, "has no low_channels"),
         (
             {"diffusion": {"path": "flow", "prediction": "eps"}},
             "base.diffusion: prediction 'eps' on path 'flow'",

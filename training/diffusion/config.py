@@ -14,14 +14,7 @@ from . import draws, guidance, objective, path, samplers
 from .path import Data, Path, Time
 from .prediction import NULL, PREDICTIONS, Cond, Denoiser, Model, Network, Prediction
 
-PATHS = {
-    "flow": path.flow,
-    "cosine": path.cosine,
-    "vp": path.vp,
-    "subvp": path.subvp,
-    "ve": path.ve,
-    "edm": path.edm,
-}
+PATHS = {"flow": path.flow, "cosine": path.cosine, "vp": path.vp, "subvp": path.subvp}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +30,10 @@ class DiffusionConfig:
     table_steps: int = 1000
     zero_terminal_snr: bool = False
     """Of a table: moved to end in pure noise (Lin et al. 2024)."""
+    sigma_min: float = 0.01
+    """Of path ve: about where its geometric levels begin."""
+    sigma_max: float | None = None
+    """Last level of ve and edm; None is 50 and 80. NCSNv2 takes the largest distance in the data."""
     shift: float = 1.0
     """Above 1: more time at high noise, as larger pictures need (SD3: 3 at 1024 pixels)."""
     prediction: Literal["x0", "eps", "score", "v", "flow", "edm"] = "flow"
@@ -47,6 +44,8 @@ class DiffusionConfig:
     weight: Literal["none", "x0", "snr", "min_snr", "v", "flow", "edm", "likelihood"] = "none"
     weight_limit: float | None = None
     """The largest weight of the x0-error; None is no limit, and 5 for min_snr."""
+    uncertainty: bool = False
+    """A learned log-variance of the error at each level besides (EDM2): all levels weigh alike."""
     times: Literal["logit_normal", "uniform", "discrete", "lognormal"] = "logit_normal"
     times_mean: float = 0.0
     """Of the normal behind logit-normal times, or behind log(s/a) (EDM: -1.2)."""
@@ -64,6 +63,11 @@ class DiffusionConfig:
             raise ValueError(f"t_min: got {self.t_min}, wanted a time between 0 and 1")
         if not 0 <= self.uniform_share < 1:
             raise ValueError(f"uniform_share: got {self.uniform_share}, wanted 0 <= share < 1")
+        if not 0 < self.sigma_min < (1 if self.sigma_max is None else self.sigma_max):
+            raise ValueError(
+                f"sigma_min, sigma_max: got {self.sigma_min} and {self.sigma_max}, wanted "
+                "0 < sigma_min < sigma_max"
+            )
         if self.zero_terminal_snr and not self.path.startswith("ddpm_"):
             raise ValueError(
                 f"zero_terminal_snr rescales a beta table, and path {self.path!r} is none; "
@@ -72,7 +76,8 @@ class DiffusionConfig:
         self.build_model(lambda x, label, cond: x)  # refuses a prediction the path cannot carry
 
     def build_path(self) -> Path:
-        return _build_path(self.path, self.table_steps, self.zero_terminal_snr, self.shift)
+        levels = self.sigma_min, self.sigma_max
+        return _build_path(self.path, self.table_steps, self.zero_terminal_snr, self.shift, *levels)
 
     def build_prediction(self) -> Prediction:
         named = PREDICTIONS[self.prediction]
@@ -103,6 +108,9 @@ class DiffusionConfig:
             self.times_mean, self.times_std, uniform_share=self.uniform_share, t_min=self.t_min
         )
 
+    def build_uncertainty(self) -> objective.Uncertainty | None:
+        return objective.Uncertainty() if self.uncertainty else None
+
     def draw_times(self, seed: int, position: draws.Position, purpose: str = "time") -> Time:
         """The training times of the rows at these global positions, [batch]."""
         draw = draws.stratified if self.stratified else draws.uniform
@@ -110,8 +118,19 @@ class DiffusionConfig:
 
 
 @functools.cache
-def _build_path(name: str, table_steps: int, zero_terminal_snr: bool, shift: float) -> Path:
-    if name in PATHS:
+def _build_path(
+    name: str,
+    table_steps: int,
+    zero_terminal_snr: bool,
+    shift: float,
+    sigma_min: float,
+    sigma_max: float | None,
+) -> Path:
+    if name == "ve":
+        built = path.ve(sigma_min, 50.0 if sigma_max is None else sigma_max)
+    elif name == "edm":
+        built = path.edm(80.0 if sigma_max is None else sigma_max)
+    elif name in PATHS:
         built = PATHS[name]()
     else:
         betas = path.named_betas(name.removeprefix("ddpm_"), table_steps)
@@ -127,8 +146,8 @@ class SamplerConfig:
     steps: int = 16
     eta: float = 0.0
     """Of ddim: 0 is deterministic, 1 is DDPM's ancestral sampling."""
-    variance: Literal["small", "large"] = "small"
-    """Of ddim's fresh noise: DDPM's beta-tilde or beta."""
+    variance: Literal["small", "large", "learned"] = "small"
+    """Of ddim's fresh noise: DDPM's beta-tilde or beta, or what the network says lies between."""
     step_size: float = 0.1
     """Of Langevin dynamics (annealed, and the corrector), in units of the level's variance."""
     grid: Literal["uniform", "trailing", "leading", "karras", "shifted"] = "uniform"
@@ -161,9 +180,13 @@ class SamplerConfig:
         # JSON has no tuples.
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
-    def build_step(self, path: Path) -> samplers.Step:
+    def build_step(self, path: Path, learned: samplers.Variance | None = None) -> samplers.Step:
+        """`learned` is what variance "learned" stands for."""
         if self.kind == "ddim":
-            return samplers.ddim(path, self.eta, self.variance)
+            variance = self.variance if self.variance != "learned" else learned
+            if variance is None:
+                raise ValueError("variance 'learned' is that of a model: see samplers.learned")
+            return samplers.ddim(path, self.eta, variance)
         if self.kind == "annealed":
             return samplers.annealed(path, self.step_size, self.corrections or 20)
         return samplers.STEPS[self.kind](path)
@@ -215,10 +238,14 @@ class SamplerConfig:
 
         `guides` wrap the model besides classifier-free guidance.
         """
-        denoise: Denoiser = self.build_guide(negative, *guides)(model)
+        denoise: Denoiser = model
+        learned = None
+        if self.kind == "ddim" and self.variance == "learned":
+            denoise, learned = samplers.learned(model)
+        denoise = self.build_guide(negative, *guides)(denoise)
         grid = self.build_grid(model.path)
         start: Tensor = samplers.prior(model.path, eps, grid[0])
-        step, corrector = self.build_step(model.path), self.build_corrector(model.path)
+        step, corrector = self.build_step(model.path, learned), self.build_corrector(model.path)
         return samplers.sample(denoise, step, start, grid, cond, corrector=corrector, noise=noise)
 
 

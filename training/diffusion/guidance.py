@@ -50,7 +50,7 @@ def classifier_free(
 
     def guide(denoise: Denoiser) -> Denoiser:
         def guided(x: Data, t: Time, cond: Cond) -> Data:
-            if scale == 1 or not _within(t, interval).any():
+            if _off(scale, t, interval):
                 return denoise(x, t, cond)
             base_cond = null(cond, x) if negative is None else {**cond, **negative}
             if scale == 0 and _within(t, interval).all():
@@ -77,7 +77,7 @@ def autoguidance(
     def guide(denoise: Denoiser) -> Denoiser:
         def guided(x: Data, t: Time, cond: Cond) -> Data:
             wanted = denoise(x, t, cond)
-            if scale == 1 or not _within(t, interval).any():
+            if _off(scale, t, interval):
                 return wanted
             return _mix(weak(x, t, cond), wanted, x, t, scale, interval, rescale)
 
@@ -101,6 +101,10 @@ def _mix(
         mixed = torch.lerp(mixed, mixed * like(shrink, x), rescale)
     inside = _within(t, interval)
     return mixed if inside.all() else torch.where(like(inside.to(x.device), x), mixed, wanted)
+
+
+def _off(scale: float, t: Tensor, interval: tuple[float, float]) -> bool:
+    return scale == 1 or not _within(t, interval).any()
 
 
 def _within(t: Tensor, interval: tuple[float, float]) -> Tensor:

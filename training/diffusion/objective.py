@@ -95,19 +95,19 @@ def weight(
     weights: dict[str, Weight] = {
         "x0": torch.ones_like,
         "snr": lambda snr: snr,
-        "min_snr": lambda snr: snr,
         "v": lambda snr: snr + 1,
         "flow": lambda snr: (1 + snr.sqrt()) ** 2,
         "edm": lambda snr: snr + sigma_data**-2,
     }
     if path is not None:
         weights["likelihood"] = likelihood_weight(path)
+    if name == "min_snr":
+        name, limit = "snr", 5.0 if limit is None else limit
     if name not in weights:
         raise ValueError(
-            f"weight: got {name!r}, wanted none, {', '.join(weights)}, or likelihood with a path"
+            f"weight: got {name!r}, wanted none, min_snr, {', '.join(weights)}, or "
+            "likelihood with a path"
         )
-    if limit is None and name == "min_snr":
-        limit = 5.0
     return weights[name] if limit is None else lambda snr: weights[name](snr).clamp(max=limit)
 
 
@@ -223,35 +223,37 @@ def hybrid_loss(
     model: Model,
     x0: Data,
     t: Time,
-    u: Time,
     eps: Data,
     cond: Cond = NULL,
     weight: Weight | None = None,
+    *,
+    steps: int = 1000,
     share: float = 1e-3,
 ) -> PerRow:
     """L_simple + share L_vlb for a model of learned variance (Nichol & Dhariwal 2021, eq. 16).
 
-    The bound of the step t -> u, in nats an element, teaches the variance alone: its mean is
-    detached. Where u is the data itself it is the negative log-likelihood of x0, elsewhere a KL.
+    L_vlb, in nats an element, sums a bound over `steps` steps, of which that from t stands for all.
+    It teaches the variance alone: its mean is detached. On the step to the data it is the negative
+    log-likelihood of x0, elsewhere a KL.
     """
     error, out, fraction = _squared_error(model, x0, t, eps, cond, weight)
     assert fraction is not None, "a model without learned variance has no bound to add"
-    x = model.path.noise(x0, eps, t)
-    k, o = model.prediction.solve(model.path.at(t, x))
-    estimate = k * x + o * out.detach()
-    return error + share * variance_bound(model.path, x0, estimate, fraction, t, u)
+    estimate = model.read(out.detach(), model.path.noise(x0, eps, t), t)
+    u = (t - 1 / steps).clamp(min=0)
+    return error + share * steps * variance_bound(model.path, x0, estimate, fraction, t, u)
 
 
 def variance_bound(
     path: Path, x0: Data, estimate: Data, fraction: Data, t: Time, u: Time
 ) -> PerRow:
     """KL(q(x_u | x_t, x0) || p(x_u | x_t)), mean over a row's elements, p with D = `estimate`."""
-    (a, s), (a_u, s_u) = path.at(t, x0), path.at(u, x0)
+    a_u, s_u = path.at(u, x0)
     small, large = (like(width, x0) for width in path.posterior(t, u))
-    shrink = a_u - (s_u**2 - small**2).clamp(min=0).sqrt() * a / s  # of x0 in q's mean
+    none = torch.zeros_like(x0)  # both means have the same part of x_t
+    mean, mean_to = (path.back(none, data, t, u, small) for data in (x0, estimate))
     at_data = s_u == 0  # there the small width is 0, q is a point, and the large one serves alone
     floor = torch.where(at_data, large, small)
     logvar = 2 * torch.lerp(floor.log(), large.log(), fraction)
-    divergence = kl(shrink * x0, 2 * floor.log().expand_as(x0), shrink * estimate, logvar)
+    divergence = kl(mean, 2 * floor.log().expand_as(x0), mean_to, logvar)
     surprise = -gaussian_log_prob(a_u * x0, a_u * estimate, logvar)
     return torch.where(at_data.flatten(), surprise, divergence) / x0[0].numel()

@@ -66,10 +66,14 @@ class Path:
         a, s = self.at(t, x0)
         return a * x0 + s * eps
 
+    def added(self, t: Time, u: Time) -> Time:
+        """Standard deviation of q(x_u | x_t) for u >= t: less than s_u, as x_t is noisy too."""
+        (a, s), (a_u, s_u) = self.level(t), self.level(u)
+        return (s_u**2 - (a_u / a * s) ** 2).clamp(min=0).sqrt()
+
     def renoise(self, x: Data, eps: Data, t: Time, u: Time) -> Data:
-        """A draw of q(x_u | x_t) for u >= t: less than s_u is added, as x has noise already."""
-        (a, s), (a_u, s_u) = self.at(t, x), self.at(u, x)
-        return a_u / a * x + (s_u**2 - (s * a_u / a) ** 2).clamp(min=0).sqrt() * eps
+        """A draw of q(x_u | x_t) for u >= t."""
+        return self.at(u, x)[0] / self.at(t, x)[0] * x + like(self.added(t, u), x) * eps
 
     def posterior(self, t: Time, u: Time) -> Level:
         """Standard deviations (small, large) of q(x_u | x_t, x0), u < t.
@@ -78,10 +82,16 @@ class Path:
         gauge a^2 + s^2 = 1 alone (Ho et al. 2020, sec. 3.2).
         """
         (a, s), (a_u, s_u) = self.level(t), self.level(u)
-        small = s_u / s * (s**2 - (a / a_u * s_u) ** 2).clamp(min=0).sqrt()
         scale, scale_u = torch.hypot(a, s), torch.hypot(a_u, s_u)
         beta = (1 - (a / a_u * scale_u / scale) ** 2).clamp(min=0)
-        return small, scale_u * beta.sqrt()
+        return s_u / s * self.added(u, t), scale_u * beta.sqrt()
+
+    def back(self, x: Data, x0: Data, t: Time, u: Time, fresh: Tensor | float = 0.0) -> Data:
+        """The mean of x_u given x_t and x0, when noise of deviation `fresh` is still to be added:
+        x0 at the level u, and what `fresh` leaves of the noise in x_t."""
+        (a, s), (a_u, s_u) = self.at(t, x), self.at(u, x)
+        kept = s_u if isinstance(fresh, float) else (s_u**2 - fresh**2).clamp(min=0).sqrt()
+        return a_u * x0 + kept / s * (x - a * x0)
 
     @property
     def ends_in_pure_noise(self) -> bool:

@@ -50,10 +50,16 @@ class Prediction:
         return n / determinant, -s / determinant
 
 
+def input_scale(level: Level, sigma_data: float) -> Tensor:
+    """c_in: what brings x_t to unit variance."""
+    a, s = level
+    return (s**2 + (a * sigma_data) ** 2).rsqrt()
+
+
 def _edm_row(a: Tensor, s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """Karras et al. 2022, table 1, in any gauge; with sigma_data 1 it is -v."""
-    scale = (s**2 + (a * sigma_data) ** 2).sqrt()
-    return s / (sigma_data * scale), -a * sigma_data / scale
+    c_in = input_scale((a, s), sigma_data)
+    return s / sigma_data * c_in, -a * sigma_data * c_in
 
 
 PREDICTIONS = {
@@ -95,9 +101,18 @@ class Model:
             )
 
     def __call__(self, x: Data, t: Time, cond: Cond = NULL) -> Data:
+        return self.estimate(x, t, cond)[0]
+
+    def estimate(self, x: Data, t: Time, cond: Cond = NULL) -> tuple[Data, Tensor | None]:
+        """The estimate of x0, and the fraction of a model with learned variance."""
         x = _at_least_float32(x)
+        out, fraction = self.predict(x, t, cond)
+        return self.read(out, x, t), fraction
+
+    def read(self, out: Tensor, x: Data, t: Time) -> Data:
+        """x0 of a network's output F."""
         k, o = self.prediction.solve(self.path.at(t, x))
-        return k * x + o * self.predict(x, t, cond)[0]
+        return k * x + o * out
 
     def predict(self, x: Data, t: Time, cond: Cond = NULL) -> tuple[Tensor, Tensor | None]:
         """F, and of a model with learned variance the fraction by which `ddim` interpolates."""
@@ -116,15 +131,8 @@ class Model:
 
     def shown(self, x: Data, t: Time) -> Data:
         """c_in x: the network's input, of unit variance at every level."""
-        a, s = self.path.at(t, x)
-        c_in = (s**2 + (a * self.prediction.sigma_data) ** 2).rsqrt()
+        c_in = input_scale(self.path.at(t, x), self.prediction.sigma_data)
         return (c_in * x).to(self.dtype or x.dtype)
-
-    def fraction(self, x: Data, t: Time, cond: Cond = NULL) -> Tensor:
-        """The learned variance alone, as `ddim(variance=...)` wants it; one network call."""
-        fraction = self.predict(x, t, cond)[1]
-        assert fraction is not None, "a model without learned variance"
-        return fraction
 
     def labels(self, t: Time, x: Data) -> Tensor:
         """The noise level as the network is told it, [batch]."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .path import Data, Path, Time, like, moebius
-from .prediction import NULL, Cond, Denoiser
+from .prediction import NULL, Cond, Denoiser, Model
 
 Noise = Callable[[Tensor], Tensor]
 """x -> standard normal draws shaped like x; `draws.stream` makes one that repeats."""
@@ -118,7 +118,7 @@ def ddim(path: Path, eta: float = 0.0, variance: Variance = "small") -> Step:
 
     eta 0 is the probability-flow ODE's Euler step, eta 1 DDPM's ancestral one. `variance` is the
     fresh noise's: DDPM's beta-tilde ("small") or beta ("large"), or a callable (x, t, cond) that
-    says where in [0, 1] its logarithm lies between them (`Model.fraction`; iDDPM, eq. 15).
+    says where in [0, 1] its logarithm lies between them (`learned`; iDDPM, eq. 15).
     """
 
     def step(
@@ -129,7 +129,7 @@ def ddim(path: Path, eta: float = 0.0, variance: Variance = "small") -> Step:
             return a_u / a * x
         x0 = denoise(x, t, cond)
         if eta == 0 or _none(s_u):
-            return a_u * x0 + s_u / s * (x - a * x0)
+            return path.back(x, x0, t, u)
         small, large = (eta * like(width, x) for width in path.posterior(t, u))
         if variance == "small":
             fresh = small
@@ -138,9 +138,27 @@ def ddim(path: Path, eta: float = 0.0, variance: Variance = "small") -> Step:
         else:
             share = variance(x, t, cond)
             fresh = small ** (1 - share) * large**share  # exact at both bounds
-        return a_u * x0 + (s_u**2 - small**2).sqrt() / s * (x - a * x0) + fresh * noise(x)
+        return path.back(x, x0, t, u, small) + fresh * noise(x)
 
     return step
+
+
+def learned(model: Model) -> tuple[Denoiser, Variance]:
+    """A model with learned variance as a denoiser, and the variance of its own last call as `ddim`
+    wants it: no second call. A guided call has the null condition's rows first; the captions' count
+    (GLIDE)."""
+    last: list[Tensor] = []
+
+    def denoise(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        x0, fraction = model.estimate(x, t, cond)
+        if fraction is None:
+            raise ValueError(
+                "variance 'learned': this model has learned_variance False; use 'small' or 'large'"
+            )
+        last[:] = [fraction]
+        return x0
+
+    return denoise, lambda x, t, cond: last[0][-len(x) :]
 
 
 def heun(path: Path) -> Step:
@@ -154,13 +172,23 @@ def heun(path: Path) -> Step:
         (a, s), (a_u, s_u) = path.at(t, x), path.at(u, x)
         if _none(a) or _none(s) or _none(s_u):
             return first_order(denoise, x, t, u, cond, noise, past)
-        y, sigma, sigma_u = x / a, s / a, s_u / a_u
-        slope = (y - denoise(x, t, cond)) / sigma
-        there = y + (sigma_u - sigma) * slope
-        slope_there = (there - denoise(a_u * there, u, cond)) / sigma_u
-        return a_u * (y + (sigma_u - sigma) * (slope + slope_there) / 2)
+
+        def slope(y: Tensor, t: Tensor) -> Tensor:
+            a, s = path.at(t, y)
+            return (y - denoise(a * y, t, cond)) * a / s
+
+        return a_u * trapezoid(slope, path, x / a, t, u)
 
     return step
+
+
+def trapezoid(
+    slope: Callable[[Tensor, Tensor], Tensor], path: Path, y: Tensor, t: Tensor, u: Tensor
+) -> Tensor:
+    """y at u by Heun's method on dy/dsigma = slope(y, t), with sigma = s/a."""
+    stride = like(path.ratio(u) - path.ratio(t), y)
+    first = slope(y, t)
+    return y + stride * (first + slope(y + stride * first, u)) / 2
 
 
 def dpmpp2m(path: Path) -> Step:

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 
 from training.diffusion import edm, flow, log_likelihood, vp
@@ -18,11 +17,11 @@ def test_likelihood_converges_to_the_exact_one_at_second_order(mixture):
     errors = [
         (log_likelihood(mixture.denoiser(path), path, x, grid_of(path, n)) - mixture.log_prob(x))
         .abs().mean().item()
-        for n in (20, 40, 80)
+        for n in (20, 40, 80, 160)
     ]  # fmt: skip
-    assert errors[-1] < 0.01
     assert 3 < errors[0] / errors[1] < 8
     assert 3 < errors[1] / errors[2] < 8
+    assert all(e < b for e, b in zip(errors[1:], (0.143, 0.032, 0.008), strict=True)), errors
 
 
 def test_likelihood_is_the_same_in_every_gauge(mixture):
@@ -32,7 +31,7 @@ def test_likelihood_is_the_same_in_every_gauge(mixture):
         for path in (edm(), vp(), flow())
     ]
     for value in values[1:]:
-        torch.testing.assert_close(value, values[0], rtol=0, atol=1e-8)
+        torch.testing.assert_close(value, values[0], rtol=0, atol=1e-11)
 
 
 def test_hutchinson_s_estimate_has_the_exact_mean(mixture):
@@ -58,9 +57,11 @@ def test_pure_noise_at_the_grid_s_end_is_left_out(gaussian):
 
 
 def test_conditional_likelihood(mixture):
-    x, path = mixture.draw(10)[0], edm()
-    cond = {"y": torch.full((10,), 1)}
-    got = log_likelihood(mixture.denoiser(path), path, x, grid_of(path, 160), cond)
+    # Far enough up for the prior: at 80 the component's mean still costs .02 nats.
+    (x, y), path = mixture.draw(60), edm(1000.0)
+    x = x[y == 1]
+    cond = {"y": torch.full((len(x),), 1)}
+    got = log_likelihood(mixture.denoiser(path), path, x, karras_grid(path, 160), cond)
     squares = (x - mixture.means[1]).square().sum(1) / (2 * 0.16)
     wanted = -squares - math.log(2 * math.pi * 0.16)
-    assert got.tolist() == pytest.approx(wanted.tolist(), rel=0.05, abs=0.3)
+    assert (got - wanted).abs().mean() < 0.01

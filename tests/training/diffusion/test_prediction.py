@@ -168,7 +168,10 @@ def test_learned_variance_is_the_second_half_of_the_channels():
     x, t = torch.randn(2, 4, 3, 3), torch.tensor(0.5)
     model = Model(network, flow(), learned_variance=True)
     assert model(x, t).shape == x.shape
-    assert (model.fraction(x, t) == 0).all()
+    estimate, fraction = model.estimate(x, t)
+    assert torch.equal(estimate, model(x, t))
+    assert fraction is not None
+    assert (fraction == 0).all()
 
 
 def test_regauge_gives_the_other_path_its_denoiser(mixture):

@@ -2,13 +2,17 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from training.diffusion import (
+    PREDICTIONS,
+    Model,
     Path,
+    SamplerConfig,
     cosine,
     ddim,
     dpmpp2m,
@@ -209,6 +213,38 @@ def test_learned_variance_meets_its_bounds_bit_for_bit(mixture, fraction, varian
         draw(mixture, SHORT, learned, grid, rows=9),
         draw(mixture, SHORT, ddim(SHORT, 1, variance), grid, rows=9),
     )
+
+
+def test_learned_variance_costs_no_call(mixture):
+    """One call a step, guided or not; of a guided one, the captioned rows' variance counts."""
+    calls = []
+
+    def network(x: Tensor, label: Tensor, cond) -> Tensor:
+        calls.append(len(x))
+        time = SHORT.inv((4 * label).exp())
+        estimate = mixture.denoiser(SHORT)(x, time, cond)
+        large = cond.get("keep", torch.ones(len(x), dtype=torch.bool)).to(x)
+        return torch.cat([estimate, (2 * large - 1)[:, None].expand_as(x)], 1)
+
+    model = Model(network, SHORT, PREDICTIONS["x0"], learned_variance=True)
+    eps = normal(0, "start", torch.arange(6), (2,)).double()
+    cond = {"y": torch.arange(6) % 3}
+    for guidance, variance in ((1.0, "large"), (3.0, "large"), (0.0, "small")):
+        config = SamplerConfig(kind="ddim", eta=1, steps=20, guidance=guidance)
+        drawn = [
+            replace(config, variance=name).sample(
+                model, eps, cond, noise=stream(0, "n", torch.arange(6))
+            )
+            for name in ("learned", variance)
+        ]
+        assert torch.equal(*drawn)
+        assert calls == [12 if guidance == 3 else 6] * 40
+        calls.clear()
+    plain = replace(model, learned_variance=False, network=lambda x, label, cond: x)
+    with pytest.raises(ValueError, match="learned_variance False"):
+        SamplerConfig(kind="ddim", eta=1, variance="learned").sample(plain, eps)
+    with pytest.raises(ValueError, match="samplers.learned"):
+        SamplerConfig(kind="ddim", eta=1, variance="learned").build_step(SHORT)
 
 
 def test_ddim_is_deterministic_bit_for_bit(mixture):

@@ -1,6 +1,7 @@
 """One loss and one sampler train and sample every system, changed by their configs alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,11 +60,20 @@ def drawn(model, sampler: SamplerConfig, rows: int, y: int = 0, keep: bool = Fal
     return sampler.sample(model, eps, cond, noise=stream(1, "noise", position)).double()
 
 
-def check(mixture, config, sampler: SamplerConfig, steps: int, tolerance, rows: int = 4000):
-    from dataclasses import replace
+def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
+    """W2 over 128 directions; between two draws of 4,000 from the mixture it is about .03."""
+    angles = torch.arange(128, dtype=torch.float64) * math.pi / 128
+    directions = torch.stack([angles.cos(), angles.sin()])
+    gap = (x @ directions).sort(0).values - (y @ directions).sort(0).values
+    return gap.square().mean().sqrt().item()
 
+
+def check(mixture, config, sampler: SamplerConfig, steps: int, tolerance, rows: int = 4000):
+    """`tolerance` is that of the mean, the shares of the components, and sliced W2."""
     model = trained(mixture, config, steps)
-    errors = mixture.errors(drawn(model, sampler, rows))
+    x = drawn(model, sampler, rows)
+    mean, _, shares = mixture.errors(x)
+    errors = mean, shares, sliced_wasserstein(x, mixture.draw(rows, seed=5)[0])
     assert all(e < bound for e, bound in zip(errors, tolerance, strict=True)), errors
     rates = []
     for guidance in (0.0, 1.0, 3.0):
@@ -75,7 +85,7 @@ def check(mixture, config, sampler: SamplerConfig, steps: int, tolerance, rows: 
 
 def test_flow_learns_the_mixture(mixture):
     sampler = SamplerConfig(kind="dpmpp2m", steps=16)
-    check(mixture, DiffusionConfig(), sampler, 300, (0.2, 0.5, 0.12), rows=1500)
+    check(mixture, DiffusionConfig(), sampler, 300, (0.2, 0.12, 0.3), rows=1500)
 
 
 @pytest.mark.slow
@@ -91,7 +101,7 @@ def test_flow_learns_the_mixture(mixture):
             SamplerConfig(kind="ddim", steps=60),
         ),
         (
-            DiffusionConfig(path="ve", prediction="score", weight="snr", times="uniform"),
+            DiffusionConfig(path="ve", prediction="score", weight="snr", times="discrete"),
             SamplerConfig(kind="ddim", eta=1.0, steps=200),
         ),
         (
@@ -109,4 +119,4 @@ def test_flow_learns_the_mixture(mixture):
     ids=["ddpm", "v", "ncsn", "edm", "flow", "x0"],
 )
 def test_every_system_learns_the_mixture(mixture, config, sampler):
-    check(mixture, config, sampler, 4000, (0.1, 0.25, 0.06))
+    check(mixture, config, sampler, 4000, (0.1, 0.036, 0.106))
