@@ -33,7 +33,7 @@ class DiffusionConfig:
     sigma_min: float = 0.01
     """Of path ve: about where its geometric levels begin."""
     sigma_max: float | None = None
-    """Last level of ve and edm; None is 50 and 80. NCSNv2 takes the largest distance in the data."""
+    """Last level of ve and edm; None is 50 and 80. NCSNv2: the largest distance in the data."""
     shift: float = 1.0
     """Above 1: more time at high noise, as larger pictures need (SD3: 3 at 1024 pixels)."""
     prediction: Literal["x0", "eps", "score", "v", "flow", "edm"] = "flow"
