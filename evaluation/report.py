@@ -25,6 +25,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy import ndarray
 
 from pipeline import storage
+from pipeline.filters import visible
 from pipeline.manifest import Manifest
 from training import results
 
@@ -145,7 +146,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_visible,
+        finalize=visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -157,19 +158,6 @@ def _environment() -> Environment:
         "duration": _duration,
     }
     return environment
-
-
-_CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
-    0x7F: "\u2421"
-}
-_CONTROL |= dict.fromkeys(range(128, 160), "�")
-
-
-def _visible(value: Any) -> Any:
-    """Plain text without control characters: an escape sequence reads as ␛[31m and does nothing, in
-    a terminal too.
-    """
-    return value.translate(_CONTROL) if type(value) is str else value
 
 
 def _percent(share: float) -> str:

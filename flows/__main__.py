@@ -63,6 +63,10 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--dataset", required=True, metavar="URL")
     it.add_argument("--side", type=int, default=512, help="largest stored side in pixels")
 
+    it = verb("explain", "what became of an input of a data set, and why", commands.explain)
+    it.add_argument("dataset", metavar="DATASET")
+    it.add_argument("what", metavar="KEY", help="the beginning of a key, or a part of a row's id")
+
     it = verb("encode", "a recipe's data set through its encoders", commands.encode)
     recipe(it)
     overrides(it)

@@ -45,7 +45,7 @@ def ingest(sources: list[str], dataset: str, side: int) -> dict[str, Any]:
     from .cluster import ray_session
 
     rules = IngestRules(max_side=side)
-    dataset = dataset if "/" in dataset else settings().dataset(dataset)
+    dataset = _dataset(dataset)
     with ray_session(), meter("ingest") as progress:
         result = read(
             [_url(source) for source in sources],
@@ -64,6 +64,21 @@ def ingest(sources: list[str], dataset: str, side: int) -> dict[str, Any]:
         "reused": ["data"] if result.reused else [],
         "text": f"{dataset} version {result.manifest.version}: {counts}; {result.new} new",
     }
+
+
+def explain(dataset: str, what: str) -> dict[str, Any]:
+    from pipeline import outcomes
+    from pipeline.filters import visible
+
+    found = outcomes.explain(_dataset(dataset), what)
+    lines = []
+    for it in found:
+        reason = f": {it['reason']}" if it["reason"] else ""
+        lines.append(f"{it['id']}\n  {it['outcome']}{reason}, since version {it['version']}")
+        told = {"detail": it["detail"], "key": it["key"], "split": it["split"]}
+        told |= {"shard": it["shard"], "flags": ", ".join(it["flags"])}
+        lines += [f"  {name:<7} {value}" for name, value in told.items() if value]
+    return {"rows": found, "text": visible("\n".join(lines))}
 
 
 def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
@@ -415,6 +430,11 @@ def _number(text: str) -> int | float | str:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
+
+
+def _dataset(name: str) -> str:
+    """A name in this home, or a path or URL."""
+    return name if "/" in name else settings().dataset(name)
 
 
 def _url(source: str) -> str:

@@ -65,3 +65,16 @@ def clean_caption(text: str, limit: int) -> tuple[str, tuple[str, ...]]:
 
 
 _CLASS = {"Cc": " ", "Cs": "\ufffd"}
+
+
+_CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
+    0x7F: "\u2421"
+}
+_CONTROL |= dict.fromkeys(range(128, 160), "\ufffd")
+
+
+def visible(value: Any) -> Any:
+    """Plain text without control characters: an escape sequence reads as \u241b[31m and does
+    nothing, on a page or in a terminal. What is no text stays as it is.
+    """
+    return value.translate(_CONTROL) if type(value) is str else value

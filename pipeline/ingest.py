@@ -15,13 +15,16 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from . import filters, storage
+from .download import Downloader, DownloadRules, Refused, is_remote
 from .execute import Executor, run
 from .manifest import Manifest, Shard, fingerprint, latest, publish, read, versions
+from .outcomes import count, read_outcomes, write_outcomes
 from .sources import OverLong, Row, Source, SourceOptions, fetch_image, open_source
 
 _CODE = 1
@@ -64,6 +67,8 @@ class IngestRules:
     max_bytes: int = 100_000_000
     animated: Literal["first", "reject"] = "first"
     options: SourceOptions = field(default_factory=SourceOptions)
+    download: DownloadRules = field(default_factory=DownloadRules)
+    """How pictures are fetched from the web; what was fetched before is not fetched again."""
 
     def __post_init__(self):
         lowest = {"max_side": 0, "min_side": 1, "shard_samples": 1, "shard_bytes": 1}
@@ -155,15 +160,19 @@ class _Ingest:
     def run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
         for folder in _FOLDERS:
             storage.sweep(storage.join(self.dataset, folder))
-        past = _read_inputs(self.base)
-        rows = self._new_rows(sources, {(it["id"], it["stamp"]) for it in past})
+        past = read_outcomes(self.base) if self.base else []
+        # What the web did not give last time it may give now: such rows are new again.
+        known = {(it["id"], it["stamp"]) for it in past if it["reason"] != "unreachable"}
+        rows = self._new_rows(sources, known)
+        again = {(row.id, row.stamp) for _, row in rows}
+        past = [it for it in past if (it["id"], it["stamp"]) not in again]
         if not rows and not past:
             raise ValueError(
                 f"{', '.join(prints)}: no rows; wanted at least one picture with a caption"
             )
-        results = self._read(rows)
+        results = self._read(rows, prints)
         outcomes, samples, limit = self._decide(rows, results, past)
-        counts = _count(past + outcomes)
+        counts = count(past + outcomes)
         self._check(outcomes, counts)
         shards = self._write(samples)
         version = self.parent.version + 1 if self.parent else 1
@@ -176,7 +185,7 @@ class _Ingest:
             sources={**(self.base.sources if self.base else {}), **prints},
             rules={**_described(self.rules), "heldout_limit": limit},
         )
-        _write_inputs(manifest, past + outcomes)
+        write_outcomes(manifest, past + outcomes)
         publish(manifest)
         _clean(self.dataset)
         return IngestResult(manifest, counts, new=len(samples), reused=False)
@@ -200,8 +209,12 @@ class _Ingest:
 
     # ---- pass 1 ----------------------------------------------------------------------------------
 
-    def _read(self, rows: Sequence[tuple[str, Row]]) -> list[Record]:
+    def _read(self, rows: Sequence[tuple[str, Row]], sources: Iterable[str]) -> list[Record]:
         """What each row's picture turned out to be, in order."""
+        # A host that was named as a source may be on a private network; one in a table may not.
+        named = [urlsplit(url).hostname or "" for url in sources if is_remote(url)]
+        download = self.rules.download
+        download = replace(download, private_hosts=(*download.private_hosts, *named))
         # few enough rows that the units balance over workers, enough that a unit outweighs its
         # scheduling
         size = min(512, max(32, -(-len(rows) // 64)))
@@ -218,7 +231,7 @@ class _Ingest:
             ]
             name = fingerprint([_CODE, self.rules.reading(), some])
             units.append({"unit": name, "rows": some})
-        work = functools.partial(_reader, self.dataset, self.rules.reading())
+        work = functools.partial(_reader, self.dataset, self.rules.reading(), download)
         return [
             {**row, "staged": result["unit"]}
             for result in self._resume("read", work, units)
@@ -383,7 +396,9 @@ class _Ingest:
 # ---- what runs in workers ------------------------------------------------------------------------
 
 
-def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[Record], Record]:
+def _reader(
+    dataset: str, reading: dict[str, Any], download: DownloadRules
+) -> Callable[[Record], Record]:
     """Pass 1 over one unit: pictures into staging/{unit}.bin, what they are into {unit}.json."""
     from . import dedup, images
 
@@ -397,15 +412,25 @@ def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[Record], Record]
         draft_side=2 * max_side,
     )
 
-    def read(row: dict[str, Any], stage: Callable[[bytes], int], found: dict[str, Any]) -> None:
-        if row["problem"]:
-            raise images.Rejected(row["problem"], row["image"])
+    def fetched(image: str) -> bytes:
         try:
-            data = fetch_image(row["image"], policy.max_bytes)
+            return fetch_image(image, policy.max_bytes)
         except OverLong as error:
             raise images.Rejected("too_many_bytes", str(error)) from None
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
             raise images.Rejected("unreadable", str(error)) from None
+
+    def read(
+        row: dict[str, Any],
+        answers: Iterator[bytes | Refused],
+        stage: Callable[[bytes], int],
+        found: dict[str, Any],
+    ) -> None:
+        if row["problem"]:
+            raise images.Rejected(row["problem"], row["image"])
+        data = next(answers) if is_remote(row["image"]) else fetched(row["image"])
+        if isinstance(data, Refused):
+            raise images.Rejected(data.reason, data.detail)
         found["key"] = dedup.key(data)
         if row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise images.Rejected("hash_mismatch", f"wanted sha256 {row['sha256']}")
@@ -430,7 +455,14 @@ def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[Record], Record]
 
     def work(unit: dict[str, Any]) -> dict[str, Any]:
         results: list[dict[str, Any]] = []
-        with storage.publishing(storage.join(dataset, "staging", f"{unit['unit']}.bin")) as file:
+        remote = [
+            row["image"] for row in unit["rows"] if not row["problem"] and is_remote(row["image"])
+        ]
+        with (
+            Downloader(download, policy.max_bytes) as downloader,
+            storage.publishing(storage.join(dataset, "staging", f"{unit['unit']}.bin")) as file,
+        ):
+            answers = downloader.all(remote)
 
             def stage(data: bytes) -> int:
                 offset = file.tell()
@@ -440,7 +472,7 @@ def _reader(dataset: str, reading: dict[str, Any]) -> Callable[[Record], Record]
             for row in unit["rows"]:
                 results.append(found := {})
                 try:
-                    read(row, stage, found)
+                    read(row, answers, stage, found)
                 except images.Rejected as rejected:
                     found |= {"reason": rejected.reason, "detail": rejected.detail}
         return _commit(dataset, unit["unit"], {"unit": unit["unit"], "rows": results})
@@ -519,43 +551,16 @@ def _uniform(purpose: str, text: str) -> float:
 
 
 def _described(rules: IngestRules) -> dict[str, Any]:
-    return {**json.loads(json.dumps(asdict(rules))), "code": _CODE}
+    described = json.loads(json.dumps(asdict(rules)))
+    return {name: it for name, it in described.items() if name != "download"} | {"code": _CODE}
 
 
 def _same_rules(version: Manifest, rules: IngestRules) -> bool:
     return {**version.rules, "heldout_limit": None} == {**_described(rules), "heldout_limit": None}
 
 
-def _count(outcomes: Sequence[Record]) -> dict[str, int]:
-    """Rows by outcome and by outcome:reason, and how often each flag was raised."""
-    totals = Counter(it["outcome"] for it in outcomes)
-    counts = {name: totals[name] for name in ("kept", "filtered", "rejected", "duplicate")}
-    assert sum(counts.values()) == len(outcomes), f"rows without an outcome: {totals}"
-    details = Counter(f"{it['outcome']}:{it['reason']}" for it in outcomes if it["reason"])
-    details.update(f"flag:{flag}" for it in outcomes for flag in it["flags"])
-    return {"seen": len(outcomes), **counts, **dict(sorted(details.items()))}
-
-
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
-def _read_inputs(base: Manifest | None) -> list[Record]:
-    if base is None:
-        return []
-    from . import shards
-
-    return shards.read_parquet(base.url("inputs", f"{base.version:06d}.parquet")).to_pylist()
-
-
-def _write_inputs(manifest: Manifest, outcomes: Sequence[Record]) -> None:
-    from . import shards
-
-    names = ("id", "stamp", "source", "outcome", "reason", "detail", "key", "split")
-    columns = {name: shards.Column("text", [it[name] for it in outcomes]) for name in names}
-    columns["flags"] = shards.Column("texts", [it["flags"] for it in outcomes])
-    url = manifest.url("inputs", f"{manifest.version:06d}.parquet")
-    storage.publish_bytes(url, shards.parquet_bytes(columns))
 
 
 def _clean(dataset: str) -> None:

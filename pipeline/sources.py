@@ -9,13 +9,15 @@ followed, nothing is unpickled, no shell is started.
     folder/metadata.csv|.jsonl          imagefolder (`file_name`, `text`)
     folder/a.jpg + folder/a.txt         sidecar captions
     folder/*.tar, x.tar                 WebDataset and img2dataset shards
-    x.csv|.tsv|.jsonl|.parquet          tables of paths with captions
+    x.csv|.tsv|.jsonl|.parquet          tables of paths or http(s) URLs with captions
+    x.parquet                           with a column of pictures' bytes (Hugging Face's too)
     shapes://?scenes=24000&seed=0&side=32&objects=1     drawn scenes
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import posixpath
@@ -25,15 +27,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, Any, Literal, Protocol, TypeGuard
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote
 
 from . import storage
+from .download import is_remote
 from .filters import clean_caption
 from .manifest import fingerprint
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 TABLES = ("csv", "tsv", "jsonl", "parquet")
-FILE_FIELDS = ("file", "file_name", "path", "image")
+FILE_FIELDS = ("file", "file_name", "path", "image", "url")
 CAPTION_FIELDS = ("caption", "text", "captions")
 _FOLDER_TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
 _MAX_FIELD_BYTES = 64 << 20
@@ -48,7 +51,8 @@ class SourceOptions:
 
     kind: Literal["source"] = "source"
     file_field: str = ""
-    """Column of the picture's path; empty: the first of file, file_name, path, image."""
+    """Column of the picture's path; empty: the first of file, file_name, path, image,
+    url."""
     caption_field: str = ""
     """Column of the caption or captions; empty: the first of caption, text, captions."""
     root: str = ""
@@ -84,7 +88,9 @@ class Row:
     """Changes with the content: of the picture (size and time) or of what is said about it."""
     captions: tuple[str, ...]
     image: str
-    """What `fetch` takes: a URL, `tar:offset:size:URL`, or `shapes:seed:objects:side:index`."""
+    """What `fetch` takes: a URL, `tar:offset:size:URL`, `parquet:group:row:column:URL`, or
+    `shapes:seed:objects:side:index`.
+    """
     pair: str
     """The combination whose hash decides the held-out split."""
     name: str | None = None
@@ -170,11 +176,30 @@ def fetch_image(image: str, max_bytes: int = 1 << 30) -> bytes:
             raise OverLong(f"{size} bytes, allowed {max_bytes}")
         (data,) = storage.read_ranges(url, [(int(offset), int(size))])
         return data
+    if scheme == "parquet":
+        group, number, column, url = rest.split(":", 3)
+        data = _pictures_of(url, int(group), unquote(column))[int(number)]
+        if data is None:
+            raise FileNotFoundError(f"{url}: row {number} of row group {group} has no bytes")
+        if len(data) > max_bytes:
+            raise OverLong(f"{len(data)} bytes, allowed {max_bytes}")
+        return data
     with storage.open_read(image) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OverLong(f"more than the allowed {max_bytes} bytes")
     return data
+
+
+@functools.lru_cache(maxsize=2)
+def _pictures_of(url: str, group: int, column: str) -> list[bytes | None]:
+    """One row group's pictures: a unit's rows stand together, so that each is read about once."""
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
+
+    parquet: Any = pq
+    with storage.open_read(url) as file:
+        values = parquet.ParquetFile(file).read_row_group(group, columns=[column])[column]
+        return [it["bytes"] if _is_object(it) else it for it in values.to_pylist()]
 
 
 class OverLong(OSError):
@@ -259,7 +284,12 @@ class _Table(_Listed):
             said = fields.get(caption) if caption else None
             captions = _texts(said, f"{place}, column {caption!r}")
             path = fields[file]
-            if not isinstance(path, str) or not path:
+            if isinstance(path, _Embedded):
+                image, stamp, problem = path.reference(self.table), self.listing[""], None
+                path = path.name
+            elif isinstance(path, str) and path:
+                image, stamp, problem = self._resolve(path)
+            else:
                 raise ValueError(
                     f"{place}, column {file!r}: got {path!r}, wanted the path of a picture"
                 )
@@ -268,15 +298,16 @@ class _Table(_Listed):
                 for name, text in fields.items()
                 if name not in (file, caption) and isinstance(text, str) and text
             }
-            image, stamp, problem = self._resolve(path)
             member = path if not times[path] else f"{path}#{times[path]}"
             times[path] += 1
             problem = problem or (None if captions else "incomplete")
             yield self._row(member, stamp, image, captions, attributes, problem)
 
     def _resolve(self, path: str) -> tuple[str, str, str | None]:
-        """(URL, stamp, problem) of a path in the table: it stays below the root."""
+        """(URL, stamp, problem) of a path in the table: it stays below the root, or on the web."""
         root = self.root
+        if is_remote(path) and not path.startswith(f"{root}/"):
+            return path, "", None
         if "://" in path or path.startswith("pipe:"):
             if storage.is_local(root) or not path.startswith(f"{root}/"):
                 return path, "", "reference"
@@ -295,6 +326,19 @@ class _Table(_Listed):
         else:  # a table that stands alone was not listed with its pictures
             known = storage.stamp(url)
         return url, known or "", None if known else "missing_file"
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """A picture whose bytes stand in the table itself."""
+
+    group: int
+    row: int
+    column: str
+    name: str
+
+    def reference(self, table: str) -> str:
+        return f"parquet:{self.group}:{self.row}:{quote(self.column, safe='')}:{table}"
 
 
 @dataclass(frozen=True)
@@ -549,18 +593,27 @@ def _read_parquet(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[
         caption = _field(columns, options.caption_field, CAPTION_FIELDS, place)
         texts = (pa.string(), pa.large_string())
         wanted = {name for name, kind in columns.items() if kind in texts} | {file_name, caption}
+        kind = columns[file_name]
+        held = kind in (pa.binary(), pa.large_binary()) or (
+            pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        )
+        wanted -= {file_name} if held else set()  # listing reads no picture
         number = 0
-        for batch in table.iter_batches(batch_size=4096, columns=sorted(wanted)):
-            for fields in batch.to_pylist():
-                place = f"{url}, row {number}"
-                number += 1
-                said = fields[caption]
-                if not isinstance(said, (str, list)):
-                    raise ValueError(
-                        f"{place}, column {caption!r}: got {said!r}, wanted text; "
-                        "fill or drop such rows"
-                    )
-                yield place, fields
+        for group in range(table.num_row_groups):
+            row = 0
+            for batch in table.iter_batches(4096, row_groups=[group], columns=sorted(wanted)):
+                for fields in batch.to_pylist():
+                    place = f"{url}, row {number}"
+                    said = fields[caption]
+                    if not isinstance(said, (str, list)):
+                        raise ValueError(
+                            f"{place}, column {caption!r}: got {said!r}, wanted text; "
+                            "fill or drop such rows"
+                        )
+                    if held:
+                        fields[file_name] = _Embedded(group, row, file_name, f"row {number}")
+                    yield place, fields
+                    number, row = number + 1, row + 1
 
 
 def _field(

@@ -31,6 +31,10 @@ OFFENCES = {
         "import diffusers",
     ),
     "webdataset stays in pipeline.shards": ("pipeline/manifest.py", "import webdataset"),
+    "the web is reached through pipeline.download alone": (
+        "pipeline/filters.py",
+        "import httpcore",
+    ),
     "pydantic stays in configs, scorecard, gate and flows": (
         "training/stage.py",
         "import pydantic",

@@ -1,0 +1,285 @@
+"""Pictures from URLs that strangers wrote: bounded in bytes, time and number, and never a way in.
+
+A table of URLs is outside input. A name may resolve to this machine, its network or a cloud's
+metadata service, at the first look or at the second, or after a redirect: so what counts is the
+address that is *connected*, checked before a byte is sent. Answers are read up to a cap and a
+deadline, unpacked never, and not at all where the site opts out.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import ipaddress
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+SCHEMES = ("http", "https")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 5
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+_OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
+"""Words of X-Robots-Tag by which a site says that its pictures are not to be collected."""
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+_SAFE = "/%:@!$&'()*+,;=~-._?"
+_LONGEST_WAIT = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadRules:
+    """How pictures are fetched from the web."""
+
+    kind: Literal["download"] = "download"
+    concurrency: int = 16
+    """Downloads at a time, in each worker."""
+    seconds: float = 30.0
+    """For one try of one picture, from the first connection to the last byte."""
+    retries: int = 3
+    """More tries after a time-out, a broken connection or an answer that says "later"."""
+    user_agent: str = "darkroom"
+    honour_opt_out: bool = True
+    """Whether pictures are left where X-Robots-Tag says noai, noimageai, noindex or noimageindex,
+    to all or to this user agent."""
+    private_hosts: tuple[str, ...] = ()
+    """Names or addresses that may be on a private network: your own picture servers."""
+
+    def __post_init__(self):
+        if self.concurrency < 1 or self.retries < 0 or self.seconds <= 0:
+            raise ValueError(
+                f"download: got concurrency {self.concurrency}, retries {self.retries}, seconds "
+                f"{self.seconds}; wanted at least 1, at least 0, more than 0"
+            )
+        object.__setattr__(self, "private_hosts", tuple(self.private_hosts))  # JSON has no tuples
+
+
+class Refused(Exception):
+    """A picture that was not fetched: `reason` is a reject code."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+class _Later(Exception):
+    """Worth another try, after `wait` seconds if the server said so."""
+
+    def __init__(self, detail: str, wait: float | None = None):
+        super().__init__(detail)
+        self.wait = wait
+
+
+def is_remote(url: str) -> bool:
+    return url.split("://", 1)[0].lower() in SCHEMES if "://" in url else False
+
+
+class Downloader:
+    """Fetches by one connection pool; safe to use from many threads. A context manager."""
+
+    def __init__(
+        self,
+        rules: DownloadRules | None = None,
+        max_bytes: int = 1 << 30,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self.rules, self.max_bytes, self._sleep = rules or DownloadRules(), max_bytes, sleep
+
+    @functools.cached_property
+    def _pool(self) -> Any:
+        import httpcore
+
+        return httpcore.ConnectionPool(
+            max_connections=self.rules.concurrency,
+            max_keepalive_connections=self.rules.concurrency,
+            keepalive_expiry=10.0,
+            network_backend=_guarded(self.rules.private_hosts),
+        )
+
+    def __enter__(self) -> Downloader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if "_pool" in vars(self):
+            self._pool.close()
+
+    def __call__(self, url: str) -> bytes:
+        """The picture's bytes. `Refused` says why there are none; "unreachable" may change."""
+        for attempt in range(self.rules.retries + 1):
+            try:
+                return self._follow(url)
+            except _Later as later:
+                if attempt == self.rules.retries:
+                    raise Refused("unreachable", f"{url}: {later}") from None
+                # Full jitter (Brooker 2015): a crowd that failed together does not return together.
+                wait = later.wait or random.uniform(0, 2.0**attempt)
+                self._sleep(min(wait, _LONGEST_WAIT))
+        raise AssertionError
+
+    def all(self, urls: Iterable[str]) -> Iterator[bytes | Refused]:
+        """Each URL's bytes or refusal, in order; no more than `concurrency` are held or awaited."""
+
+        def one(url: str) -> bytes | Refused:
+            try:
+                return self(url)
+            except Refused as refused:
+                return refused
+
+        ahead: collections.deque[Future[bytes | Refused]] = collections.deque()
+        with ThreadPoolExecutor(self.rules.concurrency, "download") as threads:
+            try:
+                for url in urls:
+                    ahead.append(threads.submit(one, url))
+                    if len(ahead) == self.rules.concurrency:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _follow(self, url: str) -> bytes:
+        deadline = time.monotonic() + self.rules.seconds
+        for _ in range(_MAX_REDIRECTS + 1):
+            found = self._get(_canonical(url), deadline)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+        raise Refused("redirects", f"{url}: more than {_MAX_REDIRECTS}")
+
+    def _get(self, url: str, deadline: float) -> bytes | str:
+        """The body, or where it is said to be."""
+        import httpcore
+
+        left = _left(deadline)
+        headers = {
+            "Host": urlsplit(url).netloc,
+            "User-Agent": self.rules.user_agent,
+            "Accept": "image/*,*/*;q=0.5",
+            "Accept-Encoding": "identity",
+        }
+        timeout = dict.fromkeys(("connect", "read", "write", "pool"), left)
+        try:
+            with self._pool.stream(
+                "GET", url, headers=list(headers.items()), extensions={"timeout": timeout}
+            ) as response:
+                return self._body(url, response, deadline)
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise _Later(f"{type(error).__name__} {error}".strip()) from None
+        except httpcore.UnsupportedProtocol as error:
+            raise Refused("reference", f"{url}: {error}") from None
+
+    def _body(self, url: str, response: Any, deadline: float) -> bytes | str:
+        answer = {name.decode("latin-1").lower(): value for name, value in response.headers}
+        said = {name: value.decode("latin-1") for name, value in answer.items()}
+        if response.status in _REDIRECTS and "location" in said:
+            return said["location"]
+        if response.status in _TRANSIENT:
+            raise _Later(f"HTTP {response.status}", _seconds(said.get("retry-after", "")))
+        if response.status != 200:
+            raise Refused("http_status", f"{url}: HTTP {response.status}")
+        robots = [
+            value.decode("latin-1")
+            for name, value in response.headers
+            if name.lower() == b"x-robots-tag"
+        ]
+        if self.rules.honour_opt_out and (word := _opt_out(robots, self.rules.user_agent)):
+            raise Refused("opted_out", f"{url}: X-Robots-Tag {word}")
+        if said.get("content-encoding", "identity").lower() not in ("identity", ""):
+            raise Refused("packed", f"{url}: Content-Encoding {said['content-encoding']}, unasked")
+        length = said.get("content-length", "")
+        if length.isdigit() and int(length) > self.max_bytes:
+            raise Refused("too_many_bytes", f"{url}: {length} bytes, allowed {self.max_bytes}")
+        body = bytearray()
+        for chunk in response.iter_stream():
+            body += chunk
+            if len(body) > self.max_bytes:
+                raise Refused("too_many_bytes", f"{url}: more than {self.max_bytes}")
+            _left(deadline)
+        return bytes(body)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise _Later("out of time")
+    return left
+
+
+def _seconds(text: str) -> float | None:
+    return float(text) if text.isdigit() else None
+
+
+def _opt_out(tags: Iterable[str], user_agent: str) -> str:
+    """The word that asks us to leave, of headers like `noindex` or `otherbot: noai, noindex`."""
+    for tag in tags:
+        name, colon, rest = tag.partition(":")
+        if colon and name.strip().lower() != user_agent.lower():
+            continue
+        for word in (rest if colon else tag).split(","):
+            if word.strip().lower() in _OPT_OUT:
+                return word.strip().lower()
+    return ""
+
+
+def _canonical(url: str) -> str:
+    """The URL in ASCII, without fragment or credentials. Refused: not the web."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna").decode()
+        port = parts.port
+    except (UnicodeError, ValueError) as error:
+        raise Refused("reference", f"{url[:200]!r}: {error}") from None
+    if parts.scheme.lower() not in SCHEMES or not _HOST.fullmatch(host):
+        raise Refused("reference", f"{url[:200]!r}: wanted http:// or https:// and a host")
+    place = f"[{host}]" if ":" in host else host
+    return urlunsplit(
+        (
+            parts.scheme.lower(),
+            place if port is None else f"{place}:{port}",
+            quote(parts.path or "/", safe=_SAFE),
+            quote(parts.query, safe=_SAFE),
+            "",
+        )
+    )
+
+
+def _guarded(private_hosts: tuple[str, ...]) -> Any:
+    """A network on which only public addresses, and these hosts, answer."""
+    import httpcore
+
+    class Guarded(httpcore.NetworkBackend):
+        def __init__(self) -> None:
+            self._plain = httpcore.SyncBackend()
+
+        def connect_tcp(self, host: str, *args: Any, **options: Any) -> httpcore.NetworkStream:
+            stream = self._plain.connect_tcp(host, *args, **options)
+            address = stream.get_extra_info("server_addr")[0]
+            if host not in private_hosts and not is_public(address):
+                stream.close()
+                raise Refused("private_address", f"{host} is {address}")
+            return stream
+
+        def connect_unix_socket(self, *args: Any, **options: Any) -> httpcore.NetworkStream:
+            raise Refused("reference", "a unix socket")
+
+        def sleep(self, seconds: float) -> None:
+            self._plain.sleep(seconds)
+
+    return Guarded()
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the open internet, and so is one that is wrapped in it."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner = [ip]
+    if isinstance(ip, ipaddress.IPv6Address):
+        teredo = ip.teredo or ()
+        inner += [it for it in (ip.ipv4_mapped, ip.sixtofour, *teredo) if it is not None]
+        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return all(it.is_global and not it.is_multicast for it in inner)

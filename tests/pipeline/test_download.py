@@ -1,0 +1,354 @@
+"""Pictures from the web: a server on loopback that does what servers do, and worse."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import download as downloads
+from pipeline import ingest as ingesting
+from pipeline.download import Downloader, DownloadRules, Refused, is_public, is_remote
+from pipeline.ingest import IngestRules, ingest
+
+BODY = b"x" * 1000
+
+
+def picture(index: int) -> bytes:
+    pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png")
+    return data.getvalue()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Counts what it is asked; `busy` answers of 503 come first for /busy."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str] = []
+        self.busy = 2
+        self.open = self.most = 0
+        self.guard = threading.Lock()
+        self.pictures: dict[str, bytes] = {}
+
+    def url(self, path: str, host: str = "127.0.0.1") -> str:
+        return f"http://{host}:{self.server_port}{path}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str):
+        self.send_response(status)
+        for name, value in {"Content_Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def drip(self, wait: float):
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b"x" * 512)
+                time.sleep(wait)
+        except OSError:
+            pass
+
+    def do_GET(self):
+        server = self.server
+        with server.guard:
+            server.asked.append(self.path)
+            server.open += 1
+            server.most = max(server.most, server.open)
+        try:
+            self.route(server)
+        finally:
+            with server.guard:
+                server.open -= 1
+
+    def route(self, server: Server):
+        name, _, rest = self.path.lstrip("/").partition("?")
+        if name == "good":
+            self.answer(200, BODY)
+        elif name == "slow-good":
+            time.sleep(0.05)
+            self.answer(200, BODY)
+        elif name == "busy":
+            server.busy -= 1
+            self.answer(503 if server.busy >= 0 else 200, BODY, Retry_After="7")
+        elif name == "redirect":
+            self.answer(302, Location=rest)
+        elif name == "endless":
+            self.drip(0)
+        elif name == "drip":
+            self.drip(0.05)
+        elif name == "packed":
+            self.answer(200, gzip.compress(bytes(10_000_000)), Content_Encoding="gzip")
+        elif name == "large":
+            self.answer(200, b"", Content_Length=str(1 << 40))
+        elif name == "robots":
+            self.answer(200, BODY, X_Robots_Tag=rest.replace("%20", " "))
+        elif name == "cut":
+            self.answer(200, b"half", Content_Length="1000")
+            self.close_connection = True
+        elif name in server.pictures:
+            self.answer(200, server.pictures[name])
+        else:
+            self.answer(404)
+
+
+@pytest.fixture
+def server():
+    it = Server()
+    thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield it
+    it.shutdown()
+    it.server_close()
+    thread.join()
+
+
+HERE = DownloadRules(private_hosts=("127.0.0.1",), seconds=1.0, retries=2)
+
+
+def refused(url: str, rules: DownloadRules = HERE, max_bytes: int = 100_000) -> tuple[str, str]:
+    with (
+        Downloader(rules, max_bytes, sleep=lambda seconds: None) as get,
+        pytest.raises(Refused) as error,
+    ):
+        get(url)
+    return error.value.reason, error.value.detail
+
+
+def test_a_picture_arrives_through_redirects(server):
+    with Downloader(HERE) as get:
+        assert get(server.url("/good")) == BODY
+        assert get(server.url(f"/redirect?{server.url('/redirect?/good')}")) == BODY
+        assert get(server.url("/good#part")) == BODY
+    assert server.asked[-1] == "/good"
+
+
+@pytest.mark.parametrize("private", [(), ("10.0.0.1",), ("localhost",)])
+def test_an_address_that_is_not_public_gets_no_request(server, private):
+    rules = DownloadRules(private_hosts=private)
+    reason, detail = refused(server.url("/good"), rules)
+    assert reason == "private_address"
+    assert "127.0.0.1" in detail
+    assert not server.asked
+
+
+def test_a_redirect_to_a_private_address_is_refused(server):
+    """`localhost` is 127.0.0.1 by another name, and only the first may be reached."""
+    inside = server.url("/good", "localhost")
+    reason, _ = refused(server.url(f"/redirect?{inside}"))
+    assert reason == "private_address"
+    assert server.asked == [f"/redirect?{inside}"]
+
+
+def test_what_counts_is_the_address_that_is_connected(server, monkeypatch):
+    """DNS rebinding: a name that was public when looked up, and is not when it is connected."""
+    import socket
+
+    real = socket.create_connection
+    monkeypatch.setattr(
+        socket,
+        "create_connection",
+        lambda address, *rest, **more: real(("127.0.0.1", server.server_port), *rest, **more),
+    )
+    reason, detail = refused("http://pictures.example/a.png", DownloadRules())
+    assert (reason, detail) == ("private_address", "pictures.example is 127.0.0.1")
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://example.com/a.png",
+        "http:///a.png",
+        "http://exa mple.com\0/",
+        "http://[::1",
+        "http://example.com:99999/",
+        "pipe:cat /etc/passwd",
+        "http://" + "a" * 300 + ".com/",
+    ],
+)
+def test_only_the_web_is_asked(url):
+    assert refused(url, DownloadRules(retries=0, seconds=1.0))[0] == "reference"
+
+
+def test_redirects_lead_neither_off_the_web_nor_round_and_round(server):
+    assert refused(server.url("/redirect?file:///etc/passwd"))[0] == "reference"
+    assert refused(server.url("/redirect?/redirect?/redirect"))[0] != "reference"
+    loop = "/redirect?" * 8
+    assert refused(server.url(loop + "/good"))[0] == "redirects"
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/missing", "http_status"),
+        ("/endless", "too_many_bytes"),
+        ("/large", "too_many_bytes"),
+        ("/packed", "packed"),
+        ("/robots?noai", "opted_out"),
+        ("/robots?all,%20noimageindex", "opted_out"),
+        ("/robots?darkroom:%20noindex", "opted_out"),
+    ],
+)
+def test_what_a_server_may_not_do_is_a_reason(server, path, reason):
+    assert refused(server.url(path))[0] == reason
+    assert len(server.asked) == 1, "asked again in vain"
+
+
+def test_opt_outs_of_others_and_of_those_who_do_not_honour_them(server):
+    with Downloader(HERE) as get:
+        assert get(server.url("/robots?otherbot:%20noai")) == BODY
+    with Downloader(DownloadRules(private_hosts=("127.0.0.1",), honour_opt_out=False)) as get:
+        assert get(server.url("/robots?noai")) == BODY
+
+
+def test_a_slow_drip_ends_at_the_deadline(server):
+    started = time.monotonic()
+    reason, detail = refused(
+        server.url("/drip"), DownloadRules(private_hosts=("127.0.0.1",), seconds=0.4, retries=1)
+    )
+    assert (reason, len(server.asked)) == ("unreachable", 2)
+    assert "out of time" in detail
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_that_says_later_is_asked_later(server):
+    waits: list[float] = []
+    with Downloader(HERE, sleep=waits.append) as get:
+        assert get(server.url("/busy")) == BODY
+    assert waits == [7.0, 7.0]
+    server.busy = 100
+    assert refused(server.url("/busy"))[0] == "unreachable"
+    assert refused(server.url("/cut"))[0] == "unreachable"
+    assert refused("http://127.0.0.1:1/a.png")[0] == "unreachable"
+
+
+def test_many_at_a_time_in_order_and_no_more_than_allowed(server):
+    rules = DownloadRules(private_hosts=("127.0.0.1",), concurrency=4)
+    urls = [server.url(f"/{'missing' if i % 5 == 0 else 'slow-good'}?{i}") for i in range(24)]
+    with Downloader(rules) as get:
+        found = [*get.all(urls)]
+    for i, it in enumerate(found):
+        assert it.reason == "http_status" if i % 5 == 0 else it == BODY
+    assert 2 <= server.most <= 4
+    assert sorted(server.asked) == sorted(url.split(str(server.server_port))[1] for url in urls)
+
+
+def test_what_is_asked_for_is_written_in_ascii():
+    canonical = downloads._canonical("http://user:word@BÜCHER.example:8080/ä b.png?q=ö&x=1#top")
+    assert canonical == ("http://xn--bcher-kva.example:8080/%C3%A4%20b.png?q=%C3%B6&x=1")
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("127.0.0.1", False),
+        ("169.254.169.254", False),
+        ("10.1.2.3", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_public_addresses(address, public):
+    assert is_public(address) is public
+
+
+def test_remote_is_the_web_alone():
+    assert is_remote("https://a/b")
+    assert is_remote("HTTP://a/b")
+    assert not is_remote("s3://a/b")
+    assert not is_remote("http:/a/b")
+    assert not is_remote("/a/http://b")
+
+
+@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"retries": -1}, {"seconds": 0}])
+def test_rules_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="download: got"):
+        DownloadRules(**wrong)
+
+
+def table(tmp_path, rows):
+    path = tmp_path / "table.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_table_of_urls_becomes_a_data_set(server, tmp_path):
+    server.pictures = {f"{i}.png": picture(i) for i in range(40)}
+    rows = [{"url": server.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(40)]
+    rows[1]["sha256"] = hashlib.sha256(picture(1)).hexdigest()
+    rows[2]["sha256"] = "0" * 64
+    rows[3]["url"] = server.url("/gone.png")
+    rows[4]["url"] = server.url("/3.png", "localhost")
+    rows[5]["url"] = server.url("/busy")
+    server.busy = 10_000
+    source = table(tmp_path, rows)
+    rules = IngestRules(
+        download=DownloadRules(private_hosts=("127.0.0.1",), retries=0, concurrency=3)
+    )
+    dataset = str(tmp_path / "dataset")
+    first = ingest([source], dataset, rules)
+    reasons = {k: v for k, v in first.counts.items() if k.startswith("rejected:")}
+    assert reasons == {
+        "rejected:hash_mismatch": 1,
+        "rejected:http_status": 1,
+        "rejected:private_address": 1,
+        "rejected:unreachable": 1,
+    }
+    assert first.counts["kept"] == 36
+    assert server.most <= 3
+
+    # The server has got well, and the table has grown: the new row is fetched, and what could not
+    # be reached; nothing else.
+    server.pictures["40.png"] = picture(40)
+    server.asked.clear()
+    server.busy = 0
+    grown = table(tmp_path, [*rows, {"url": server.url("/40.png"), "caption": "picture 40"}])
+    second = ingest([grown], dataset, rules)
+    assert sorted(server.asked) == ["/40.png", "/busy"]
+    assert second.counts["seen"] == 41
+    assert second.counts["kept"] == 37
+    assert "rejected:unreachable" not in second.counts  # what came was no picture: another reason
+    assert second.counts["rejected:not_image"] == 1
+    assert ingest([grown], dataset, rules).reused
+
+
+def test_how_pictures_are_fetched_does_not_decide_what_they_are(tmp_path, server):
+    server.pictures = {"a.png": picture(0)}
+    source = table(tmp_path, [{"url": server.url("/a.png"), "caption": "x"}])
+    dataset = str(tmp_path / "dataset")
+    rules = IngestRules(download=HERE)
+    ingest([source], dataset, rules)
+    other = IngestRules(download=DownloadRules(concurrency=2, private_hosts=("127.0.0.1",)))
+    assert ingest([source], dataset, other).reused
+    assert ingesting.unchanged([source], dataset, other) is not None
