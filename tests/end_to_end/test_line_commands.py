@@ -31,6 +31,8 @@ def test_ingest_counts_every_row_and_does_nothing_twice(darkroom, tmp_path):
     again = darkroom(*words)
     assert (again["version"], again["digest"]) == (1, made["digest"])
     assert (again["reused"], again["new"]) == (["data"], 0)
+    (told,) = darkroom("explain", str(tmp_path / "set"), "broken.png")["rows"]
+    assert (told["outcome"], told["reason"], told["version"]) == ("rejected", "truncated", 1)
 
 
 def test_encode_and_train_find_what_is_done(darkroom, first):

@@ -49,6 +49,12 @@ def test_bad_usage_is_exit_code_2_and_says_why(tmp_path, words, told):
     assert done.stdout == ""
 
 
+def test_an_input_of_no_data_set_cannot_be_explained(tmp_path):
+    done = darkroom(tmp_path, "explain", "nothing", "a.png")
+    assert done.returncode == 1
+    assert "no data set there" in done.stderr
+
+
 def test_overrides_may_stand_behind_options_and_instead_of_a_recipe(tmp_path):
     for words in (["run", "--json", "sede=1"], ["run", "shapes", "--json", "sede=1"]):
         done = darkroom(tmp_path, *words)
