@@ -102,7 +102,7 @@ def shapes_classifier() -> Recipe:
                     "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
                     "diffusion": ddpm.base.config["diffusion"],
                 },
-                training=_training(images=80_000, batch=64, learning_rate=1e-3),
+                training=_training(images=240_000, batch=64, learning_rate=1e-3),
             ),
         }
     )

@@ -265,6 +265,20 @@ def test_inversion_error_shrinks_with_the_step(mixture):
     assert errors[-1] < 0.008
 
 
+def test_inversion_with_enough_rounds_is_exact(mixture):
+    """Eighty steps from the data at s/a = .001 up to 8, and down again."""
+    for path in (LINEAR, flow(), edm()):
+        grid = levels(path, torch.logspace(0.9, -3, 80, dtype=torch.float64))
+        x0, denoise = mixture.draw(100)[0], mixture.denoiser(path)
+        errors = []
+        for rounds in (0, 3, 20):
+            noise = invert(denoise, path, x0, grid, rounds=rounds)
+            errors.append((sample(denoise, ddim(path), noise, grid) - x0).abs().mean().item())
+        assert errors[0] > 0.01
+        assert errors[1] < errors[0] / 20
+        assert errors[2] < 1e-5
+
+
 def test_slerp_keeps_the_norm_and_meets_its_ends():
     x, y = normal(0, "x", torch.arange(8), (2, 3, 3, 3)).double().unbind(1)
     y = y * (x.flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1))[:, None, None, None]
