@@ -39,8 +39,8 @@ def shapes_ddpm() -> Recipe:
     """DDPM (Ho et al. 2020) with iDDPM's cosine betas, 16 px, drawn by 64 ancestral steps."""
     return _in_pixels(
         "shapes-ddpm",
-        # v, as so short a training hardly learns noise at high noise: its error is divided by a, and
-        # its loss weighs the ground's colour, which is decided there, with a^2/s^2.
+        # v, as so short a training hardly learns to tell noise from noise: eps is divided by a,
+        # and its loss weighs the ground's colour, which is decided there, with a^2/s^2.
         {"path": "ddpm_cosine", "prediction": "v", "times": "discrete"},
         {"kind": "ddim", "eta": 1.0, "steps": 64, "threshold": "static"},
         images=130_000,

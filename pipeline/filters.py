@@ -67,10 +67,11 @@ def clean_caption(text: str, limit: int) -> tuple[str, tuple[str, ...]]:
 _CLASS = {"Cc": " ", "Cs": "\ufffd"}
 
 
-_CONTROL = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
-    0x7F: "\u2421"
+_CONTROL = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **dict.fromkeys(range(128, 160), "\ufffd"),
 }
-_CONTROL |= dict.fromkeys(range(128, 160), "\ufffd")
 
 
 def visible(value: Any) -> Any:

@@ -327,8 +327,8 @@ def invert(
     shrink.
 
     Each of `rounds` fixed-point rounds a step asks the denoiser where the step really starts
-    (Pan et al. 2023): they converge where s/a grows by little in a step (an eighth will do) and undo
-    `ddim` exactly. What its last step forgets, from the least noise to the data, is not had back.
+    (Pan et al. 2023): they converge where s/a grows by little in a step (an eighth will do), and
+    undo `ddim` exactly. What its last step forgets, from the least noise to the data, is lost.
     """
     forward = ddim(path)
 
