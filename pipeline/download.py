@@ -13,6 +13,7 @@ import functools
 import ipaddress
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,7 +56,16 @@ class DownloadRules:
                 f"download: got concurrency {self.concurrency}, retries {self.retries}, seconds "
                 f"{self.seconds}; wanted at least 1, at least 0, more than 0"
             )
-        object.__setattr__(self, "private_hosts", tuple(self.private_hosts))  # JSON has no tuples
+        if not self.user_agent.isascii() or not self.user_agent.isprintable():
+            raise ValueError(f"download: user_agent must be plain ASCII, got {self.user_agent!r}")
+        hosts = tuple(_ascii_host(host) for host in self.private_hosts)  # as they are connected
+        object.__setattr__(self, "private_hosts", hosts)
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides whether a picture may be had; the rest only how fast."""
+        return {name: getattr(self, name) for name in ("honour_opt_out", "private_hosts")} | {
+            "user_agent": self.user_agent
+        }
 
 
 class Refused(Exception):
@@ -97,6 +107,7 @@ class Downloader:
             max_connections=self.rules.concurrency,
             max_keepalive_connections=self.rules.concurrency,
             keepalive_expiry=10.0,
+            ssl_context=httpcore.default_ssl_context(),
             network_backend=_guarded(self.rules.private_hosts),
         )
 
@@ -148,21 +159,25 @@ class Downloader:
             found = self._get(_canonical(url), deadline)
             if isinstance(found, bytes):
                 return found
-            url = urljoin(url, found)
+            try:
+                url = urljoin(url, found)
+            except ValueError as error:
+                raise Refused("reference", f"{url}: led to {found[:200]!r}: {error}") from None
         raise Refused("redirects", f"{url}: more than {_MAX_REDIRECTS}")
 
     def _get(self, url: str, deadline: float) -> bytes | str:
         """The body, or where it is said to be."""
         import httpcore
 
-        left = _left(deadline)
         headers = {
             "Host": urlsplit(url).netloc,
             "User-Agent": self.rules.user_agent,
             "Accept": "image/*,*/*;q=0.5",
             "Accept-Encoding": "identity",
         }
-        timeout = dict.fromkeys(("connect", "read", "write", "pool"), left)
+        # Of a connection's own waits `_guarded` makes what is left until then: a server that sends
+        # a header a minute would have a time-out of its own for each.
+        timeout = {**dict.fromkeys(("connect", "read", "write"), deadline), "pool": _left(deadline)}
         try:
             with self._pool.stream(
                 "GET", url, headers=list(headers.items()), extensions={"timeout": timeout}
@@ -176,6 +191,8 @@ class Downloader:
     def _body(self, url: str, response: Any, deadline: float) -> bytes | str:
         answer = {name.decode("latin-1").lower(): value for name, value in response.headers}
         said = {name: value.decode("latin-1") for name, value in answer.items()}
+        if "location" in answer:  # often UTF-8 as it is
+            said["location"] = quote(answer["location"], safe=_SAFE + "#[]")
         if response.status in _REDIRECTS and "location" in said:
             return said["location"]
         if response.status in _TRANSIENT:
@@ -211,18 +228,21 @@ def _left(deadline: float) -> float:
 
 
 def _seconds(text: str) -> float | None:
-    return float(text) if text.isdigit() else None
+    return float(text) if text.isascii() and text.isdigit() else None
 
 
 def _opt_out(tags: Iterable[str], user_agent: str) -> str:
-    """The word that asks us to leave, of headers like `noindex` or `otherbot: noai, noindex`."""
+    """The word that asks us to leave, of headers like `noindex` or `otherbot: noai, noindex`. A
+    name holds for the words after it, up to the next name."""
+    me = user_agent.split("/")[0].strip().lower()
     for tag in tags:
-        name, colon, rest = tag.partition(":")
-        if colon and name.strip().lower() != user_agent.lower():
-            continue
-        for word in (rest if colon else tag).split(","):
-            if word.strip().lower() in _OPT_OUT:
-                return word.strip().lower()
+        meant = True
+        for word in tag.lower().split(","):
+            name, colon, rest = word.partition(":")
+            if colon and not name.strip().startswith(("max-", "unavailable_after")):
+                meant, word = name.strip() == me, rest
+            if meant and word.strip() in _OPT_OUT:
+                return word.strip()
     return ""
 
 
@@ -230,8 +250,8 @@ def _canonical(url: str) -> str:
     """The URL in ASCII, without fragment or credentials. Refused: not the web."""
     try:
         parts = urlsplit(url)
-        host = (parts.hostname or "").encode("idna").decode()
-        port = parts.port
+        host, port = _ascii_host(parts.hostname or ""), parts.port
+        path, query = (quote(it, safe=_SAFE) for it in (parts.path or "/", parts.query))
     except (UnicodeError, ValueError) as error:
         raise Refused("reference", f"{url[:200]!r}: {error}") from None
     if parts.scheme.lower() not in SCHEMES or not _HOST.fullmatch(host):
@@ -241,45 +261,108 @@ def _canonical(url: str) -> str:
         (
             parts.scheme.lower(),
             place if port is None else f"{place}:{port}",
-            quote(parts.path or "/", safe=_SAFE),
-            quote(parts.query, safe=_SAFE),
+            path,
+            query,
             "",
         )
     )
 
 
+def _ascii_host(host: str) -> str:
+    return host.lower() if ":" in host else host.lower().encode("idna").decode()
+
+
 def _guarded(private_hosts: tuple[str, ...]) -> Any:
-    """A network on which only public addresses, and these hosts, answer."""
+    """A network on which only public addresses, and these hosts, answer, and whose time-outs are
+    moments of `time.monotonic()`, not seconds."""
     import httpcore
 
-    class Guarded(httpcore.NetworkBackend):
-        def __init__(self) -> None:
-            self._plain = httpcore.SyncBackend()
+    plain = httpcore.SyncBackend()
 
-        def connect_tcp(self, host: str, *args: Any, **options: Any) -> httpcore.NetworkStream:
-            stream = self._plain.connect_tcp(host, *args, **options)
-            address = stream.get_extra_info("server_addr")[0]
-            if host not in private_hosts and not is_public(address):
-                stream.close()
-                raise Refused("private_address", f"{host} is {address}")
-            return stream
+    def left(moment: float | None, late: type[Exception]) -> float | None:
+        if moment is None:
+            return None
+        if (seconds := moment - time.monotonic()) <= 0:
+            raise late("out of time")
+        return seconds
+
+    class Stream(httpcore.NetworkStream):
+        def __init__(self, stream: httpcore.NetworkStream):
+            self._stream = stream
+
+        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+            return self._stream.read(max_bytes, left(timeout, httpcore.ReadTimeout))
+
+        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+            self._stream.write(buffer, left(timeout, httpcore.WriteTimeout))
+
+        def close(self) -> None:
+            self._stream.close()
+
+        def start_tls(
+            self, ssl_context: Any, server_hostname: Any = None, timeout: float | None = None
+        ) -> httpcore.NetworkStream:
+            seconds = left(timeout, httpcore.ConnectTimeout)
+            return Stream(self._stream.start_tls(ssl_context, server_hostname, seconds))
+
+        def get_extra_info(self, info: str) -> Any:
+            return self._stream.get_extra_info(info)
+
+    class Guarded(httpcore.NetworkBackend):
+        def connect_tcp(
+            self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any
+        ) -> httpcore.NetworkStream:
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            except OSError as error:
+                raise httpcore.ConnectError(str(error)) from None
+            last: Exception = httpcore.ConnectError(f"{host} has no address")
+            for address in dict.fromkeys(str(it[4][0]) for it in found):
+                allowed(host, address)
+                seconds = left(timeout, httpcore.ConnectTimeout)
+                try:
+                    stream = plain.connect_tcp(address, port, seconds, *args, **options)
+                except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                    last = error
+                    continue
+                try:
+                    allowed(host, stream.get_extra_info("server_addr")[0])
+                except OSError as error:  # gone already
+                    stream.close()
+                    raise httpcore.ConnectError(str(error)) from None
+                except Refused:
+                    stream.close()
+                    raise
+                return Stream(stream)
+            raise last
 
         def connect_unix_socket(self, *args: Any, **options: Any) -> httpcore.NetworkStream:
             raise Refused("reference", "a unix socket")
 
         def sleep(self, seconds: float) -> None:
-            self._plain.sleep(seconds)
+            plain.sleep(seconds)
+
+    def allowed(host: str, address: str) -> None:
+        if host not in private_hosts and not is_public(address):
+            raise Refused("private_address", f"{host} is {address}")
 
     return Guarded()
+
+
+_OPEN = ipaddress.ip_network("2000::/3")
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_PROVIDERS = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32")))
+"""Where clouds answer their own machines, at addresses that look public."""
 
 
 def is_public(address: str) -> bool:
     """Whether an address is one of the open internet, and so is one that is wrapped in it."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    inner = [ip]
     if isinstance(ip, ipaddress.IPv6Address):
-        teredo = ip.teredo or ()
-        inner += [it for it in (ip.ipv4_mapped, ip.sixtofour, *teredo) if it is not None]
-        if ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return all(it.is_global and not it.is_multicast for it in inner)
+        if ip.ipv4_mapped is not None:
+            return is_public(str(ip.ipv4_mapped))
+        if ip in _NAT64:
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        wrapped = [it for it in (ip.sixtofour, *(ip.teredo or ())) if it is not None]
+        return ip in _OPEN and ip.is_global and all(is_public(str(it)) for it in wrapped)
+    return ip.is_global and not ip.is_multicast and not any(ip in it for it in _PROVIDERS)

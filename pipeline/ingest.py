@@ -11,6 +11,7 @@ undisturbed one. A row is known by its id and stamp; growth reads what is new an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,10 +26,22 @@ from .download import Downloader, DownloadRules, Refused, is_remote
 from .execute import Executor, run
 from .manifest import Manifest, Shard, fingerprint, latest, publish, read, versions
 from .outcomes import count, read_outcomes, write_outcomes
-from .sources import OverLong, Row, Source, SourceOptions, fetch_image, open_source
+from .sources import (
+    Damaged,
+    OverLong,
+    Row,
+    Source,
+    SourceOptions,
+    fetch_image,
+    open_source,
+    release,
+)
 
 _CODE = 1
 """Raised by hand when the same rows and rules give other bytes: everything is read again."""
+
+_MAY_CHANGE = ("unreachable", "private_address")
+"""Reasons that speak of the network between us and a picture, not of the picture."""
 
 _FOLDERS = ("versions", "shards", "tables", "inputs", "staging")
 
@@ -162,10 +175,11 @@ class _Ingest:
             storage.sweep(storage.join(self.dataset, folder))
         past = read_outcomes(self.base) if self.base else []
         # What the web did not give last time it may give now: such rows are new again.
-        known = {(it["id"], it["stamp"]) for it in past if it["reason"] != "unreachable"}
+        known = {(it["id"], it["stamp"]) for it in past if it["reason"] not in _MAY_CHANGE}
         rows = self._new_rows(sources, known)
         again = {(row.id, row.stamp) for _, row in rows}
-        past = [it for it in past if (it["id"], it["stamp"]) not in again]
+        retried = {(it["id"], it["stamp"]) for it in past if (it["id"], it["stamp"]) in again}
+        past = [it for it in past if (it["id"], it["stamp"]) not in retried]
         if not rows and not past:
             raise ValueError(
                 f"{', '.join(prints)}: no rows; wanted at least one picture with a caption"
@@ -173,7 +187,7 @@ class _Ingest:
         results = self._read(rows, prints)
         outcomes, samples, limit = self._decide(rows, results, past)
         counts = count(past + outcomes)
-        self._check(outcomes, counts)
+        self._check([it for it in outcomes if not _still_out_of_reach(it, retried)], counts)
         shards = self._write(samples)
         version = self.parent.version + 1 if self.parent else 1
         manifest = Manifest(
@@ -229,14 +243,26 @@ class _Ingest:
                 }
                 for _, row in rows[start : start + size]
             ]
-            name = fingerprint([_CODE, self.rules.reading(), some])
+            web = any(is_remote(row["image"]) for row in some)
+            deciding = [download.deciding()] if web else []
+            name = fingerprint([_CODE, self.rules.reading(), some, *deciding])
             units.append({"unit": name, "rows": some})
+            if web:
+                self._forget_if_out_of_reach(name)
         work = functools.partial(_reader, self.dataset, self.rules.reading(), download)
         return [
             {**row, "staged": result["unit"]}
             for result in self._resume("read", work, units)
             for row in result["rows"]
         ]
+
+    def _forget_if_out_of_reach(self, unit: str) -> None:
+        """What a run that published nothing could not reach is tried again."""
+        url = _result_url(self.dataset, unit)
+        if storage.exists(url):
+            rows = storage.read_json(url)["rows"]
+            if any(row.get("reason") in _MAY_CHANGE for row in rows):
+                storage.delete(url)
 
     # ---- the decision ----------------------------------------------------------------------------
 
@@ -417,7 +443,7 @@ def _reader(
             return fetch_image(image, policy.max_bytes)
         except OverLong as error:
             raise images.Rejected("too_many_bytes", str(error)) from None
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        except (FileNotFoundError, IsADirectoryError, PermissionError, Damaged) as error:
             raise images.Rejected("unreadable", str(error)) from None
 
     def read(
@@ -454,15 +480,16 @@ def _reader(
         }
 
     def work(unit: dict[str, Any]) -> dict[str, Any]:
+        release()
         results: list[dict[str, Any]] = []
         remote = [
             row["image"] for row in unit["rows"] if not row["problem"] and is_remote(row["image"])
         ]
         with (
             Downloader(download, policy.max_bytes) as downloader,
+            contextlib.closing(downloader.all(remote)) as answers,
             storage.publishing(storage.join(dataset, "staging", f"{unit['unit']}.bin")) as file,
         ):
-            answers = downloader.all(remote)
 
             def stage(data: bytes) -> int:
                 offset = file.tell()
@@ -475,6 +502,7 @@ def _reader(
                     read(row, answers, stage, found)
                 except images.Rejected as rejected:
                     found |= {"reason": rejected.reason, "detail": rejected.detail}
+        release()
         return _commit(dataset, unit["unit"], {"unit": unit["unit"], "rows": results})
 
     return work
@@ -522,6 +550,10 @@ def _result_url(dataset: str, unit: str) -> str:
 
 
 # ---- small parts ---------------------------------------------------------------------------------
+
+
+def _still_out_of_reach(outcome: Record, retried: set[tuple[str, str]]) -> bool:
+    return outcome["reason"] in _MAY_CHANGE and (outcome["id"], outcome["stamp"]) in retried
 
 
 def _sample(sample: Record) -> Record:

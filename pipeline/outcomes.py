@@ -65,14 +65,18 @@ def explain(dataset: str, wanted: str) -> list[dict[str, Any]]:
             f"whose id has it in it; it has seen {last.counts['seen']} rows"
         )
     shards = _shards_of(dataset, last, {it["key"] for it in found if it["outcome"] == "kept"})
-    first: dict[tuple[str, str], int] = {}
+    first: dict[tuple[str, ...], int] = {}
     for version in versions(dataset):
         for it in read_outcomes(read(dataset, version)):
-            first.setdefault((it["id"], it["stamp"]), version)
+            first.setdefault(_identity(it), version)
     return [
-        {**it, "version": first[it["id"], it["stamp"]], "shard": shards.get(it["key"], "")}
-        for it in found
+        {**it, "version": first[_identity(it)], "shard": shards.get(it["key"], "")} for it in found
     ]
+
+
+def _identity(it: Outcome) -> tuple[str, ...]:
+    """A row may have been out of reach in one version and kept in the next."""
+    return it["id"], it["stamp"], it["outcome"], it["reason"]
 
 
 def _shards_of(dataset: str, version: Manifest, keys: set[str]) -> dict[str, str]:

@@ -17,7 +17,6 @@ followed, nothing is unpickled, no shell is started.
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import posixpath
@@ -178,12 +177,12 @@ def fetch_image(image: str, max_bytes: int = 1 << 30) -> bytes:
         return data
     if scheme == "parquet":
         group, number, column, url = rest.split(":", 3)
-        data = _pictures_of(url, int(group), unquote(column))[int(number)]
+        data = _column_of(url, int(group), unquote(column)).picture(int(number), max_bytes)
         if data is None:
             raise FileNotFoundError(f"{url}: row {number} of row group {group} has no bytes")
-        if len(data) > max_bytes:
-            raise OverLong(f"{len(data)} bytes, allowed {max_bytes}")
         return data
+    if is_remote(image):
+        raise ValueError(f"{image}: pictures from the web come through pipeline.download")
     with storage.open_read(image) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -191,15 +190,80 @@ def fetch_image(image: str, max_bytes: int = 1 << 30) -> bytes:
     return data
 
 
-@functools.lru_cache(maxsize=2)
-def _pictures_of(url: str, group: int, column: str) -> list[bytes | None]:
-    """One row group's pictures: a unit's rows stand together, so that each is read about once."""
-    import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
+class _Column:
+    """The pictures in one row group of a parquet, a few at a time, for those who ask in order."""
 
-    parquet: Any = pq
-    with storage.open_read(url) as file:
-        values = parquet.ParquetFile(file).read_row_group(group, columns=[column])[column]
-        return [it["bytes"] if _is_object(it) else it for it in values.to_pylist()]
+    def __init__(self, url: str, group: int, column: str):
+        self.url, self.group, self.column = url, group, column
+        self._start = self._stop = 0
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = None
+        self._file: IO[bytes] | None = None
+
+    def picture(self, number: int, max_bytes: int) -> bytes | None:
+        """None where there is none. `OverLong`, or `Damaged` where the file is."""
+        import pyarrow as pa_  # pyright: ignore[reportMissingTypeStubs]
+
+        pa: Any = pa_
+        try:
+            if number < self._start or self._batch is None:
+                self._open()
+            while number >= self._stop:
+                self._batch = next(self._batches).column(0)
+                self._start, self._stop = self._stop, self._stop + len(self._batch)
+            value = self._batch[number - self._start]
+            if pa.types.is_struct(value.type):
+                value = value["bytes"] if value.is_valid else pa.scalar(None, pa.binary())
+        except (pa.ArrowException, StopIteration) as error:
+            raise Damaged(f"{self.url}, row group {self.group}: {error}") from None
+        except OSError as error:
+            if not storage.is_local(self.url):
+                raise  # the store's trouble, it may be
+            raise Damaged(f"{self.url}, row group {self.group}: {error}") from None
+        if not value.is_valid:
+            return None
+        data = value.as_buffer()
+        if data.size > max_bytes:
+            raise OverLong(f"{data.size} bytes, allowed {max_bytes}")
+        return data.to_pybytes()
+
+    def _open(self) -> None:
+        import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
+
+        parquet: Any = pq
+        self.close()
+        self._file = storage.open_read(self.url)
+        self._start = self._stop = 0
+        self._batches = parquet.ParquetFile(self._file).iter_batches(
+            8, row_groups=[self.group], columns=[self.column]
+        )
+
+    def close(self) -> None:
+        self._batches, self._batch = iter(()), None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+_last: list[_Column] = []
+
+
+def _column_of(url: str, group: int, column: str) -> _Column:
+    """The one that was asked for last, if it is the same."""
+    if not _last or (_last[0].url, _last[0].group, _last[0].column) != (url, group, column):
+        release()
+        _last.append(_Column(url, group, column))
+    return _last[0]
+
+
+def release() -> None:
+    """Let go of the parquet that was read last: it may change before it is read again."""
+    while _last:
+        _last.pop().close()
+
+
+class Damaged(OSError):
+    """A file that cannot be read, and will not be."""
 
 
 class OverLong(OSError):
@@ -323,6 +387,8 @@ class _Table(_Listed):
             return url, "", "unsafe_path"
         if self.url == root:
             known = self.listing.get(url[len(root) + 1 :])
+        elif is_remote(url):  # asked for by `download` alone
+            return url, "", None
         else:  # a table that stands alone was not listed with its pictures
             known = storage.stamp(url)
         return url, known or "", None if known else "missing_file"
@@ -594,8 +660,11 @@ def _read_parquet(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[
         texts = (pa.string(), pa.large_string())
         wanted = {name for name, kind in columns.items() if kind in texts} | {file_name, caption}
         kind = columns[file_name]
-        held = kind in (pa.binary(), pa.large_binary()) or (
-            pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        binary = (pa.binary(), pa.large_binary())
+        held = kind in binary or (
+            pa.types.is_struct(kind)
+            and kind.get_field_index("bytes") >= 0
+            and kind.field("bytes").type in binary
         )
         wanted -= {file_name} if held else set()  # listing reads no picture
         number = 0

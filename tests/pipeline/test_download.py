@@ -40,6 +40,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.guard = threading.Lock()
         self.pictures: dict[str, bytes] = {}
 
+    def handle_error(self, request, client_address):
+        pass  # clients that hang up are what is tested
+
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.server_port}{path}"
 
@@ -47,6 +50,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
+    down = False
 
     def log_message(self, *arguments):
         pass
@@ -83,7 +87,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def route(self, server: Server):
         name, _, rest = self.path.lstrip("/").partition("?")
-        if name == "good":
+        if self.down:
+            self.answer(503)
+        elif name == "good":
             self.answer(200, BODY)
         elif name == "slow-good":
             time.sleep(0.05)
@@ -103,6 +109,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, b"", Content_Length=str(1 << 40))
         elif name == "robots":
             self.answer(200, BODY, X_Robots_Tag=rest.replace("%20", " "))
+        elif name == "astray":
+            self.answer(302, Location="http://[::1")
+        elif name == "umlaut":
+            self.answer(302, Location="/\u00c3\u00a4.png")  # UTF-8 as it is, in latin-1
+        elif name == "headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            try:
+                while True:
+                    self.wfile.write(b"X: y\r\n")
+                    time.sleep(0.05)
+            except OSError:
+                pass
+        elif name == "strange-wait":
+            self.answer(503, Retry_After="\u00b2")
         elif name == "cut":
             self.answer(200, b"half", Content_Length="1000")
             self.close_connection = True
@@ -164,12 +184,16 @@ def test_what_counts_is_the_address_that_is_connected(server, monkeypatch):
     """DNS rebinding: a name that was public when looked up, and is not when it is connected."""
     import socket
 
-    real = socket.create_connection
-    monkeypatch.setattr(
-        socket,
-        "create_connection",
-        lambda address, *rest, **more: real(("127.0.0.1", server.server_port), *rest, **more),
-    )
+    public = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 80))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: public)
+
+    def connect(address: object, timeout: float, *_: object, **__: object) -> socket.socket:
+        made = socket.socket()
+        made.settimeout(timeout)
+        made.connect(("127.0.0.1", server.server_port))
+        return made
+
+    monkeypatch.setattr(socket, "create_connection", connect)
     reason, detail = refused("http://pictures.example/a.png", DownloadRules())
     assert (reason, detail) == ("private_address", "pictures.example is 127.0.0.1")
     assert not server.asked
@@ -186,6 +210,7 @@ def test_what_counts_is_the_address_that_is_connected(server, monkeypatch):
         "http://example.com:99999/",
         "pipe:cat /etc/passwd",
         "http://" + "a" * 300 + ".com/",
+        "http://example.com/\ud800",
     ],
 )
 def test_only_the_web_is_asked(url):
@@ -209,6 +234,10 @@ def test_redirects_lead_neither_off_the_web_nor_round_and_round(server):
         ("/robots?noai", "opted_out"),
         ("/robots?all,%20noimageindex", "opted_out"),
         ("/robots?darkroom:%20noindex", "opted_out"),
+        ("/robots?noai,%20max-image-preview:large", "opted_out"),
+        ("/robots?otherbot:%20nofollow,%20darkroom:%20noai", "opted_out"),
+        ("/robots?noindex,%20unavailable_after:%2025%20Jun%202010", "opted_out"),
+        ("/astray", "reference"),
     ],
 )
 def test_what_a_server_may_not_do_is_a_reason(server, path, reason):
@@ -229,8 +258,29 @@ def test_a_slow_drip_ends_at_the_deadline(server):
         server.url("/drip"), DownloadRules(private_hosts=("127.0.0.1",), seconds=0.4, retries=1)
     )
     assert (reason, len(server.asked)) == ("unreachable", 2)
-    assert "out of time" in detail
+    assert "out of time" in detail or "ReadTimeout" in detail
     assert time.monotonic() - started < 5
+
+
+def test_headers_that_never_end_do(server):
+    started = time.monotonic()
+    rules = DownloadRules(private_hosts=("127.0.0.1",), seconds=0.4, retries=0)
+    assert refused(server.url("/headers"), rules)[0] == "unreachable"
+    assert time.monotonic() - started < 5
+
+
+def test_what_servers_write_into_headers(server):
+    server.pictures["%C3%A4.png"] = BODY
+    with Downloader(HERE) as get:
+        assert get(server.url("/umlaut")) == BODY
+    assert refused(server.url("/strange-wait"))[0] == "unreachable"
+
+
+def test_private_hosts_are_meant_however_they_are_written(server):
+    rules = DownloadRules(private_hosts=("LocalHost",), user_agent="darkroom/1.0 (+https://x.y)")
+    with Downloader(rules) as get:
+        assert get(server.url("/good", "LOCALHOST")) == BODY
+    assert refused(server.url("/robots?darkroom:%20noai", "localhost"), rules)[0] == "opted_out"
 
 
 def test_a_server_that_says_later_is_asked_later(server):
@@ -277,6 +327,14 @@ def test_what_is_asked_for_is_written_in_ascii():
         ("::ffff:127.0.0.1", False),
         ("64:ff9b::a9fe:a9fe", False),
         ("2002:7f00:1::", False),
+        ("168.63.129.16", False),
+        ("192.0.0.192", False),
+        ("fec0::1", False),
+        ("64:ff9b:1::a9fe:a9fe", False),
+        ("64:ff9b::808:808", True),
+        ("::ffff:0:7f00:1", False),
+        ("::7f00:1", False),
+        ("5f00::1", False),
     ],
 )
 def test_public_addresses(address, public):
@@ -341,6 +399,39 @@ def test_a_table_of_urls_becomes_a_data_set(server, tmp_path):
     assert "rejected:unreachable" not in second.counts  # what came was no picture: another reason
     assert second.counts["rejected:not_image"] == 1
     assert ingest([grown], dataset, rules).reused
+
+
+def test_what_could_not_be_reached_is_tried_again(tmp_path, server):
+    """Nothing was published: the same command asks again, and a host that is named now is asked."""
+    server.pictures = {f"{i}.png": picture(i) for i in range(3)}
+    rows = [{"url": server.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(3)]
+    source, dataset = table(tmp_path, rows), str(tmp_path / "dataset")
+    with pytest.raises(ValueError, match="3 private_address"):
+        ingest([source], dataset, IngestRules())
+    named = IngestRules(download=DownloadRules(private_hosts=("127.0.0.1",), retries=0))
+    away, server.pictures = server.pictures, {}
+    Handler.down = True
+    try:
+        with pytest.raises(ValueError, match="3 unreachable"):
+            ingest([source], dataset, named)
+    finally:
+        Handler.down = False
+    server.pictures = away
+    assert ingest([source], dataset, named).counts["kept"] == 3
+
+
+def test_urls_that_stay_dead_do_not_stop_the_growth(tmp_path, server):
+    server.pictures = {f"{i}.png": picture(i) for i in range(12)}
+    good = [{"url": server.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(10)]
+    dead = [{"url": f"http://127.0.0.1:1/{i}.png", "caption": f"gone {i}"} for i in range(5)]
+    rules = IngestRules(download=DownloadRules(private_hosts=("127.0.0.1",), retries=0))
+    dataset = str(tmp_path / "dataset")
+    ingest([table(tmp_path, [*good, *dead])], dataset, rules)
+    more = [{"url": server.url("/10.png"), "caption": "picture 10"}]
+    grown = ingest([table(tmp_path, [*good, *dead, *more])], dataset, rules)
+    assert grown.counts["kept"] == 11
+    assert grown.counts["rejected:unreachable"] == 5
+    assert grown.counts["seen"] == 16
 
 
 def test_how_pictures_are_fetched_does_not_decide_what_they_are(tmp_path, server):

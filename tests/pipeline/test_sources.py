@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import shapes, storage
 from pipeline.shards import ShardSample, write_shard
-from pipeline.sources import OverLong, SourceOptions, fetch, open_source
+from pipeline.sources import Damaged, OverLong, SourceOptions, fetch, open_source, release
 
 
 def picture(seed=0, format="PNG"):
@@ -585,3 +585,13 @@ def test_pictures_inside_a_parquet(tmp_path, layout):
     with pytest.raises(OverLong):
         fetch(listed[0], 10)
     assert len({row.id for row in listed}) == 6
+    assert fetch(listed[1]) == pictures[1], "out of order too"
+    # Written anew under the same name: nobody may see the old bytes after `release`.
+    release()
+    pq.write_table(pa.table({"image": column[3:], "text": captions[3:]}), file, row_group_size=2)
+    assert [fetch(row) for row in rows(file)[:2]] == pictures[3:5]
+    release()
+    file.write_bytes(file.read_bytes()[:40] + bytes(40) + file.read_bytes()[80:])
+    with pytest.raises(Damaged):
+        [fetch(row) for row in listed[:2]]
+    release()

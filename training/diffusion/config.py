@@ -63,10 +63,15 @@ class DiffusionConfig:
             raise ValueError(f"t_min: got {self.t_min}, wanted a time between 0 and 1")
         if not 0 <= self.uniform_share < 1:
             raise ValueError(f"uniform_share: got {self.uniform_share}, wanted 0 <= share < 1")
-        if not 0 < self.sigma_min < (1 if self.sigma_max is None else self.sigma_max):
+        lowest = self.sigma_min if self.path == "ve" else 0.0
+        if self.sigma_min <= 0 or (50.0 if self.sigma_max is None else self.sigma_max) <= lowest:
             raise ValueError(
                 f"sigma_min, sigma_max: got {self.sigma_min} and {self.sigma_max}, wanted "
                 "0 < sigma_min < sigma_max"
+            )
+        if self.sigma_max is not None and self.path not in ("ve", "edm"):
+            raise ValueError(
+                f"sigma_max is the last level of paths ve and edm; {self.path!r} has its own"
             )
         if self.zero_terminal_snr and not self.path.startswith("ddpm_"):
             raise ValueError(

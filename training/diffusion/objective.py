@@ -239,7 +239,8 @@ def hybrid_loss(
     error, out, fraction = _squared_error(model, x0, t, eps, cond, weight)
     assert fraction is not None, "a model without learned variance has no bound to add"
     estimate = model.read(out.detach(), model.path.noise(x0, eps, t), t)
-    u = (t - 1 / steps).clamp(min=0)
+    u = t - 1 / steps
+    u = torch.where(u < 0.5 / steps, 0, u)  # the chain has no state between the data and 1/steps
     return error + share * steps * variance_bound(model.path, x0, estimate, fraction, t, u)
 
 
