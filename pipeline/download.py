@@ -15,7 +15,7 @@ import random
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -131,7 +131,7 @@ class Downloader:
                 self._sleep(min(wait, _LONGEST_WAIT))
         raise AssertionError
 
-    def all(self, urls: Iterable[str]) -> Iterator[bytes | Refused]:
+    def all(self, urls: Iterable[str]) -> Generator[bytes | Refused]:
         """Each URL's bytes or refusal, in order; no more than `concurrency` are held or awaited."""
 
         def one(url: str) -> bytes | Refused:

@@ -243,7 +243,7 @@ class _Ingest:
                 }
                 for _, row in rows[start : start + size]
             ]
-            web = any(is_remote(row["image"]) for row in some)
+            web = any(is_remote(row.image) for _, row in rows[start : start + size])
             deciding = [download.deciding()] if web else []
             name = fingerprint([_CODE, self.rules.reading(), some, *deciding])
             units.append({"unit": name, "rows": some})

@@ -211,7 +211,7 @@ class _Column:
             while number >= self._stop:
                 self._batch = next(self._batches).column(0)
                 self._start, self._stop = self._stop, self._stop + len(self._batch)
-            value = self._batch[number - self._start]
+            value = self._at(number)
             if pa.types.is_struct(value.type):
                 value = value["bytes"] if value.is_valid else pa.scalar(None, pa.binary())
         except (pa.ArrowException, StopIteration) as error:
@@ -226,6 +226,9 @@ class _Column:
         if data.size > max_bytes:
             raise OverLong(f"{data.size} bytes, allowed {max_bytes}")
         return data.to_pybytes()
+
+    def _at(self, number: int) -> Any:
+        return self._batch[number - self._start]
 
     def _open(self) -> None:
         import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
