@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import commands
+from . import commands, doctor
 from .progress import say
 from .settings import prepare_environment
 
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("name", metavar="NAME")
 
     verb("recipes", "the presets and what each is for", commands.recipes_)
-    verb("doctor", "check this machine and its settings", commands.doctor)
+    verb("doctor", "check this machine and its settings", doctor.doctor)
     verb("status", "data sets, stages and models of this home", commands.status)
 
     it = verb("deploy", "serve the scheduled retraining of a recipe", commands.deploy)

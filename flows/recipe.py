@@ -178,11 +178,12 @@ def _check_sampler(recipe: Recipe) -> None:
     base: Any = reconstruct(CONFIGS["base"], recipe.base.config, "base.config")
     try:
         sampler = reconstruct(SamplerConfig, recipe.sampler, "sampler")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    try:
         sampler.build_grid(base.diffusion.build_path())
     except ValueError as error:
-        message = str(error)
-        named = message if message.startswith("sampler") else f"sampler: {message}"
-        raise RecipeError(named) from None
+        raise RecipeError(f"sampler: {error}") from None
     if sampler.variance == "learned" and not base.network.learned_variance:
         raise RecipeError(
             "sampler.variance: 'learned' needs a network that learns it; set "

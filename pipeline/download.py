@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
+from .outcomes import Rejected
+
 SCHEMES = ("http", "https")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
@@ -68,14 +70,6 @@ class DownloadRules:
         }
 
 
-class Refused(Exception):
-    """A picture that was not fetched: `reason` is a reject code."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
 class _Later(Exception):
     """Worth another try, after `wait` seconds if the server said so."""
 
@@ -119,28 +113,28 @@ class Downloader:
             self._pool.close()
 
     def __call__(self, url: str) -> bytes:
-        """The picture's bytes. `Refused` says why there are none; "unreachable" may change."""
+        """The picture's bytes. `Rejected` says why there are none; "unreachable" may change."""
         for attempt in range(self.rules.retries + 1):
             try:
                 return self._follow(url)
             except _Later as later:
                 if attempt == self.rules.retries:
-                    raise Refused("unreachable", f"{url}: {later}") from None
+                    raise Rejected("unreachable", f"{url}: {later}") from None
                 # Full jitter (Brooker 2015): a crowd that failed together does not return together.
                 wait = later.wait or random.uniform(0, 2.0**attempt)
                 self._sleep(min(wait, _LONGEST_WAIT))
         raise AssertionError
 
-    def all(self, urls: Iterable[str]) -> Generator[bytes | Refused]:
+    def all(self, urls: Iterable[str]) -> Generator[bytes | Rejected]:
         """Each URL's bytes or refusal, in order; no more than `concurrency` are held or awaited."""
 
-        def one(url: str) -> bytes | Refused:
+        def one(url: str) -> bytes | Rejected:
             try:
                 return self(url)
-            except Refused as refused:
+            except Rejected as refused:
                 return refused
 
-        ahead: collections.deque[Future[bytes | Refused]] = collections.deque()
+        ahead: collections.deque[Future[bytes | Rejected]] = collections.deque()
         with ThreadPoolExecutor(self.rules.concurrency, "download") as threads:
             try:
                 for url in urls:
@@ -162,8 +156,8 @@ class Downloader:
             try:
                 url = urljoin(url, found)
             except ValueError as error:
-                raise Refused("reference", f"{url}: led to {found[:200]!r}: {error}") from None
-        raise Refused("redirects", f"{url}: more than {_MAX_REDIRECTS}")
+                raise Rejected("reference", f"{url}: led to {found[:200]!r}: {error}") from None
+        raise Rejected("redirects", f"{url}: more than {_MAX_REDIRECTS}")
 
     def _get(self, url: str, deadline: float) -> bytes | str:
         """The body, or where it is said to be."""
@@ -186,7 +180,7 @@ class Downloader:
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise _Later(f"{type(error).__name__} {error}".strip()) from None
         except httpcore.UnsupportedProtocol as error:
-            raise Refused("reference", f"{url}: {error}") from None
+            raise Rejected("reference", f"{url}: {error}") from None
 
     def _body(self, url: str, response: Any, deadline: float) -> bytes | str:
         answer = {name.decode("latin-1").lower(): value for name, value in response.headers}
@@ -198,24 +192,24 @@ class Downloader:
         if response.status in _TRANSIENT:
             raise _Later(f"HTTP {response.status}", _seconds(said.get("retry-after", "")))
         if response.status != 200:
-            raise Refused("http_status", f"{url}: HTTP {response.status}")
+            raise Rejected("http_status", f"{url}: HTTP {response.status}")
         robots = [
             value.decode("latin-1")
             for name, value in response.headers
             if name.lower() == b"x-robots-tag"
         ]
         if self.rules.honour_opt_out and (word := _opt_out(robots, self.rules.user_agent)):
-            raise Refused("opted_out", f"{url}: X-Robots-Tag {word}")
+            raise Rejected("opted_out", f"{url}: X-Robots-Tag {word}")
         if said.get("content-encoding", "identity").lower() not in ("identity", ""):
-            raise Refused("packed", f"{url}: Content-Encoding {said['content-encoding']}, unasked")
+            raise Rejected("packed", f"{url}: Content-Encoding {said['content-encoding']}, unasked")
         length = said.get("content-length", "")
         if length.isdigit() and int(length) > self.max_bytes:
-            raise Refused("too_many_bytes", f"{url}: {length} bytes, allowed {self.max_bytes}")
+            raise Rejected("too_many_bytes", f"{url}: {length} bytes, allowed {self.max_bytes}")
         body = bytearray()
         for chunk in response.iter_stream():
             body += chunk
             if len(body) > self.max_bytes:
-                raise Refused("too_many_bytes", f"{url}: more than {self.max_bytes}")
+                raise Rejected("too_many_bytes", f"{url}: more than {self.max_bytes}")
             _left(deadline)
         return bytes(body)
 
@@ -247,15 +241,15 @@ def _opt_out(tags: Iterable[str], user_agent: str) -> str:
 
 
 def _canonical(url: str) -> str:
-    """The URL in ASCII, without fragment or credentials. Refused: not the web."""
+    """The URL in ASCII, without fragment or credentials. Rejected: not the web."""
     try:
         parts = urlsplit(url)
         host, port = _ascii_host(parts.hostname or ""), parts.port
         path, query = (quote(it, safe=_SAFE) for it in (parts.path or "/", parts.query))
     except (UnicodeError, ValueError) as error:
-        raise Refused("reference", f"{url[:200]!r}: {error}") from None
+        raise Rejected("reference", f"{url[:200]!r}: {error}") from None
     if parts.scheme.lower() not in SCHEMES or not _HOST.fullmatch(host):
-        raise Refused("reference", f"{url[:200]!r}: wanted http:// or https:// and a host")
+        raise Rejected("reference", f"{url[:200]!r}: wanted http:// or https:// and a host")
     place = f"[{host}]" if ":" in host else host
     return urlunsplit(
         (
@@ -330,21 +324,21 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
                 except OSError as error:  # gone already
                     stream.close()
                     raise httpcore.ConnectError(str(error)) from None
-                except Refused:
+                except Rejected:
                     stream.close()
                     raise
                 return Stream(stream)
             raise last
 
         def connect_unix_socket(self, *args: Any, **options: Any) -> httpcore.NetworkStream:
-            raise Refused("reference", "a unix socket")
+            raise Rejected("reference", "a unix socket")
 
         def sleep(self, seconds: float) -> None:
             plain.sleep(seconds)
 
     def allowed(host: str, address: str) -> None:
         if host not in private_hosts and not is_public(address):
-            raise Refused("private_address", f"{host} is {address}")
+            raise Rejected("private_address", f"{host} is {address}")
 
     return Guarded()
 

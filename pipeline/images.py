@@ -26,6 +26,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
+from .outcomes import Rejected
+
 Image.preinit()  # JPEG, PNG, GIF, BMP; the rest by name: Image.init() would load every plugin
 for _plugin in ("WebPImagePlugin", "TiffImagePlugin", "AvifImagePlugin"):
     __import__(f"PIL.{_plugin}")
@@ -68,15 +70,6 @@ _TRANSPOSE = {
 }
 _EXIF_PLACES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _MAX_ICC_BYTES = 4 << 20
-
-
-class Rejected(Exception):
-    """A picture or row that cannot be used: a reason code, and what was seen."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail[:200].encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from . import filters, storage
-from .download import Downloader, DownloadRules, Refused, is_remote
+from .download import Downloader, DownloadRules, is_remote
 from .execute import Executor, run
 from .manifest import Manifest, Shard, fingerprint, latest, publish, read, versions
-from .outcomes import count, read_outcomes, write_outcomes
+from .outcomes import Rejected, count, read_outcomes, write_outcomes
 from .sources import (
     Damaged,
     OverLong,
@@ -442,24 +442,24 @@ def _reader(
         try:
             return fetch_image(image, policy.max_bytes)
         except OverLong as error:
-            raise images.Rejected("too_many_bytes", str(error)) from None
+            raise Rejected("too_many_bytes", str(error)) from None
         except (FileNotFoundError, IsADirectoryError, PermissionError, Damaged) as error:
-            raise images.Rejected("unreadable", str(error)) from None
+            raise Rejected("unreadable", str(error)) from None
 
     def read(
         row: dict[str, Any],
-        answers: Iterator[bytes | Refused],
+        answers: Iterator[bytes | Rejected],
         stage: Callable[[bytes], int],
         found: dict[str, Any],
     ) -> None:
         if row["problem"]:
-            raise images.Rejected(row["problem"], row["image"])
+            raise Rejected(row["problem"], row["image"])
         data = next(answers) if is_remote(row["image"]) else fetched(row["image"])
-        if isinstance(data, Refused):
-            raise images.Rejected(data.reason, data.detail)
+        if isinstance(data, Rejected):
+            raise data
         found["key"] = dedup.key(data)
         if row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
-            raise images.Rejected("hash_mismatch", f"wanted sha256 {row['sha256']}")
+            raise Rejected("hash_mismatch", f"wanted sha256 {row['sha256']}")
         image, info = images.decode(data, policy)
         width, height = info["width"], info["height"]
         image, stored, ext = images.store(image, data, info, max_side)
@@ -480,16 +480,17 @@ def _reader(
         }
 
     def work(unit: dict[str, Any]) -> dict[str, Any]:
-        release()
         results: list[dict[str, Any]] = []
         remote = [
             row["image"] for row in unit["rows"] if not row["problem"] and is_remote(row["image"])
         ]
         with (
+            contextlib.ExitStack() as after,
             Downloader(download, policy.max_bytes) as downloader,
             contextlib.closing(downloader.all(remote)) as answers,
             storage.publishing(storage.join(dataset, "staging", f"{unit['unit']}.bin")) as file,
         ):
+            after.callback(release)
 
             def stage(data: bytes) -> int:
                 offset = file.tell()
@@ -500,9 +501,8 @@ def _reader(
                 results.append(found := {})
                 try:
                     read(row, answers, stage, found)
-                except images.Rejected as rejected:
+                except Rejected as rejected:
                     found |= {"reason": rejected.reason, "detail": rejected.detail}
-        release()
         return _commit(dataset, unit["unit"], {"unit": unit["unit"], "rows": results})
 
     return work

@@ -20,6 +20,15 @@ Outcome = Mapping[str, Any]
 """The columns of the table: texts, and a list of `flags`."""
 
 
+class Rejected(Exception):
+    """A picture or row that cannot be used: a reason code, and what was seen."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail[:200].encode("utf-8", "backslashreplace").decode()
+
+
 def count(outcomes: Sequence[Outcome]) -> dict[str, int]:
     """Rows by outcome and by outcome:reason, and how often each flag was raised."""
     totals = Counter(it["outcome"] for it in outcomes)

@@ -68,25 +68,17 @@ def test_stage_configs_are_checked_by_the_stages(override, told):
 @pytest.mark.parametrize(
     ("recipe", "override", "told"),
     [
+        # a classifier judges the noise levels of its base
         ("shapes", "classifier.training.images=64", "guides pixels alone"),
         ("shapes-edm", "classifier.training.images=64", "make the two equal"),
         ("shapes-classifier", "base.config.diffusion.path=vp", "make the two equal"),
-    ],
-)
-def test_a_classifier_judges_the_noise_levels_of_its_base(recipe, override, told):
-    with pytest.raises(RecipeError, match=told):
-        recipes.check_stages(load(recipe, [override]))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "override", "told"),
-    [
+        # a sampler draws from its base
         ("shapes", "sampler.grid=karras", "sampler: karras grid on path 'flow'"),
         ("shapes-ddpm", "sampler.variance=learned", "learned_variance=true"),
         ("shapes", "sampler.stepps=3", "did you mean 'steps'"),
     ],
 )
-def test_a_sampler_that_the_base_cannot_use_is_refused_before_the_training(recipe, override, told):
+def test_what_the_base_cannot_be_used_with_is_refused_before_the_training(recipe, override, told):
     with pytest.raises(RecipeError, match=told):
         recipes.check_stages(load(recipe, [override]))
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from pipeline import download as downloads
 from pipeline import ingest as ingesting
-from pipeline.download import Downloader, DownloadRules, Refused, is_public, is_remote
+from pipeline.download import Downloader, DownloadRules, is_public, is_remote
 from pipeline.ingest import IngestRules, ingest
+from pipeline.outcomes import Rejected
 
 BODY = b"x" * 1000
 
@@ -149,7 +150,7 @@ HERE = DownloadRules(private_hosts=("127.0.0.1",), seconds=1.0, retries=2)
 def refused(url: str, rules: DownloadRules = HERE, max_bytes: int = 100_000) -> tuple[str, str]:
     with (
         Downloader(rules, max_bytes, sleep=lambda seconds: None) as get,
-        pytest.raises(Refused) as error,
+        pytest.raises(Rejected) as error,
     ):
         get(url)
     return error.value.reason, error.value.detail

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -14,7 +14,16 @@ from . import draws, guidance, objective, path, samplers
 from .path import Data, Path, Time
 from .prediction import NULL, PREDICTIONS, Cond, Denoiser, Model, Network, Prediction
 
-PATHS = {"flow": path.flow, "cosine": path.cosine, "vp": path.vp, "subvp": path.subvp}
+PATHS: dict[str, Callable[..., Path]] = {
+    "flow": path.flow,
+    "cosine": path.cosine,
+    "vp": path.vp,
+    "subvp": path.subvp,
+    "ve": path.ve,
+    "edm": path.edm,
+}
+_LEVELS = {"ve": ("sigma_min", "sigma_max"), "edm": ("sigma_max",)}
+"""Which fields a path takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +72,7 @@ class DiffusionConfig:
             raise ValueError(f"t_min: got {self.t_min}, wanted a time between 0 and 1")
         if not 0 <= self.uniform_share < 1:
             raise ValueError(f"uniform_share: got {self.uniform_share}, wanted 0 <= share < 1")
-        lowest = self.sigma_min if self.path == "ve" else 0.0
-        if self.sigma_min <= 0 or (50.0 if self.sigma_max is None else self.sigma_max) <= lowest:
-            raise ValueError(
-                f"sigma_min, sigma_max: got {self.sigma_min} and {self.sigma_max}, wanted "
-                "0 < sigma_min < sigma_max"
-            )
-        if self.sigma_max is not None and self.path not in ("ve", "edm"):
+        if self.sigma_max is not None and self.path not in _LEVELS:
             raise ValueError(
                 f"sigma_max is the last level of paths ve and edm; {self.path!r} has its own"
             )
@@ -78,11 +81,13 @@ class DiffusionConfig:
                 f"zero_terminal_snr rescales a beta table, and path {self.path!r} is none; "
                 "use a ddpm_ path, or flow or cosine, which end in pure noise as they are"
             )
-        self.build_model(lambda x, label, cond: x)  # refuses a prediction the path cannot carry
+        # Refuses levels that are none, and a prediction the path cannot carry.
+        self.build_model(lambda x, label, cond: x)
 
     def build_path(self) -> Path:
-        levels = self.sigma_min, self.sigma_max
-        return _build_path(self.path, self.table_steps, self.zero_terminal_snr, self.shift, *levels)
+        levels = {name: getattr(self, name) for name in _LEVELS.get(self.path, ())}
+        given = tuple((name, it) for name, it in levels.items() if it is not None)
+        return _build_path(self.path, self.table_steps, self.zero_terminal_snr, self.shift, given)
 
     def build_prediction(self) -> Prediction:
         named = PREDICTIONS[self.prediction]
@@ -128,15 +133,10 @@ def _build_path(
     table_steps: int,
     zero_terminal_snr: bool,
     shift: float,
-    sigma_min: float,
-    sigma_max: float | None,
+    levels: tuple[tuple[str, float], ...],
 ) -> Path:
-    if name == "ve":
-        built = path.ve(sigma_min, 50.0 if sigma_max is None else sigma_max)
-    elif name == "edm":
-        built = path.edm(80.0 if sigma_max is None else sigma_max)
-    elif name in PATHS:
-        built = PATHS[name]()
+    if name in PATHS:
+        built = PATHS[name](**dict(levels))
     else:
         betas = path.named_betas(name.removeprefix("ddpm_"), table_steps)
         built = path.table(path.zero_terminal_snr(betas) if zero_terminal_snr else betas, name)

@@ -86,11 +86,11 @@ class Path:
         beta = (1 - (a / a_u * scale_u / scale) ** 2).clamp(min=0)
         return s_u / s * self.added(u, t), scale_u * beta.sqrt()
 
-    def back(self, x: Data, x0: Data, t: Time, u: Time, fresh: Tensor | float = 0.0) -> Data:
+    def back(self, x: Data, x0: Data, t: Time, u: Time, fresh: Tensor | None = None) -> Data:
         """The mean of x_u given x_t and x0, when noise of deviation `fresh` is still to be added:
         x0 at the level u, and what `fresh` leaves of the noise in x_t."""
         (a, s), (a_u, s_u) = self.at(t, x), self.at(u, x)
-        kept = s_u if isinstance(fresh, float) else (s_u**2 - fresh**2).clamp(min=0).sqrt()
+        kept = s_u if fresh is None else (s_u**2 - fresh**2).clamp(min=0).sqrt()
         return a_u * x0 + kept / s * (x - a * x0)
 
     @property
@@ -150,6 +150,11 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Path:
 
     s^2 = sigma_min^2 ((sigma_max / sigma_min)^2t - 1), geometric but for the last sigma_min.
     """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"path ve: got sigma_min {sigma_min} and sigma_max {sigma_max}, wanted "
+            "0 < sigma_min < sigma_max"
+        )
     growth = 2 * math.log(sigma_max / sigma_min)
     return Path(
         "ve",
@@ -161,6 +166,8 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Path:
 
 def edm(sigma_max: float = 80.0) -> Path:
     """a = 1, s = sigma_max t (Karras et al. 2022, table 1); its times are noise levels."""
+    if not sigma_max > 0:
+        raise ValueError(f"path edm: got sigma_max {sigma_max}, wanted more than 0")
     return Path(
         "edm",
         lambda t: (torch.ones_like(t), sigma_max * t),

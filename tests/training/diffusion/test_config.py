@@ -147,3 +147,31 @@ def test_a_sampler_config_wires_guidance_thresholds_and_corrections():
     same = SamplerConfig(kind="ddim", steps=4, guidance=2.0).sample(model, eps, cond, negative=cond)
     torch.testing.assert_close(same, plain.sample(model, eps, cond))
     assert not torch.allclose(same, plain.sample(model, eps, shut))
+
+
+def test_levels_of_paths_that_explode():
+    one = torch.ones((), dtype=torch.float64)
+    for changes, last in (
+        ({"path": "ve"}, 50),
+        ({"path": "ve", "sigma_max": 20.0}, 20),
+        ({"path": "edm"}, 80),
+        ({"path": "edm", "sigma_max": 20.0}, 20),
+    ):
+        ratio = DiffusionConfig(prediction="edm", **changes).build_path().ratio(one)
+        assert ratio.item() == pytest.approx(last, rel=1e-6)
+    narrow = DiffusionConfig(path="ve", prediction="edm", sigma_min=0.5).build_path()
+    assert narrow.ratio(one / 2) > 2 * DiffusionConfig(path="ve").build_path().ratio(one / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"path": "ve", "sigma_min": 60.0}, "path ve: got sigma_min 60.0 and sigma_max 50.0"),
+        ({"path": "ve", "sigma_min": 0.0}, "0 < sigma_min"),
+        ({"path": "edm", "sigma_max": -1.0}, "path edm: got sigma_max -1.0"),
+        ({"path": "flow", "sigma_max": 3.0}, "'flow' has its own"),
+    ],
+)
+def test_levels_that_are_none_are_refused(changes, told):
+    with pytest.raises(ValueError, match=told):
+        DiffusionConfig(**changes)
