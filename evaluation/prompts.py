@@ -109,7 +109,9 @@ def caption_prompts(manifest: Manifest, count: int, *, seed: int = 0) -> list[Pr
 
 def _rows(manifest: Manifest, split: str, columns: list[str]) -> Iterable[dict[str, Any]]:
     for shard in manifest.split(split):
-        yield from shards.read_table(manifest.dataset, shard.name, columns).to_pylist()
+        dropped = manifest.dropped(shard)
+        rows = shards.read_table(manifest.dataset, shard.name, columns).to_pylist()
+        yield from (it for row, it in enumerate(rows) if row not in dropped)
 
 
 def _truth(row: Mapping[str, Any]) -> dict[str, Any] | None:

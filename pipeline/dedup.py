@@ -33,28 +33,38 @@ def look(image: Image.Image) -> str:
 
 
 class NearDuplicates:
-    """Looks seen so far. Any two hashes within 3 bits agree on at least one of four 16-bit bands
-    (pigeonhole).
+    """Looks seen so far, each with what was said of it. Any two hashes within 3 bits agree on at
+    least one of four 16-bit bands (pigeonhole).
     """
 
     def __init__(self) -> None:
-        self._bands: defaultdict[tuple[int, int], list[tuple[int, bytes, str]]] = defaultdict(list)
+        self._bands: defaultdict[tuple[int, int], dict[tuple[int, bytes, str], None]]
+        self._bands = defaultdict(dict)
 
-    def add(self, look: str, name: str) -> str | None:
-        """The name of the first picture that looks the same; without one, this one is remembered
-        and None returned.
-        """
-        signs, colour = int(look[:16], 16), bytes.fromhex(look[16:])
-        if not _MIN_SIGNS <= signs.bit_count() <= 64 - _MIN_SIGNS:
-            return None
-        bands = [(band, signs >> 16 * band & 0xFFFF) for band in range(MAX_BITS + 1)]
-        for band in bands:
-            for other, other_colour, other_name in self._bands[band]:
-                if (signs ^ other).bit_count() <= MAX_BITS and _close(colour, other_colour):
-                    return other_name
-        for band in bands:
-            self._bands[band].append((signs, colour, name))
-        return None
+    def like(self, look: str) -> set[str]:
+        """What was said of those that look the same."""
+        signs, colour = _parsed(look)
+        return {
+            said
+            for band in _bands(signs)
+            for other, other_colour, said in self._bands[band]
+            if (signs ^ other).bit_count() <= MAX_BITS and _close(colour, other_colour)
+        }
+
+    def add(self, look: str, said: str = "") -> None:
+        signs, colour = _parsed(look)
+        for band in _bands(signs):
+            self._bands[band][signs, colour, said] = None
+
+
+def _parsed(look: str) -> tuple[int, bytes]:
+    return int(look[:16], 16), bytes.fromhex(look[16:])
+
+
+def _bands(signs: int) -> list[tuple[int, int]]:
+    if not _MIN_SIGNS <= signs.bit_count() <= 64 - _MIN_SIGNS:
+        return []
+    return [(band, signs >> 16 * band & 0xFFFF) for band in range(MAX_BITS + 1)]
 
 
 def _close(one: bytes, other: bytes) -> bool:

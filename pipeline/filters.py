@@ -1,6 +1,7 @@
 """Rules are pure: scores in, a reason to drop the sample out, or None to keep it.
 
-Rejected rows never come here: a filter speaks about pictures that are fine and unwanted. Captions
+Rejected rows never come here: a filter speaks about pictures that are fine and unwanted. They are
+stored all the same, so that other thresholds are another selection and no second reading. Captions
 are cleaned here too, by the same kind of rule: what was changed comes back as flags.
 """
 
@@ -9,12 +10,83 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, Literal
 
 Scores = Mapping[str, Any]
+"""A sample's columns in its shard's table, `caption` (the first of its captions), and the scores
+of models by name."""
 Rule = Callable[[Scores], str | None]
 
+NEAR_DUPLICATES = ("keep", "apart", "drop")
 _BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionRules:
+    """Which of the stored samples a version is made of. Other rules are another version with the
+    same shards."""
+
+    min_side: int = 16
+    """Pictures whose shorter side had fewer pixels are filtered: `too_small`."""
+    max_aspect: float = 4.0
+    """Pictures more than this many times as long as wide are filtered: `aspect`."""
+    min_caption: int = 1
+    """Fewest characters of the first caption: `caption_short`."""
+    max_caption: int = 0
+    """Most characters of the first caption, `caption_long`; 0: any number."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes; a first caption in another language is filtered: `language`. Empty: any."""
+    near_duplicates: Literal["keep", "apart", "drop"] = "apart"
+    """Pictures that look the same as an earlier one (see `dedup`): "drop" filters all of them
+    (`near_duplicate`), "apart" those that stand in another split than it does (`other_split`)."""
+    scores: Mapping[str, tuple[float | None, float | None]] = field(
+        default_factory=dict[str, tuple[float | None, float | None]]
+    )
+    """Score of a model -> its (least, most), None for any; the reason is its name. A sample that
+    the model could not score is kept."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "languages", tuple(self.languages))
+        bounds = {name: _bounds(name, it) for name, it in dict(self.scores).items()}
+        object.__setattr__(self, "scores", bounds)
+        for name, low in {"min_side": 0, "min_caption": 0, "max_caption": 0}.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if self.max_aspect < 1:
+            raise ValueError(f"max_aspect must be at least 1 (a square), got {self.max_aspect}")
+        if self.near_duplicates not in NEAR_DUPLICATES:
+            raise ValueError(
+                f"near_duplicates must be one of {', '.join(NEAR_DUPLICATES)}, "
+                f"got {self.near_duplicates!r}"
+            )
+        if odd := [code for code in self.languages if not re.fullmatch("[a-z]{2}", code)]:
+            raise ValueError(f"languages: got {odd[0]!r}, wanted ISO 639-1 codes such as 'en'")
+
+    def rules_of_files(self) -> list[Rule]:
+        """Those that need no model's score, each for one sample alone."""
+        rules = [aspect(self.max_aspect), too_small(self.min_side)]
+        rules.append(caption_length(self.min_caption, self.max_caption))
+        return [*rules, language(self.languages)] if self.languages else rules
+
+    def rules(self) -> list[Rule]:
+        """All that look at one sample alone."""
+        scores = (score(name, *bounds) for name, bounds in self.scores.items())
+        return [*self.rules_of_files(), *scores]
+
+
+SELECTING = tuple(it.name for it in fields(SelectionRules))
+
+
+def _bounds(name: str, given: Any) -> tuple[float | None, float | None]:
+    try:
+        low, high = given
+        if low is None or high is None or low <= high:
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"scores.{name}: got {given!r}, wanted [least, most], null for any")
 
 
 def aspect(longest: float) -> Rule:
@@ -31,6 +103,45 @@ def too_small(min_side: int) -> Rule:
             if min(scores["original_width"], scores["original_height"]) < min_side
             else None
         )
+
+    return rule
+
+
+def caption_length(fewest: int, most: int = 0) -> Rule:
+    """Drops samples whose first caption has fewer characters, or more (0: any number)."""
+
+    def rule(scores: Scores) -> str | None:
+        length = len(scores["caption"])
+        return "caption_short" if length < fewest else "caption_long" if 0 < most < length else None
+
+    return rule
+
+
+def language(codes: Sequence[str]) -> Rule:
+    """Drops samples whose first caption is in none of these languages, as langid sees it (Lui &
+    Baldwin 2012). A few words are told apart badly: give it captions of ten and more."""
+
+    def rule(scores: Scores) -> str | None:
+        return None if _identifier().classify(scores["caption"])[0] in codes else "language"
+
+    return rule
+
+
+@lru_cache(1)
+def _identifier() -> Any:
+    from py3langid import langid  # pyright: ignore[reportMissingTypeStubs]
+
+    library: Any = langid
+    return library.LanguageIdentifier.from_model_file(library.MODEL_FILE)
+
+
+def score(name: str, least: float | None, most: float | None) -> Rule:
+    """Drops samples with a score out of bounds; NaN, a score nobody could tell, is in them."""
+
+    def rule(scores: Scores) -> str | None:
+        value = scores[name]
+        low = least is not None and value < least
+        return name if low or (most is not None and value > most) else None
 
     return rule
 

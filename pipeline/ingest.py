@@ -1,8 +1,9 @@
 """Sources in, a new version of a data set out: every input row ends in exactly one outcome.
 
     pass 1   fetch, decode, hash and stage candidate pictures, in parallel units of many rows
-    decide   once, in source order: filters, duplicates, splits, which sample goes into which shard
+    decide   once, in source order: duplicates, splits, which sample goes into which shard
     pass 2   write the shards, in parallel, one unit each
+    select   which of all stored samples the version is made of (see `select`)
 
 Units commit their results under staging/ by what is in them, the decision depends on the rows
 alone, and the version manifest comes last: a killed run that is run again ends with the bytes of an
@@ -14,18 +15,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from . import filters, storage
 from .download import Downloader, DownloadRules, is_remote
 from .execute import Executor, run
-from .manifest import Manifest, Shard, fingerprint, latest, publish, read, versions
-from .outcomes import Rejected, count, read_outcomes, write_outcomes
+from .filters import SELECTING, SelectionRules
+from .manifest import Manifest, Shard, blocked, fingerprint, latest, publish, read, versions
+from .outcomes import STORED, Rejected, count, read_outcomes, write_outcomes
+from .select import dropped_keys, select
 from .sources import (
     Damaged,
     OverLong,
@@ -37,29 +41,28 @@ from .sources import (
     release,
 )
 
-_CODE = 1
+if TYPE_CHECKING:
+    from .score import Build, ScorerSpec
+
+_CODE = 2
 """Raised by hand when the same rows and rules give other bytes: everything is read again."""
 
 _MAY_CHANGE = ("unreachable", "private_address")
 """Reasons that speak of the network between us and a picture, not of the picture."""
 
-_FOLDERS = ("versions", "shards", "tables", "inputs", "staging")
+_FOLDERS = ("versions", "shards", "tables", "inputs", "selections", "staging")
 
 Record = dict[str, Any]
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IngestRules:
-    """What is kept of the sources, and how."""
+class IngestRules(SelectionRules):
+    """What is stored of the sources, and how; which of it a version is made of."""
 
     kind: Literal["ingest"] = "ingest"
     max_side: int = 0
     """Pictures with a longer shorter side are reduced to this many pixels there; 0: never."""
-    min_side: int = 16
-    """Pictures whose shorter side has fewer pixels are filtered."""
-    max_aspect: float = 4.0
-    """Pictures more than this many times as long as wide are filtered."""
     shard_samples: int = 2048
     """At most; a split's samples are dealt to shards of nearly equal number."""
     shard_bytes: int = 256 << 20
@@ -70,8 +73,6 @@ class IngestRules:
     """Share of all names (captions of rows with a style) that training never sees in any style."""
     min_heldout: int = 16
     """The first version raises the held-out share to reach this many, up to a quarter of all."""
-    near_duplicates: bool = False
-    """Whether pictures that look the same as an earlier one are dropped (see `dedup`)."""
     max_rejected_share: float = 0.5
     """More new rows than this rejected: nothing is published."""
     background: tuple[int, int, int] = (255, 255, 255)
@@ -84,15 +85,14 @@ class IngestRules:
     """How pictures are fetched from the web; what was fetched before is not fetched again."""
 
     def __post_init__(self):
-        lowest = {"max_side": 0, "min_side": 1, "shard_samples": 1, "shard_bytes": 1}
+        super().__post_init__()
+        lowest = {"max_side": 0, "shard_samples": 1, "shard_bytes": 1}
         for name, low in (lowest | {"min_heldout": 0, "max_pixels": 1, "max_bytes": 1}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("heldout_share", "unseen_share", "max_rejected_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.max_aspect < 1:
-            raise ValueError(f"max_aspect must be at least 1 (a square), got {self.max_aspect}")
         if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
             raise ValueError(
                 f"background must be three levels from 0 to 255, got {self.background}"
@@ -102,6 +102,25 @@ class IngestRules:
         """What pass 1 depends on; other rules may change in a run that goes on."""
         names = ("max_side", "background", "max_pixels", "max_bytes", "animated")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """Models that score stored samples, and how to make them (training.encoders.scorers)."""
+
+    specs: tuple[ScorerSpec, ...]
+    build: Build
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {spec.name: spec.fingerprint for spec in self.specs}
+
+
+def _nobody(spec: ScorerSpec) -> Any:
+    raise ValueError(f"scorer {spec.name}: nobody knows how to build it")
+
+
+NO_SCORERS = Scorers((), _nobody)
 
 
 @dataclass(frozen=True)
@@ -123,34 +142,43 @@ def ingest(
     rules: IngestRules | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
+    scorers: Scorers | None = None,
 ) -> IngestResult:
     """Bring a data set up to date with its sources: a new version if anything about them changed.
 
-    Sources that an earlier version had and this call does not name stay as they are. Changed rules
-    build the next version anew from the named sources. `progress(stage, done, total)` speaks of the
-    stages "read" and "write". ValueError: nothing to read, nothing kept, or more rows rejected than
-    the rules allow; nothing is published then.
+    Sources that an earlier version had and this call does not name stay as they are. Other rules of
+    selection are a new version of the same shards; other rules of storage build the next version
+    anew from the named sources. `scorers` give the scores of which the rules speak.
+    `progress(stage, done, total)` speaks of the stages "read", "write" and "score". ValueError:
+    nothing to read, nothing kept, or more rows rejected than the rules allow; nothing is published
+    then.
     """
     if not sources:
         raise ValueError("no sources given; name at least one folder, table, tar or shapes:// URL")
-    rules, executor = rules or IngestRules(), executor or Executor()
+    rules, executor, scorers = rules or IngestRules(), executor or Executor(), scorers or NO_SCORERS
     dataset = storage.absolute(dataset)
     opened = [open_source(url, options=rules.options) for url in sources]
     prints = {source.url: source.fingerprint() for source in opened}
     with storage.lock(storage.join(dataset, ".lock")):
         parent = latest(dataset)
         base = parent if parent and _same_rules(parent, rules) else None
-        if base and all(base.sources.get(url) == it for url, it in prints.items()):
+        same = base is not None and _selects_alike(base, rules, scorers)
+        if base and same and all(base.sources.get(url) == it for url, it in prints.items()):
             _clean(dataset)
             return IngestResult(base, base.counts, new=0, reused=True)
-        return _Ingest(dataset, rules, executor, progress, parent, base).run(opened, prints)
+        it = _Ingest(dataset, rules, executor, progress, scorers, parent, base)
+        return it.run(opened, prints)
 
 
-def unchanged(sources: Sequence[str], dataset: str, rules: IngestRules) -> Manifest | None:
+def unchanged(
+    sources: Sequence[str], dataset: str, rules: IngestRules, scorers: Scorers | None = None
+) -> Manifest | None:
     """The latest version, if `ingest` would return it at once."""
     dataset = storage.absolute(dataset)
     parent = latest(dataset)
     if parent is None or not _same_rules(parent, rules):
+        return None
+    if not _selects_alike(parent, rules, scorers or NO_SCORERS):
         return None
     if storage.exists(storage.join(dataset, "staging")):
         return None  # a killed run has left something to clear away
@@ -167,6 +195,7 @@ class _Ingest:
     rules: IngestRules
     executor: Executor
     progress: Progress | None
+    scorers: Scorers
     parent: Manifest | None
     base: Manifest | None
 
@@ -186,23 +215,36 @@ class _Ingest:
             )
         results = self._read(rows, prints)
         outcomes, samples, limit = self._decide(rows, results, past)
-        counts = count(past + outcomes)
-        self._check([it for it in outcomes if not _still_out_of_reach(it, retried)], counts)
-        shards = self._write(samples)
+        self._check_rejected([it for it in outcomes if not _still_out_of_reach(it, retried)])
+        written = self._write(samples)
+        outcomes = past + outcomes
+        shards, outcomes = self._select(written, outcomes)
+        counts = count(outcomes)
+        if not counts["kept"]:
+            raise ValueError(
+                f"none of {len(outcomes)} rows was kept "
+                f"({_listed(Counter(_explained(it) for it in outcomes))}); "
+                "look at the sources and the rules"
+            )
         version = self.parent.version + 1 if self.parent else 1
         manifest = Manifest(
             dataset=self.dataset,
             version=version,
             parent=self.base.version if self.base else None,
-            shards=(*(self.base.shards if self.base else ()), *shards),
+            shards=shards,
             counts=counts,
             sources={**(self.base.sources if self.base else {}), **prints},
-            rules={**_described(self.rules), "heldout_limit": limit},
+            rules={
+                **_described(self.rules),
+                "scorers": self.scorers.fingerprints,
+                "heldout_limit": limit,
+            },
         )
-        write_outcomes(manifest, past + outcomes)
+        write_outcomes(manifest, outcomes)
         publish(manifest)
         _clean(self.dataset)
-        return IngestResult(manifest, counts, new=len(samples), reused=False)
+        new = sum(sample["outcome"]["outcome"] == "kept" for sample in samples)
+        return IngestResult(manifest, counts, new, reused=False)
 
     def _new_rows(
         self, sources: Sequence[Source], known: set[tuple[str, str]]
@@ -233,6 +275,7 @@ class _Ingest:
         # scheduling
         size = min(512, max(32, -(-len(rows) // 64)))
         units: list[Record] = []
+        gone = sorted(blocked(self.dataset))
         for start in range(0, len(rows), size):
             some = [
                 {
@@ -244,7 +287,7 @@ class _Ingest:
                 for _, row in rows[start : start + size]
             ]
             web = any(is_remote(row.image) for _, row in rows[start : start + size])
-            deciding = [download.deciding()] if web else []
+            deciding = [*([download.deciding()] if web else []), *([gone] if gone else [])]
             name = fingerprint([_CODE, self.rules.reading(), some, *deciding])
             units.append({"unit": name, "rows": some})
             if web:
@@ -270,9 +313,8 @@ class _Ingest:
         self, rows: Sequence[tuple[str, Row]], results: Sequence[Record], past: Sequence[Record]
     ) -> tuple[list[Record], list[Record], float]:
         """Outcomes of the new rows, the new samples sorted by key, and the held-out limit."""
-        drop = (filters.aspect(self.rules.max_aspect), filters.too_small(self.rules.min_side))
-        looks = self._looks()
-        known = {it["key"] for it in past if it["outcome"] == "kept"}
+        wanted = self.rules.rules_of_files()
+        known = {it["key"] for it in past if it["outcome"] in STORED}
         samples: dict[str, Record] = {}
         outcomes: list[Record] = []
         again: list[tuple[Record, Row]] = []
@@ -280,14 +322,10 @@ class _Ingest:
             outcome, reason, key = "kept", "", result.get("key", "")
             if result.get("reason"):
                 outcome, reason = "rejected", result["reason"]
-            elif filtered := filters.first_reason(drop, result["scores"]):
-                outcome, reason = "filtered", filtered
             elif key in known:
                 outcome, reason = "duplicate", "known"
             elif key in samples:
                 outcome, reason = "duplicate", "same_picture"
-            elif looks is not None and looks.add(result["scores"]["look"], key):
-                outcome, reason = "duplicate", "near_duplicate"
             it = {
                 "id": row.id,
                 "stamp": row.stamp,
@@ -301,10 +339,17 @@ class _Ingest:
             }
             outcomes.append(it)
             if outcome == "kept":
-                samples[key] = {**result, "row": row, "captions": list(row.captions), "outcome": it}
+                scores = {**result["scores"], "caption": row.captions[0]}
+                samples[key] = {
+                    **result,
+                    "row": row,
+                    "captions": list(row.captions),
+                    "outcome": it,
+                    "wanted": not filters.first_reason(wanted, scores),
+                }
             elif reason == "same_picture":
                 again.append((it, row))
-        limit = self._heldout_limit([sample["row"] for sample in samples.values()])
+        limit = self._heldout_limit([it["row"] for it in samples.values() if it["wanted"]])
         for sample in samples.values():
             sample["split"] = sample["outcome"]["split"] = self._split(sample["row"], limit)
         for it, row in again:
@@ -350,43 +395,32 @@ class _Ingest:
             held += places[place]
         return limit
 
-    def _looks(self) -> Any:
-        if not self.rules.near_duplicates:
-            return None
-        from . import dedup, shards
-
-        looks = dedup.NearDuplicates()
-        for shard in self.base.shards if self.base else ():
-            table = shards.read_table(self.dataset, shard.name, ["key", "look"])
-            for row in table.to_pylist():
-                looks.add(row["look"], row["key"])
-        return looks
-
-    def _check(self, outcomes: Sequence[Record], counts: Mapping[str, int]) -> None:
-        """ValueError when too much was rejected or nothing is left."""
-        rejected = Counter(it["reason"] for it in outcomes if it["outcome"] == "rejected")
+    def _check_rejected(self, outcomes: Sequence[Record]) -> None:
+        """ValueError when too much was rejected."""
+        reasons = (it["reason"] for it in outcomes if it["outcome"] == "rejected")
+        rejected = Counter(reason for reason in reasons if reason != "removed")
         if rejected.total() > self.rules.max_rejected_share * len(outcomes):
-            first = next(it for it in outcomes if it["outcome"] == "rejected")
+            first = next(it for it in outcomes if it["reason"] in rejected)
             raise ValueError(
                 f"{rejected.total()} of {len(outcomes)} new rows were rejected "
                 f"({_listed(rejected)}), allowed is a share of {self.rules.max_rejected_share}; "
                 f"the first is {first['id']} ({first['reason']}: {first['detail'] or '-'}); "
                 "mend the source or raise max_rejected_share"
             )
-        if not counts["kept"]:
-            rest = Counter(f"{it['outcome']}:{it['reason']}" for it in outcomes)
-            raise ValueError(
-                f"none of {len(outcomes)} rows was kept ({_listed(rest)}); "
-                "look at the sources and the rules"
-            )
 
     # ---- pass 2 ----------------------------------------------------------------------------------
 
     def _write(self, samples: Sequence[Record]) -> list[Shard]:
-        """The new shards, split by split."""
+        """The new shards, split by split; what is not wanted now stands in shards of its own, which
+        nobody encodes or loads until it is.
+        """
         units: list[Record] = []
-        for split in ("train", "heldout", "unseen"):
-            mine = [_sample(sample) for sample in samples if sample["split"] == split]
+        for split, wanted in itertools.product(("train", "heldout", "unseen"), (True, False)):
+            mine = [
+                _sample(sample)
+                for sample in samples
+                if (sample["split"], sample["wanted"]) == (split, wanted)
+            ]
             size = sum(sample["length"] for sample in mine)
             shards = -(-len(mine) // self.rules.shard_samples)
             shards = min(len(mine), max(shards, -(-size // self.rules.shard_bytes)))
@@ -396,6 +430,41 @@ class _Ingest:
                 units.append({"unit": fingerprint([_CODE, unit]) + "-shard", **unit})
         results = self._resume("write", functools.partial(_writer, self.dataset), units)
         return [Shard(**result["shard"]) for result in results]
+
+    # ---- the selection ---------------------------------------------------------------------------
+
+    def _select(
+        self, written: Sequence[Shard], outcomes: list[Record]
+    ) -> tuple[tuple[Shard, ...], list[Record]]:
+        """All shards with what is left out of them, and the outcomes with that said."""
+        old = self.base.shards if self.base else ()
+        stands = self.base is not None and _selects_alike(self.base, self.rules, self.scorers)
+        if self.scorers.specs:
+            from .score import score
+
+            progress = self.progress
+            score(
+                self.dataset, (*old, *written), self.scorers.specs, self.scorers.build,
+                self.executor, progress and functools.partial(progress, "score"),
+            )  # fmt: skip
+        stored = [it for it in outcomes if it["outcome"] in STORED]
+        met: dict[str, int] = {}
+        for it in stored:
+            met.setdefault(it["key"], len(met))
+        shards = select(
+            self.dataset, (*old, *written), met, self.rules, self._scores,
+            decided={shard.name for shard in old} if stands else (),
+        )  # fmt: skip
+        reasons = dropped_keys(Manifest(self.dataset, 0, None, shards))
+        for it in stored:
+            it["reason"] = reasons.get(it["key"], "")
+            it["outcome"] = "filtered" if it["reason"] else "kept"
+        return shards, outcomes
+
+    def _scores(self, shard: str) -> Mapping[str, Any]:
+        from .score import read_scores
+
+        return read_scores(self.dataset, shard, [*self.scorers.fingerprints.values()])
 
     def _resume(self, stage: str, factory: Any, units: list[Record]) -> list[Record]:
         """Results of the units in order; what an earlier, killed run has committed is only read."""
@@ -428,6 +497,7 @@ def _reader(
     """Pass 1 over one unit: pictures into staging/{unit}.bin, what they are into {unit}.json."""
     from . import dedup, images
 
+    gone = blocked(dataset)
     max_side = reading["max_side"]
     policy = images.DecodePolicy(
         background=tuple(reading["background"]),
@@ -458,6 +528,8 @@ def _reader(
         if isinstance(data, Rejected):
             raise data
         found["key"] = dedup.key(data)
+        if found["key"] in gone:
+            raise Rejected("removed", "taken down, and may not come back")
         if row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
             raise Rejected("hash_mismatch", f"wanted sha256 {row['sha256']}")
         image, info = images.decode(data, policy)
@@ -552,6 +624,10 @@ def _result_url(dataset: str, unit: str) -> str:
 # ---- small parts ---------------------------------------------------------------------------------
 
 
+def _explained(outcome: Record) -> str:
+    return f"{outcome['outcome']}:{outcome['reason']}"
+
+
 def _still_out_of_reach(outcome: Record, retried: set[tuple[str, str]]) -> bool:
     return outcome["reason"] in _MAY_CHANGE and (outcome["id"], outcome["stamp"]) in retried
 
@@ -588,7 +664,14 @@ def _described(rules: IngestRules) -> dict[str, Any]:
 
 
 def _same_rules(version: Manifest, rules: IngestRules) -> bool:
-    return {**version.rules, "heldout_limit": None} == {**_described(rules), "heldout_limit": None}
+    """Whether the stored samples would be the same, in the same shards."""
+    other = dict.fromkeys(("heldout_limit", "scorers", *SELECTING))
+    return {**version.rules, **other} == {**_described(rules), **other}
+
+
+def _selects_alike(version: Manifest, rules: IngestRules, scorers: Scorers) -> bool:
+    described = _described(rules) | {"scorers": scorers.fingerprints}
+    return all(version.rules.get(name) == described[name] for name in ("scorers", *SELECTING))
 
 
 def _listed(counts: Counter[str]) -> str:

@@ -30,6 +30,14 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    dropped: int = 0
+    """How many of its samples this version leaves out."""
+    selection: str = ""
+    """Names those: selections/{name}-{selection}.json; empty where all are in."""
+
+    @property
+    def selected(self) -> int:
+        return self.samples - self.dropped
 
 
 @dataclass(frozen=True)
@@ -49,19 +57,43 @@ class Manifest:
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
     """Source URL -> the fingerprint its listing had."""
     rules: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    redacted: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What was taken out of it later: the `digest` it had, the `keys`, whether it has `expired`."""
 
     @property
     def digest(self) -> str:
-        """The data version: what was trained on, whatever happened around it."""
-        return fingerprint([[shard.name, shard.sha256] for shard in self.shards])
+        """The data version: what was trained on, whatever happened around it and after it."""
+        if self.redacted:
+            return self.redacted["digest"]
+        return fingerprint(
+            [
+                [shard.name, shard.sha256, *([shard.selection] if shard.selection else [])]
+                for shard in self.split()
+            ]
+        )
 
     def split(self, *names: str) -> tuple[Shard, ...]:
-        """The shards of the named splits (of all without names), in manifest order."""
-        return tuple(shard for shard in self.shards if not names or shard.split in names)
+        """The shards of the named splits (of all without names) of which any sample is selected, in
+        manifest order.
+        """
+        return tuple(
+            shard for shard in self.shards if shard.selected and (not names or shard.split in names)
+        )
 
     def samples(self, *names: str) -> int:
-        """How many samples the named splits hold (all without names)."""
-        return sum(shard.samples for shard in self.split(*names))
+        """How many samples of the named splits (all without names) are selected."""
+        return sum(shard.selected for shard in self.split(*names))
+
+    def stated(self) -> dict[str, Any]:
+        """What its file says."""
+        return {name: it for name, it in asdict(self).items() if name != "dataset"}
+
+    def dropped(self, shard: Shard) -> dict[int, str]:
+        """Row -> reason of the samples of a shard that this version leaves out, ascending."""
+        if not shard.selection:
+            return {}
+        listed = storage.read_json(self.url("selections", f"{shard.name}-{shard.selection}.json"))
+        return dict(zip(listed["rows"], listed["reasons"], strict=True))
 
     def url(self, folder: str, name: str) -> str:
         """A file of the data set, for instance `url("shards", "train-0123456789abcdef.tar")`."""
@@ -95,12 +127,16 @@ def read(dataset: str, version: int) -> Manifest:
         raise ValueError(f"{url}: not a version manifest ({error})") from None
 
 
+def blocked(dataset: str) -> dict[str, Any]:
+    """Key -> why and when, of the pictures that may not come back."""
+    url = storage.join(dataset, "blocked.json")
+    return storage.read_json(url) if storage.exists(url) else {}
+
+
 def publish(manifest: Manifest) -> None:
     """Make the version visible. ValueError when that number was taken meanwhile."""
-    content = asdict(manifest)
-    del content["dataset"]
     url = _url(manifest.dataset, manifest.version)
-    if not storage.create_exclusive(url, storage.json_bytes(content)):
+    if not storage.create_exclusive(url, storage.json_bytes(manifest.stated())):
         raise ValueError(
             f"{url}: version {manifest.version} was published meanwhile by another run; "
             "run again to build on it"

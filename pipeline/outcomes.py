@@ -14,6 +14,8 @@ from . import storage
 from .manifest import Manifest, latest, read, versions
 
 OUTCOMES = ("kept", "filtered", "rejected", "duplicate")
+STORED = ("kept", "filtered")
+"""Of which the shards hold the picture: a version with other rules may choose otherwise."""
 _TEXTS = ("id", "stamp", "source", "outcome", "reason", "detail", "key", "split")
 
 Outcome = Mapping[str, Any]
@@ -52,11 +54,12 @@ def write_outcomes(version: Manifest, outcomes: Sequence[Outcome]) -> None:
     columns = {name: shards.Column("text", [it[name] for it in outcomes]) for name in _TEXTS}
     columns["flags"] = shards.Column("texts", [it["flags"] for it in outcomes])
     storage.publish_bytes(_url(version), shards.parquet_bytes(columns))
+    storage.forget(_url(version))  # a take-down writes it anew
 
 
 def explain(dataset: str, wanted: str) -> list[dict[str, Any]]:
     """What became of the rows whose key begins with `wanted` or whose id has it in it: their
-    outcomes, each with the first `version` that has it and, where kept, its `shard`.
+    outcomes, each with the first `version` that has it and, where stored, its `shard`.
 
     ValueError: there is no data set, or it has seen no such row.
     """
@@ -73,10 +76,11 @@ def explain(dataset: str, wanted: str) -> list[dict[str, Any]]:
             f"{dataset} version {last.version} has seen no row whose key begins with {wanted!r} or "
             f"whose id has it in it; it has seen {last.counts['seen']} rows"
         )
-    shards = _shards_of(dataset, last, {it["key"] for it in found if it["outcome"] == "kept"})
+    shards = _shards_of(dataset, last, {it["key"] for it in found if it["outcome"] in STORED})
     first: dict[tuple[str, ...], int] = {}
     for version in versions(dataset):
-        for it in read_outcomes(read(dataset, version)):
+        known = read(dataset, version)
+        for it in () if known.redacted.get("expired") else read_outcomes(known):
             first.setdefault(_identity(it), version)
     return [
         {**it, "version": first[_identity(it)], "shard": shards.get(it["key"], "")} for it in found

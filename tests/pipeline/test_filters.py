@@ -2,7 +2,16 @@
 
 import pytest
 
-from pipeline.filters import aspect, clean_caption, first_reason, too_small
+from pipeline.filters import (
+    SelectionRules,
+    aspect,
+    caption_length,
+    clean_caption,
+    first_reason,
+    language,
+    score,
+    too_small,
+)
 
 
 def scores(width, height):
@@ -28,6 +37,60 @@ def scores(width, height):
 )
 def test_reasons(size, reason):
     assert first_reason((aspect(3.0), too_small(16)), scores(*size)) == reason
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("cat", "caption_short"),
+        ("a cat", None),
+        ("a cat on a mat", None),
+        ("a cat on a mat!", "caption_long"),
+    ],
+)
+def test_length_of_captions(caption, reason):
+    assert caption_length(5, 14)({"caption": caption}) == reason
+    assert caption_length(0)({"caption": caption}) is None
+
+
+def test_language_of_captions():
+    english = {"caption": "a dog runs along the beach while the sun goes down behind the hills"}
+    german = {
+        "caption": "ein Hund rennt am Strand entlang, während die Sonne hinter den Hügeln versinkt"
+    }
+    assert language(["en"])(english) is None
+    assert language(["en"])(german) == "language"
+    assert language(["en", "de"])(german) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "reason"),
+    [
+        (0.3, (0.2, None), None),
+        (0.1, (0.2, None), "likeness"),
+        (0.1, (None, 0.2), None),
+        (0.3, (None, 0.2), "likeness"),
+        (float("nan"), (0.2, 0.3), None),
+    ],
+)
+def test_bounds_of_a_score(value, bounds, reason):
+    assert score("likeness", *bounds)({"likeness": value}) == reason
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_aspect": 0.5}, "max_aspect must be at least 1"),
+        ({"min_side": -1}, "min_side must be at least 0"),
+        ({"near_duplicates": True}, "one of keep, apart, drop, got True"),
+        ({"languages": ["english"]}, "got 'english', wanted ISO 639-1 codes"),
+        ({"scores": {"nsfw": 0.3}}, "scores.nsfw: got 0.3, wanted .least, most."),
+        ({"scores": {"nsfw": (0.3, 0.1)}}, "scores.nsfw"),
+    ],
+)
+def test_rules_that_make_no_sense(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        SelectionRules(**wrong)
 
 
 @pytest.mark.parametrize(

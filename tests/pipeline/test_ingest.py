@@ -252,28 +252,6 @@ def test_one_picture_with_several_captions(tmp_path):
     assert split == outcomes["a.png"]["split"]
 
 
-def test_near_duplicates_are_dropped_on_demand_and_across_growth(tmp_path):
-    big = picture(3, 200, 200)
-    copy = io.BytesIO()
-    Image.open(io.BytesIO(big)).save(copy, "JPEG", quality=85)
-    rows = [
-        *plain(10, start=10),
-        ("a.png", big, {"caption": "a"}),
-        ("b.jpg", copy.getvalue(), {"caption": "b"}),
-    ]
-    rules = IngestRules(near_duplicates=True)
-    url = source(tmp_path / "in", rows)
-    assert ingest([url], str(tmp_path / "all")).counts["kept"] == 12
-    result = ingest([url], str(tmp_path / "out"), rules)
-    assert result.counts["duplicate:near_duplicate"] == 1
-    more = source(
-        tmp_path / "more", [("c.png", picture(3, 180, 180), {"caption": "c"}), *plain(4, 30)]
-    )
-    result = ingest([more], str(tmp_path / "out"), rules)
-    assert (result.new, result.counts["duplicate:near_duplicate"]) == (4, 2)
-    check_sums(result)
-
-
 def test_names_unseen_in_any_style(tmp_path):
     rows = [
         (f"{style}{i}.png", picture(100 * s + i), {"caption": f"thing {i}", "style": style})
@@ -376,9 +354,10 @@ def test_other_rules_build_anew(tmp_path):
 
 def test_drawn_scenes_become_a_data_set_and_grow(tmp_path):
     dataset = str(tmp_path / "out")
-    small = ingest(["shapes://?scenes=200&side=16"], dataset)
+    rules = IngestRules(near_duplicates="keep")
+    small = ingest(["shapes://?scenes=200&side=16"], dataset, rules)
     assert small.counts["kept"] == 200
-    large = ingest(["shapes://?scenes=260&side=16"], dataset)
+    large = ingest(["shapes://?scenes=260&side=16"], dataset, rules)
     assert (large.new, large.counts["seen"]) == (60, 260)
     table = shards.read_table(dataset, large.manifest.shards[0].name)
     label = json.loads(table["label"][0].as_py())
@@ -621,7 +600,7 @@ def test_an_error_while_writing_goes_on_once_mended(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_and_local_give_the_same_bytes(ray_session, tmp_path):
     sources = [source(tmp_path / "in", plain(70)), "shapes://?scenes=150&side=16"]
-    rules = IngestRules(shard_samples=50, max_side=20)
+    rules = IngestRules(shard_samples=50, max_side=20, near_duplicates="keep")
     steps = []
     ingest(sources, str(tmp_path / "local"), rules)
     result = ingest(
@@ -669,7 +648,8 @@ def test_real_emoji(tmp_path, real_data):
     result = ingest([url], str(tmp_path / "out"), rules)
     check_sums(result)
     assert result.counts["seen"] == 160
-    assert result.counts["rejected"] == result.counts["filtered"] == 0
+    assert result.counts["rejected"] == 0
+    assert result.counts["filtered"] == result.counts["filtered:other_split"] <= 8
     assert result.counts["flag:alpha"] > 140
     for shard in result.manifest.shards:
         for it in shards.read_shard(result.manifest.url("shards", f"{shard.name}.tar")):
