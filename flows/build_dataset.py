@@ -16,6 +16,7 @@ from pipeline.schema import EncoderSpec
 from .cluster import ray_session
 from .line import Line
 from .progress import meter
+from .recipe import scorers
 
 
 def ingest_sources(line: Line) -> IngestResult:
@@ -33,6 +34,7 @@ def ingest_sources(line: Line) -> IngestResult:
             line.rules,
             line.recipe.executor,
             lambda stage, done, total: progress(done, total, stage),
+            scorers(line.recipe),
         )
 
 

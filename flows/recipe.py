@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from evaluation.config import EvaluationConfig
 from evaluation.gate import GatePolicy
 from pipeline.execute import Executor
-from pipeline.ingest import IngestRules
+from pipeline.ingest import NO_SCORERS, IngestRules, Scorers
 from pipeline.manifest import fingerprint
 
-STAGES = ("autoencoder", "clip", "t5", "base", "classifier")
+STAGES = ("autoencoder", "clip", "t5", "base", "classifier", "noisy_clip")
+GUIDES = ("classifier", "noisy_clip")
 FROZEN = ("autoencoder", "clip", "t5")
 """Trained once on a data set and kept when it grows: what they encoded stays valid."""
 
@@ -48,6 +49,8 @@ class DataRecipe(_Part):
     dataset: str | None = None
     """URL of the data set, or its name in the home; by default that of the recipe."""
     ingest: IngestRules = IngestRules()
+    scorers: tuple[dict[str, Any], ...] = ()
+    """Models whose scores `ingest.scores` speaks of (training.encoders.scorers)."""
 
     def source_urls(self, seed: int) -> tuple[str, ...]:
         drawn = (
@@ -80,6 +83,8 @@ class Recipe(_Part):
     base: StageRecipe = StageRecipe()
     classifier: StageRecipe | None = None
     """A judge of noisy pictures, for classifier guidance; none by default."""
+    noisy_clip: StageRecipe | None = None
+    """A CLIP of noisy pictures, for CLIP guidance as GLIDE has it; none by default."""
     sampler: dict[str, Any] = {"kind": "dpmpp2m", "steps": 16}
     """How pictures are drawn (training.diffusion.SamplerConfig); the sweep chooses the guidance."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -97,10 +102,8 @@ class Recipe(_Part):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this recipe's model, in the order of their making."""
-        left_out = {
-            "autoencoder": self.in_pixels,
-            "classifier": self.classifier is None,
-        }
+        left_out = {"autoencoder": self.in_pixels}
+        left_out |= {name: getattr(self, name) is None for name in GUIDES}
         return tuple(name for name in STAGES if not left_out.get(name))
 
     @property
@@ -165,9 +168,35 @@ def check_stages(recipe: Recipe) -> None:
             reconstruct(TrainingConfig, stage.training, f"{name}.training")
         except ValueError as error:
             raise RecipeError(str(error)) from None
+    _check_scorers(recipe)
     _check_sampler(recipe)
-    if recipe.classifier is not None:
-        _check_guide(recipe)
+    for name in GUIDES:
+        if getattr(recipe, name) is not None:
+            _check_guide(recipe, name)
+
+
+def scorers(recipe: Recipe) -> Scorers:
+    """What scores the samples: imports torch where there is any."""
+    if not recipe.data.scorers:
+        return NO_SCORERS
+    from training.encoders import scorers
+
+    configs = [
+        scorers.config_of(it, f"data.scorers[{i}]") for i, it in enumerate(recipe.data.scorers)
+    ]
+    return Scorers(tuple(map(scorers.spec_of, configs)), scorers.build)
+
+
+def _check_scorers(recipe: Recipe) -> None:
+    try:
+        given = {column for spec in scorers(recipe).specs for column in spec.columns}
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    if odd := sorted(recipe.data.ingest.scores.keys() - given):
+        raise RecipeError(
+            f"data.ingest.scores.{odd[0]}: no scorer gives it{_nearest(odd[0], given)}; "
+            "add one to data.scorers"
+        )
 
 
 def _check_sampler(recipe: Recipe) -> None:
@@ -191,20 +220,20 @@ def _check_sampler(recipe: Recipe) -> None:
         )
 
 
-def _check_guide(recipe: Recipe) -> None:
-    """A classifier guides pixels, at the noise levels it was trained on."""
+def _check_guide(recipe: Recipe, guide: str) -> None:
+    """A judge of noisy pictures guides pixels, at the noise levels it was trained on."""
     from training.stages import CONFIGS, reconstruct
 
     if not recipe.in_pixels:
-        raise RecipeError("classifier: it guides pixels alone; set base.config.data=pixels")
+        raise RecipeError(f"{guide}: it guides pixels alone; set base.config.data=pixels")
 
     def path(name: str) -> Any:
         config: Any = reconstruct(CONFIGS[name], recipe.stage(name).config, f"{name}.config")
         return config.diffusion.build_path()
 
-    if path("classifier") is not path("base"):  # a path is made once for each description
+    if path(guide) is not path("base"):  # a path is made once for each description
         raise RecipeError(
-            "classifier.config.diffusion: another path than that of base.config.diffusion, whose "
+            f"{guide}.config.diffusion: another path than that of base.config.diffusion, whose "
             "noise levels it is to judge; make the two equal"
         )
 

@@ -37,7 +37,12 @@ def finished(line: Line) -> dict[str, Any] | None:
     if not storage.exists(record):
         return None
     result = storage.read_json(record)
-    data = unchanged(line.recipe.data.source_urls(line.recipe.seed), line.dataset, line.rules)
+    data = unchanged(
+        line.recipe.data.source_urls(line.recipe.seed),
+        line.dataset,
+        line.rules,
+        recipes.scorers(line.recipe),
+    )
     if data is None or data.digest != result["data"]["digest"]:
         return None
     trained = [name for name in line.recipe.stages if not line.recipe.stage(name).pretrained]
