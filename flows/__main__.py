@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import commands, doctor
+from . import commands, data_commands, doctor
 from .progress import say
 from .settings import prepare_environment
 
@@ -58,14 +58,29 @@ def parser() -> argparse.ArgumentParser:
     overrides(it)
     it.add_argument("--fresh", action="store_true", help="train every stage anew")
 
-    it = verb("ingest", "read sources into a data set's shards", commands.ingest)
+    it = verb("ingest", "read sources into a data set's shards", data_commands.ingest)
     it.add_argument("sources", nargs="+", metavar="SOURCE")
     it.add_argument("--dataset", required=True, metavar="URL")
     it.add_argument("--side", type=int, default=512, help="largest stored side in pixels")
 
-    it = verb("explain", "what became of an input of a data set, and why", commands.explain)
+    it = verb("explain", "what became of an input of a data set, and why", data_commands.explain)
     it.add_argument("dataset", metavar="DATASET")
     it.add_argument("what", metavar="KEY", help="the beginning of a key, or a part of a row's id")
+
+    it = verb("remove", "take pictures out of all versions, for good", data_commands.remove)
+    it.add_argument("dataset", metavar="DATASET")
+    it.add_argument("keys", nargs="*", metavar="KEY", help="as `darkroom explain` tells it")
+    it.add_argument(
+        "--keys", dest="files", action="append", default=[], metavar="FILE", help="a key a line"
+    )
+    it.add_argument("--reason", default="", metavar="TEXT", help="why, for the blocklist")
+
+    it = verb("gc", "delete the files of a data set that no version lists", data_commands.gc)
+    it.add_argument("dataset", metavar="DATASET")
+    it.add_argument(
+        "--keep", type=int, default=0, metavar="N", help="let all but the newest N versions expire"
+    )
+    it.add_argument("--dry-run", action="store_true", help="only tell what would go")
 
     it = verb("encode", "a recipe's data set through its encoders", commands.encode)
     recipe(it)

@@ -35,50 +35,6 @@ def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any
     }
 
 
-def ingest(sources: list[str], dataset: str, side: int) -> dict[str, Any]:
-    from pipeline.execute import Executor
-    from pipeline.ingest import IngestRules
-    from pipeline.ingest import ingest as read
-
-    from .cluster import ray_session
-
-    rules = IngestRules(max_side=side)
-    dataset = _dataset(dataset)
-    with ray_session(), meter("ingest") as progress:
-        result = read(
-            [_url(source) for source in sources],
-            dataset,
-            rules,
-            Executor(kind="ray"),
-            lambda stage, done, total: progress(done, total, stage),
-        )
-    counts = ", ".join(f"{what} {count}" for what, count in sorted(result.counts.items()))
-    return {
-        "dataset": dataset,
-        "version": result.manifest.version,
-        "digest": result.manifest.digest,
-        "counts": dict(result.counts),
-        "new": result.new,
-        "reused": ["data"] if result.reused else [],
-        "text": f"{dataset} version {result.manifest.version}: {counts}; {result.new} new",
-    }
-
-
-def explain(dataset: str, what: str) -> dict[str, Any]:
-    from pipeline import outcomes
-    from pipeline.filters import visible
-
-    found = outcomes.explain(_dataset(dataset), what)
-    lines = []
-    for it in found:
-        reason = f": {it['reason']}" if it["reason"] else ""
-        lines.append(f"{it['id']}\n  {it['outcome']}{reason}, since version {it['version']}")
-        told = {"detail": it["detail"], "key": it["key"], "split": it["split"]}
-        told |= {"shard": it["shard"], "flags": ", ".join(it["flags"])}
-        lines += [f"  {name:<7} {value}" for name, value in told.items() if value]
-    return {"rows": found, "text": visible("\n".join(lines))}
-
-
 def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
     from .build_dataset import encode_stages, encoder_specs
 
@@ -385,15 +341,6 @@ def _number(text: str) -> int | float | str:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
-
-
-def _dataset(name: str) -> str:
-    """A name in this home, or a path or URL."""
-    return name if "/" in name else settings().dataset(name)
-
-
-def _url(source: str) -> str:
-    return source if "://" in source else str(Path(source).absolute())
 
 
 def _slug(text: str) -> str:

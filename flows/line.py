@@ -137,7 +137,7 @@ class Line:
         return storage.read_json(str(note)) if note.exists() else {}
 
     def _note(self, name: str) -> Path:
-        return self.settings.home / "versions" / f"{name}.json"
+        return self.settings.versions / f"{name}.json"
 
     def model_dir(self, data: Manifest) -> Path:
         """Generator, scores, package and report of the model these stages make."""

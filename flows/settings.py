@@ -1,6 +1,6 @@
 """Where things are: DARKROOM_HOME and the tools' own environment variables, nothing else.
 
-Layout of the home: datasets/ stages/ models/ runs/ ledger/ mlflow.db mlartifacts/
+Layout of the home: datasets/ stages/ models/ runs/ versions/ ledger/ mlflow.db mlartifacts/
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Settings:
 
     def run_record(self, identity: str) -> Path:
         return self.home / "runs" / f"{identity}.json"
+
+    @property
+    def versions(self) -> Path:
+        """Which stages each registered version is made of."""
+        return self.home / "versions"
 
     @property
     def ledger(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,34 @@ def real_data():
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def killed_at():
+    """A function (step, work) -> exit status of a fork that does the work and dies (SIGKILL) at
+    that step of those that change what is on the disk."""
+
+    def run(step, work):
+        pid = os.fork()
+        if pid:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        steps = iter(range(step))
+
+        def dying(call):
+            def wrapped(*args, **options):
+                if next(steps, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **options)
+
+            return wrapped
+
+        for name in ("replace", "link", "unlink", "fsync", "rmdir"):
+            setattr(os, name, dying(getattr(os, name)))
+        try:
+            work()
+        except BaseException as error:  # the parent only sees the status
+            sys.stderr.write(f"{error!r}\n")
+            os._exit(1)
+        os._exit(0)
+
+    return run

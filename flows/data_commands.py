@@ -1,0 +1,132 @@
+"""What the commands about data sets do: plain functions from their arguments to JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from training import results
+
+from .progress import meter
+from .settings import Settings, settings
+
+
+def ingest(sources: list[str], dataset: str, side: int) -> dict[str, Any]:
+    from pipeline.execute import Executor
+    from pipeline.ingest import IngestRules
+    from pipeline.ingest import ingest as read
+
+    from .cluster import ray_session
+
+    rules = IngestRules(max_side=side)
+    dataset = place(dataset)
+    with ray_session(), meter("ingest") as progress:
+        result = read(
+            [_url(source) for source in sources],
+            dataset,
+            rules,
+            Executor(kind="ray"),
+            lambda stage, done, total: progress(done, total, stage),
+        )
+    counts = ", ".join(f"{what} {count}" for what, count in sorted(result.counts.items()))
+    return {
+        "dataset": dataset,
+        "version": result.manifest.version,
+        "digest": result.manifest.digest,
+        "counts": dict(result.counts),
+        "new": result.new,
+        "reused": ["data"] if result.reused else [],
+        "text": f"{dataset} version {result.manifest.version}: {counts}; {result.new} new",
+    }
+
+
+def explain(dataset: str, what: str) -> dict[str, Any]:
+    from pipeline import outcomes
+    from pipeline.filters import visible
+
+    found = outcomes.explain(place(dataset), what)
+    lines = []
+    for it in found:
+        reason = f": {it['reason']}" if it["reason"] else ""
+        lines.append(f"{it['id']}\n  {it['outcome']}{reason}, since version {it['version']}")
+        told = {"detail": it["detail"], "key": it["key"], "split": it["split"]}
+        told |= {"shard": it["shard"], "flags": ", ".join(it["flags"])}
+        lines += [f"  {name:<7} {value}" for name, value in told.items() if value]
+    return {"rows": found, "text": visible("\n".join(lines))}
+
+
+def remove(dataset: str, keys: list[str], files: list[str], reason: str) -> dict[str, Any]:
+    from pipeline import versions
+
+    listed = [key for file in files for key in storage.read_bytes(_url(file)).decode().split()]
+    removed = versions.remove(place(dataset), [*keys, *listed], reason)
+    here = settings()
+    models = _learnt_from(here, set(removed.held))
+    count = len({key for held in removed.held.values() for key in held})
+    lines = [
+        f"{removed.manifest.dataset} version {removed.manifest.version}: {count} pictures purged "
+        f"from {len(removed.held)} versions and blocked"
+    ]
+    if removed.absent:
+        lines.append(f"{len(removed.absent)} keys were in no version; they are blocked too")
+    lines += [f"  {model} saw them ({', '.join(stages)})" for model, stages in models.items()]
+    if models:
+        lines.append("`darkroom run RECIPE --fresh` trains without what these models have learnt")
+    if not storage.is_local(removed.manifest.dataset):
+        lines.append("other machines: delete the folder `cache` of their DARKROOM_HOME")
+    return {
+        "version": removed.manifest.version,
+        "removed": {digest: list(held) for digest, held in removed.held.items()},
+        "absent": list(removed.absent),
+        "models": models,
+        "text": "\n".join(lines),
+    }
+
+
+def gc(dataset: str, keep: int, dry_run: bool) -> dict[str, Any]:
+    from pipeline import versions
+
+    garbage = versions.gc(place(dataset), keep, dry_run)
+    did = "would free" if dry_run else "freed"
+    expired = ", ".join(map(str, garbage.expired))
+    lines = [f"{did} {garbage.bytes / 1e6:.1f} MB in {len(garbage.files)} files"]
+    lines += [f"expired: versions {expired}"] if expired else []
+    return {
+        "files": list(garbage.files),
+        "bytes": garbage.bytes,
+        "expired": list(garbage.expired),
+        "text": "\n".join(lines),
+    }
+
+
+def place(name: str) -> str:
+    """A name in this home, or a path or URL."""
+    return name if "/" in name else settings().dataset(name)
+
+
+def _learnt_from(here: Settings, digests: set[str]) -> dict[str, list[str]]:
+    """Registered model -> its stages that learnt from these data versions, or began with the
+    weights of one that had.
+    """
+    found: dict[str, list[str]] = {}
+    for note in sorted(Path(here.versions).rglob("*.json")):
+        model = note.relative_to(here.versions).with_suffix("").as_posix()
+        stages = storage.read_json(str(note))
+        guilty = [name for name, where in stages.items() if _ancestry(where) & digests]
+        if guilty:
+            found[model] = guilty
+    return found
+
+
+def _ancestry(stage: str | None) -> set[str]:
+    """The data versions that a stage and those before it learnt from."""
+    seen: set[str] = set()
+    while stage and (done := results.committed(stage)):
+        seen.add(done["data_digest"])
+        stage = done.get("parent")
+    return seen
+
+
+def _url(source: str) -> str:
+    return source if "://" in source else str(Path(source).absolute())

@@ -1,0 +1,237 @@
+"""What is taken out of the versions of a data set: pictures that must go, files nobody needs.
+
+Versions never change, with two exceptions, which say so in `redacted` and keep the digest by which
+models know them: a taken-down picture leaves all of them, and an old one may expire. Each step can
+be killed and done again: the blocklist comes first, files that a manifest lists are deleted last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from . import storage
+from .manifest import Manifest, Shard, blocked, latest, publish, read, versions
+from .outcomes import count, read_outcomes, write_outcomes
+
+_KEY = re.compile("[0-9a-f]{32}")
+_OF_SHARD = re.compile(r"([a-z]+-[0-9a-f]{16})(?:[-.].*)?")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a take-down found."""
+
+    manifest: Manifest
+    """The newest version, without the pictures."""
+    held: Mapping[str, tuple[str, ...]]
+    """Digest by which a version was known -> the keys it held; models that learnt from it saw
+    them."""
+    absent: tuple[str, ...]
+    """Keys that no version held; they are blocked all the same."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What `gc` removed, or would."""
+
+    files: tuple[str, ...]
+    """Below the data set."""
+    bytes: int
+    expired: tuple[int, ...]
+    """Versions of which nothing but the digest is left."""
+
+
+def remove(dataset: str, keys: Iterable[str], reason: str = "") -> Removal:
+    """Purge pictures from all versions, and let them never come back.
+
+    Their shards are written anew without them, with all that was computed from them deleted; the
+    versions that held them are redacted, and a new one follows. ValueError: no data set there, no
+    keys, or something that is no key; nothing is done then.
+    """
+    wanted = sorted({key.strip().lower() for key in keys})
+    if odd := [key for key in wanted if not _KEY.fullmatch(key)]:
+        raise ValueError(f"{odd[0]!r} is no key: wanted 32 hex characters (`darkroom explain`)")
+    if not wanted:
+        raise ValueError("no keys given; nothing to remove")
+    dataset = storage.absolute(dataset)
+    if latest(dataset) is None:
+        raise ValueError(f"{dataset}: no data set there")
+    with storage.lock(storage.join(dataset, ".lock")):
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        listed = {key: {"reason": reason, "time": now} for key in wanted}
+        storage.publish_json(storage.join(dataset, "blocked.json"), listed | blocked(dataset))
+        # A killed run's staged pictures may be among them; what it had read is read again.
+        storage.delete(storage.join(dataset, "staging"))
+        without, gone = _Without(dataset, frozenset(wanted)), set[str]()
+        held: dict[str, tuple[str, ...]] = {}
+        for number in versions(dataset):
+            version = read(dataset, number)
+            found = without.redact(version)
+            gone |= found
+            found |= set(version.redacted.get("keys", ())) & set(wanted)
+            if found:
+                held[version.digest] = tuple(sorted(found))
+        newest = read(dataset, versions(dataset)[-1])
+        if newest.redacted:
+            newest = _follow(newest)
+        _collect(dataset)
+    everywhere = set[str]().union(*held.values())
+    return Removal(newest, held, tuple(key for key in wanted if key not in everywhere))
+
+
+def gc(dataset: str, keep: int = 0, dry_run: bool = False) -> Garbage:
+    """Delete what no version lists; with `keep`, let all but the newest so many versions expire.
+
+    ValueError: no data set there. On object stores, where nothing can lock, no ingest may run
+    meanwhile.
+    """
+    dataset = storage.absolute(dataset)
+    if latest(dataset) is None:
+        raise ValueError(f"{dataset}: no data set there")
+    if keep < 0:
+        raise ValueError(f"keep must be at least 0 (all versions), got {keep}")
+    with storage.lock(storage.join(dataset, ".lock")):
+        old = versions(dataset)[:-keep] if keep else []
+        old = [number for number in old if not read(dataset, number).redacted.get("expired")]
+        if not dry_run:
+            for number in old:
+                version = read(dataset, number)
+                said = {**version.redacted, "digest": version.digest, "expired": True}
+                _rewrite(replace(version, shards=(), redacted=said))
+        return _collect(dataset, old, dry_run)
+
+
+# ---- a take-down ---------------------------------------------------------------------------------
+
+
+class _Without:
+    """Versions without these keys; a shard that several of them list is written once."""
+
+    def __init__(self, dataset: str, keys: frozenset[str]):
+        self.dataset, self.keys = dataset, keys
+        self._known: dict[str, tuple[Shard | None, list[str]]] = {}
+
+    def redact(self, version: Manifest) -> set[str]:
+        """Take the keys out of one version; those that it held."""
+        held: set[str] = set()
+        shards: list[Shard] = []
+        for shard in version.shards:
+            other, order = self._shard(shard)
+            gone = self.keys.intersection(order)
+            held |= gone
+            if not gone:
+                shards.append(shard)
+            elif other:
+                shards.append(_selected(version, shard, other, order, gone))
+        outcomes = _outcomes(version)
+        for it in outcomes:
+            if it["key"] in self.keys and it["outcome"] != "rejected":
+                held.add(it["key"])
+                it |= {"outcome": "rejected", "reason": "removed", "detail": "", "split": ""}
+        if held:
+            keys = sorted(held.union(version.redacted.get("keys", ())))
+            said = {**version.redacted, "digest": version.digest, "keys": keys}
+            if outcomes:
+                write_outcomes(version, outcomes)
+            counts = count(outcomes) if outcomes else version.counts
+            _rewrite(replace(version, shards=tuple(shards), counts=counts, redacted=said))
+        return held
+
+    def _shard(self, shard: Shard) -> tuple[Shard | None, list[str]]:
+        """(the shard without the keys, None where nothing is left; the keys it holds)."""
+        from . import shards
+
+        if shard.name not in self._known:
+            order: list[str] = shards.read_table(self.dataset, shard.name, ["key"])[
+                "key"
+            ].to_pylist()
+            other: Shard | None = shard
+            if not self.keys.isdisjoint(order):
+                url = storage.join(self.dataset, "shards", f"{shard.name}.tar")
+                rest = [it for it in order if it not in self.keys]
+                left = (it for it in shards.read_shard(url) if it.key not in self.keys)
+                other = shards.write_shard(left, self.dataset, shard.split) if rest else None
+            self._known[shard.name] = other, order
+        return self._known[shard.name]
+
+
+def _selected(
+    version: Manifest, before: Shard, after: Shard, order: list[str], gone: Collection[str]
+) -> Shard:
+    """The new shard with what the version leaves out of it."""
+    from .select import publish_selection
+
+    dropped = version.dropped(before)
+    rows = [row for row, key in enumerate(order) if key not in gone]
+    reasons = {new: dropped[row] for new, row in enumerate(rows) if row in dropped}
+    return publish_selection(version.dataset, after, reasons)
+
+
+def _outcomes(version: Manifest) -> list[dict[str, Any]]:
+    return [] if version.redacted.get("expired") else read_outcomes(version)
+
+
+def _rewrite(version: Manifest) -> None:
+    storage.publish_json(version.url("versions", f"{version.version:06d}.json"), version.stated())
+
+
+def _follow(newest: Manifest) -> Manifest:
+    """A version like the redacted one, with a digest of its own."""
+    following = replace(newest, version=newest.version + 1, parent=newest.version, redacted={})
+    write_outcomes(following, read_outcomes(newest))
+    publish(following)
+    return following
+
+
+# ---- what no version lists -----------------------------------------------------------------------
+
+
+def _collect(dataset: str, expiring: Collection[int] = (), dry_run: bool = False) -> Garbage:
+    kept = [read(dataset, number) for number in versions(dataset) if number not in expiring]
+    needed = _needed(kept)
+    found = {
+        path: int(stamp.partition("-")[0])
+        for path, stamp in storage.list_stamps(dataset).items()
+        if not needed(path)
+    }
+    if not dry_run:
+        for path in found:
+            url = storage.join(dataset, path)
+            storage.delete(url)
+            storage.forget(url)
+        _sweep(dataset)
+    return Garbage(tuple(found), sum(found.values()), tuple(expiring))
+
+
+def _sweep(dataset: str) -> None:
+    """Remove what killed runs left half written: it may hold what has to go."""
+    for folder in ("", "versions", "shards", "tables", "inputs", "selections"):
+        storage.sweep(storage.join(dataset, folder))
+    for folder in ("encodings", "scores"):
+        for name in storage.list_names(storage.join(dataset, folder)):
+            storage.sweep(storage.join(dataset, folder, name))
+
+
+def _needed(kept: Collection[Manifest]) -> Callable[[str], bool]:
+    """Whether a file below the data set is one that a version reads, or not ours to judge."""
+    shards = {shard.name for version in kept for shard in version.shards}
+    selections = {f"{shard.name}-{shard.selection}" for version in kept for shard in version.shards}
+    inputs = {f"{version.version:06d}" for version in kept if not version.redacted.get("expired")}
+
+    def needed(path: str) -> bool:
+        folder, _, rest = path.partition("/")
+        name = rest.rpartition("/")[2]
+        if folder == "inputs":
+            return name.partition(".")[0] in inputs
+        if folder == "selections":
+            return name.partition(".")[0] in selections
+        if folder not in ("shards", "tables", "encodings", "scores"):
+            return True
+        of = _OF_SHARD.fullmatch(name)
+        return not of or of[1] in shards
+
+    return needed

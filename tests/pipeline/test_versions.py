@@ -1,0 +1,266 @@
+"""A taken-down picture is nowhere, and stays nowhere; what no version lists goes."""
+
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import manifest, outcomes, shards, storage, versions
+from pipeline.dedup import key
+from pipeline.encode import encode, pixels_spec
+from pipeline.execute import Executor
+from pipeline.ingest import IngestRules, ingest
+from pipeline.load import Loader
+from pipeline.schema import EncoderSpec
+
+RULES = IngestRules(shard_samples=8, min_side=22, heldout_share=0.3)
+
+
+def picture(seed):
+    side = 20 + seed % 10
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
+def folder(path, seeds):
+    path.mkdir(exist_ok=True)
+    rows = []
+    for seed in seeds:
+        (path / f"{seed}.png").write_bytes(picture(seed))
+        os.utime(path / f"{seed}.png", (1, 1))
+        rows.append({"file": f"{seed}.png", "caption": f"the caption of {seed}."})
+    (path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def texts(spec):
+    def encoder(captions):
+        width = np.array([len(caption) for caption in captions], np.float32)
+        return [np.full((3, 4), n, np.float16) for n in width], width[:, None]
+
+    return encoder
+
+
+def encoded(version):
+    specs = [pixels_spec(8), EncoderSpec("words", "text", "words1")]
+    return encode(version, specs, texts, Executor())
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two versions of 40 and 60 pictures, a few of them filtered, all encoded."""
+    dataset = str(tmp_path / "set")
+    for seeds in (range(40), range(60)):
+        encoded(ingest([folder(tmp_path / "in", seeds)], dataset, RULES).manifest)
+    return dataset
+
+
+def everything(dataset):
+    """All bytes of all files but the blocklist, and what parquet files say."""
+    found = b""
+    for path in sorted(Path(dataset).rglob("*")):
+        if path.is_file() and path.name != "blocked.json":
+            found += path.read_bytes()
+        if path.suffix == ".parquet":
+            found += str(shards.read_parquet(str(path)).to_pylist()).encode()
+    return found
+
+
+def tree(dataset):
+    """Path -> bytes; the blocklist has the time of day in it."""
+    files = (path for path in Path(dataset).rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(dataset)): path.read_bytes()
+        for path in files
+        if path.name != "blocked.json"
+    }
+
+
+def by_key(version):
+    return {it["key"]: it for it in outcomes.read_outcomes(version) if it["outcome"] != "rejected"}
+
+
+def kept(version):
+    return {key for key, it in by_key(version).items() if it["outcome"] == "kept"}
+
+
+def loaded(version):
+    encodings = encoded(version)
+    splits = tuple({shard.split for shard in version.split()})
+    loader = Loader(version, [*encodings.values()], splits=splits, global_batch=1, seed=0)
+    return {loader.batch(step)["key"][0] for step in range(loader.samples)}
+
+
+def test_a_removed_picture_is_nowhere(dataset):
+    before = [manifest.read(dataset, number) for number in (1, 2)]
+    gone = [3, 11, 45, 20]  # 20 was filtered; 45 came with the second version
+    keys = [key(picture(seed)) for seed in gone]
+    found = everything(dataset)
+    assert all(f"the caption of {seed}.".encode() in found for seed in gone)
+    assert all(picture(seed) in found for seed in gone)
+    removal = versions.remove(dataset, keys, "asked for")
+    found = everything(dataset)
+    for seed in gone:
+        assert f"the caption of {seed}.".encode() not in found
+        assert picture(seed) not in found
+    assert b"the caption of 4." in found and picture(4) in found
+    assert removal.held == {
+        before[0].digest: tuple(sorted(keys[i] for i in (0, 1, 3))),
+        before[1].digest: tuple(sorted(keys)),
+    }
+    assert (removal.absent, removal.manifest.version) == ((), 3)
+
+
+def test_versions_stay_what_they_were_but_for_it(dataset):
+    before = [by_key(manifest.read(dataset, number)) for number in (1, 2)]
+    digests = [manifest.read(dataset, number).digest for number in (1, 2)]
+    keys = [key(picture(seed)) for seed in (3, 11, 45)]
+    newest = versions.remove(dataset, keys).manifest
+    for number, was, digest in zip((1, 2, 3), [*before, before[1]], [*digests, None], strict=True):
+        version = manifest.read(dataset, number)
+        assert by_key(version) == {k: it for k, it in was.items() if k not in keys}
+        assert loaded(version) == {
+            k for k, it in by_key(version).items() if it["outcome"] == "kept"
+        }
+        assert version.counts["kept"] == version.samples()
+        assert outcomes.count(outcomes.read_outcomes(version)) == dict(version.counts)
+        if digest:
+            assert version.digest == digest
+            assert set(version.redacted["keys"]) <= set(keys)
+    assert newest.digest not in digests and not newest.redacted
+    assert newest.counts["rejected:removed"] == 3
+
+
+def test_it_does_not_come_back(dataset, tmp_path):
+    keys = [key(picture(seed)) for seed in (3, 45, 77)]
+    removal = versions.remove(dataset, keys)
+    assert removal.absent == (keys[2],)
+    assert ingest([str(tmp_path / "in")], dataset, RULES).reused
+    other = folder(tmp_path / "other", [*range(70, 80), 3, 45])
+    result = ingest([other], dataset, RULES)
+    assert result.counts["rejected:removed"] == 2 + 3
+    assert not loaded(result.manifest).intersection(keys)
+    assert picture(77) not in everything(dataset)
+    from_nothing = ingest([other], dataset, IngestRules(max_side=16, heldout_share=0))
+    assert from_nothing.counts["rejected:removed"] == 3
+    told = outcomes.explain(dataset, keys[2])
+    assert {(it["outcome"], it["reason"]) for it in told} == {("rejected", "removed")}
+
+
+def test_removing_again_changes_nothing_and_names_the_same_versions(dataset):
+    keys = [key(picture(seed)) for seed in (3, 45)]
+    first = versions.remove(dataset, keys)
+    left = tree(dataset)
+    again = versions.remove(dataset, [*keys, *keys])
+    assert (again.held, again.manifest) == (first.held, first.manifest)
+    assert tree(dataset) == left
+    assert manifest.versions(dataset) == [1, 2, 3]
+
+
+def test_a_whole_shard_and_a_whole_data_set_can_go(dataset):
+    last = manifest.latest(dataset)
+    assert last is not None
+    shard = last.shards[0]
+    keys = shards.read_table(dataset, shard.name, ["key"])["key"].to_pylist()
+    left = versions.remove(dataset, keys).manifest
+    assert len(left.shards) == len(last.shards) - 1
+    assert shard.name not in {it.name for it in left.shards}
+    empty = versions.remove(dataset, by_key(left)).manifest
+    assert (empty.shards, empty.counts["kept"], empty.counts["seen"]) == ((), 0, 60)
+    assert not [*(Path(dataset) / "shards").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([], "no keys given"),
+        (["ab" * 16, "3.png"], "'3.png' is no key"),
+        (["AB"], "'ab' is no key"),
+    ],
+)
+def test_what_is_no_key_is_refused(dataset, keys, message):
+    before = everything(dataset)
+    with pytest.raises(ValueError, match=message):
+        versions.remove(dataset, keys)
+    assert everything(dataset) == before and manifest.blocked(dataset) == {}
+
+
+def test_a_killed_take_down_is_finished_by_the_next(dataset, tmp_path, killed_at):
+    keys = [key(picture(seed)) for seed in (3, 11, 45)]
+    calm = str(tmp_path / "calm")
+    shutil.copytree(dataset, calm)
+    versions.remove(calm, keys)
+    step = 0
+    while True:
+        copy = str(tmp_path / "copy")
+        shutil.copytree(dataset, copy)
+        status = killed_at(step, lambda copy=copy: versions.remove(copy, keys))
+        assert status in (0, -signal.SIGKILL)
+        for number in manifest.versions(copy):  # whatever is visible can be read
+            version = manifest.read(copy, number)
+            assert sum(len(stored(version, shard)) for shard in version.shards) >= 30
+        removed = versions.remove(copy, keys)
+        assert set(removed.held) == {manifest.read(calm, n).digest for n in (1, 2)}
+        assert tree(copy) == tree(calm)
+        shutil.rmtree(copy)
+        if status == 0:
+            break
+        step += 3
+    assert step > 20
+
+
+def stored(version, shard):
+    return list(shards.read_shard(version.url("shards", f"{shard.name}.tar")))
+
+
+def test_what_no_version_lists_goes(dataset):
+    listed = tree(dataset)
+    stray = {
+        "shards/train-0123456789abcdef.tar",
+        "tables/train-0123456789abcdef.parquet",
+        "encodings/words1/train-0123456789abcdef.safetensors",
+        "encodings/words1/train-0123456789abcdef.rejected.json",
+        "encodings/words1/train-0123456789abcdef.32x64.safetensors",
+        "selections/train-0123456789abcdef-0123456789abcdef.json",
+        "inputs/000007.parquet",
+    }
+    for path in stray:
+        storage.publish_bytes(storage.join(dataset, path), b"12345")
+    would = versions.gc(dataset, dry_run=True)
+    assert (set(would.files), would.bytes) == (stray, 5 * len(stray))
+    assert tree(dataset).keys() == listed.keys() | stray
+    assert versions.gc(dataset) == would
+    assert tree(dataset) == listed
+    assert versions.gc(dataset).files == ()
+
+
+def test_old_versions_expire(dataset, tmp_path):
+    first = manifest.read(dataset, 1)
+    rules = IngestRules(shard_samples=8, min_side=22, heldout_share=0.3, max_side=16)
+    newest = ingest([str(tmp_path / "in")], dataset, rules).manifest
+    would = versions.gc(dataset, keep=1, dry_run=True)
+    assert (would.expired, manifest.read(dataset, 1)) == ((1, 2), first)
+    assert versions.gc(dataset, keep=1) == would
+    assert set(os.listdir(Path(dataset) / "shards")) == {f"{s.name}.tar" for s in newest.shards}
+    assert os.listdir(Path(dataset) / "inputs") == ["000003.parquet"]
+    old = manifest.read(dataset, 1)
+    assert (old.digest, old.shards, old.redacted["expired"]) == (first.digest, (), True)
+    assert loaded(newest) == kept(newest)
+    assert outcomes.explain(dataset, "5.png")[0]["version"] == 3
+    assert versions.gc(dataset, keep=1).files == ()
+    removal = versions.remove(dataset, [key(picture(5))])
+    assert set(removal.held) == {newest.digest}
+
+
+def test_no_data_set_is_said(tmp_path):
+    for work in (versions.gc, lambda url: versions.remove(url, ["ab" * 16])):
+        with pytest.raises(ValueError, match="no data set there"):
+            work(str(tmp_path / "nothing"))
