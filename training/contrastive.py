@@ -138,10 +138,7 @@ class ClipStage(Stage):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         ids = self.tokens(batch["caption"]).to(batch["pixels"].device)
-        pixels = self.pixels(batch)
-        if self.training and self.config.shift:
-            pixels = shifted(pixels, self.config.shift, self.seed, batch["position"])
-        images = self.model.encode_image(pixels, normalize=True).float()
+        images = self.seen(batch)
         texts = self.model.encode_text(ids, normalize=True).float()
         scale = self._scale()
         # Finished stages are measured by one worker alone: only in training do all of them meet.
@@ -154,6 +151,13 @@ class ClipStage(Stage):
             "same_caption": same.float().mean(),
             "temperature": 1 / scale.detach(),
         }
+
+    def seen(self, batch: Batch) -> Float[Tensor, "batch embed"]:
+        """Normalised features of the batch's pictures, as they are trained on."""
+        pixels = self.pixels(batch)
+        if self.training and self.config.shift:
+            pixels = shifted(pixels, self.config.shift, self.seed, batch["position"])
+        return self.model.encode_image(pixels, normalize=True).float()
 
     def tokens(self, captions: Sequence[str]) -> Int64[Tensor, "text token"]:
         """Ids padded with 0 to the context; the end token is the largest id."""

@@ -83,6 +83,8 @@ class Generator:
     """The classifier stage, for classifier guidance; None without one."""
     clip: Path | None = None
     """Folder of a CLIP stage with both towers, for CLIP guidance; None without one."""
+    noisy_clip: Any = None
+    """The noise-aware CLIP stage, which guides in that one's place; None without one."""
 
     @classmethod
     def load(
@@ -138,11 +140,11 @@ class Generator:
         What is left out is the generator's default. An empty text is no caption at all.
 
         `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage, for one
-        mapping of attributes to answers a prompt; `clip_guidance` that of the line's CLIP, which
-        judges the estimate of the picture. Both come on top of `guidance`: 0 there leaves the
-        captions to them. `known` is what the pictures must agree with, one for each prompt:
-        inpainting and super-resolution by conditioning alone (PiGDM, Song et al. 2023). ValueError
-        where the generator lacks what they need.
+        mapping of attributes to answers a prompt; `clip_guidance` that of the noise-aware CLIP, or
+        else of the line's CLIP, which judges the estimate of the picture. Both come on top of
+        `guidance`: 0 there leaves the captions to them. `known` is what the pictures must agree
+        with, one for each prompt: inpainting and super-resolution by conditioning alone (PiGDM,
+        Song et al. 2023). ValueError where the generator lacks what they need.
         """
         chosen = {"guidance": guidance, "steps": steps, "kind": sampler, **options}
         guides = [
@@ -266,12 +268,15 @@ class Generator:
     def _clip_guide(self, prompts: Sequence[str], scale: float) -> list[Callable[[slice], Guide]]:
         if not scale:
             return []
-        if self.clip is None or self.codec is not None:
+        if (self.clip is None and self.noisy_clip is None) or self.codec is not None:
             raise ValueError(
                 "clip_guidance needs a base of pixels and the line's own CLIP: "
-                + ("this generator draws latents" if self.clip else "this generator has none")
+                + ("this generator draws latents" if self.codec else "this generator has none")
             )
-        judge, path = self._judge, self.base.config.diffusion.build_path()
+        path = self.base.config.diffusion.build_path()
+        if (noisy := self.noisy_clip) is not None:
+            return [lambda rows: classifier(path, noisy.log_prob(prompts[rows]), scale)]
+        judge = self._judge
 
         def guide(rows: slice) -> Guide:
             log_prob = clip_log_prob(
@@ -433,7 +438,10 @@ def _open(
     sources = {name: open_source(directories[name], name) for name in wanted}
     codec = open_codec(sources["autoencoder"], device) if "autoencoder" in sources else None
     encoders = {name: LOADERS[sources[name].family](sources[name], device) for name in texts}
-    judge = load(directories["classifier"]).to(device) if "classifier" in directories else None
+    judge, noisy = (
+        load(directories[name]).to(device) if name in directories else None
+        for name in ("classifier", "noisy_clip")
+    )
     towers = directories.get("clip") if "clip" in sources else None
     shape = base.latent_shape.tolist()
     side = shape[-1]
@@ -442,7 +450,7 @@ def _open(
             side = codec.decode(torch.zeros(1, *shape, device=device)).shape[-1]
     if towers is not None and sources["clip"].pretrained:
         towers = None
-    return Generator(base, codec, encoders, sampler, side, precision, judge, towers)
+    return Generator(base, codec, encoders, sampler, side, precision, judge, towers, noisy)
 
 
 def _same_encoders(

@@ -21,6 +21,7 @@ from .contrastive import ClipStage, ClipStageConfig
 from .denoising import BaseStage, BaseStageConfig
 from .denoising_text import T5Stage, T5StageConfig
 from .loop import TrainingConfig
+from .noisy_contrastive import NoisyClipStage, NoisyClipStageConfig
 from .results import CONFIG, WEIGHTS
 from .stage import Stage, copy_exactly, distinct_tensors
 
@@ -30,6 +31,7 @@ CONFIGS: Mapping[str, type] = {
     "t5": T5StageConfig,
     "base": BaseStageConfig,
     "classifier": ClassifierStageConfig,
+    "noisy_clip": NoisyClipStageConfig,
 }
 STAGES: Mapping[str, type[Stage]] = {
     "autoencoder": AutoencoderStage,
@@ -37,6 +39,7 @@ STAGES: Mapping[str, type[Stage]] = {
     "t5": T5Stage,
     "base": BaseStage,
     "classifier": ClassifierStage,
+    "noisy_clip": NoisyClipStage,
 }
 
 T = TypeVar("T")

@@ -55,7 +55,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         }
     },
 }
-IMAGES = {"autoencoder": 480, "clip": 800, "t5": 320, "base": 480, "classifier": 480}
+CONFIGS["noisy_clip"] = {
+    **CONFIGS["classifier"],
+    "embed": 32,
+    "text": {"context": 24, "vocabulary": 600, "width": 32, "layers": 1, "heads": 2},
+}
+IMAGES = {
+    "autoencoder": 480, "clip": 800, "t5": 320, "base": 480, "classifier": 480, "noisy_clip": 1600,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,7 @@ def line(tmp_path_factory) -> Line:
     train("base", specs)
     stages, inputs = {}, stages
     train("classifier", [pixels])
+    train("noisy_clip", [pixels])
     stages = {**inputs, **stages}
     return Line(root, data, stages, specs)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from training import stages
+from training.autoencoding import to_unit
 from training.diffusion import normal
 from training.generator import Generator, Known, assemble
 from training.stage import to_tensors
@@ -284,8 +285,6 @@ def drawer(line, tmp_path_factory) -> Generator:
 
 
 def test_the_classifier_leads_to_what_its_labels_say(drawer):
-    from training.autoencoding import to_unit
-
     wanted = [{"background": "black"}, {"background": "white"}, {"background": "pink"}]
 
     def belief(scale: float) -> torch.Tensor:
@@ -309,6 +308,20 @@ def test_clip_leads_to_pictures_that_it_likes(drawer):
         return (judge.images(pictures.permute(0, 3, 1, 2)) * texts).sum(1)
 
     assert liking(5.0).mean() > liking(0.0).mean() + 0.02
+
+
+def test_the_noisy_clip_takes_the_other_ones_place(drawer, line, tmp_path):
+    kept = {name: line.stages[name] for name in ("clip", "t5", "noisy_clip")}
+    base = drawer.clip.parent / "base"
+    assemble(tmp_path / "generator", {**kept, "base": base}, DEFAULTS)
+    made = Generator.load(tmp_path / "generator", "cpu", precision="fp32")
+
+    def liking(scale: float) -> torch.Tensor:
+        pictures = torch.from_numpy(made(PROMPTS, seed=1, clip_guidance=scale))
+        x = to_unit(pictures.permute(0, 3, 1, 2))
+        return made.noisy_clip.log_prob(PROMPTS)(x, torch.tensor(0.02), {})
+
+    assert liking(20.0).mean() > liking(0.0).mean() + 0.5
 
 
 def test_judges_of_pixels_are_refused_where_latents_are_drawn(generator):
