@@ -62,10 +62,23 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("sources", nargs="+", metavar="SOURCE")
     it.add_argument("--dataset", required=True, metavar="URL")
     it.add_argument("--side", type=int, default=512, help="largest stored side in pixels")
+    it.add_argument(
+        "--rule",
+        dest="rules",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as in data.ingest of a recipe, e.g. min_side=64 or near_duplicates=drop",
+    )
 
     it = verb("explain", "what became of an input of a data set, and why", data_commands.explain)
     it.add_argument("dataset", metavar="DATASET")
     it.add_argument("what", metavar="KEY", help="the beginning of a key, or a part of a row's id")
+
+    it = verb("show", "a page about a data set: pictures, reasons, sizes", data_commands.show)
+    it.add_argument("dataset", metavar="DATASET")
+    it.add_argument("--version", type=int, default=None, metavar="N", help="default: the newest")
+    it.add_argument("--out", default="dataset.html", metavar="PAGE")
 
     it = verb("remove", "take pictures out of all versions, for good", data_commands.remove)
     it.add_argument("dataset", metavar="DATASET")
@@ -74,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
         "--keys", dest="files", action="append", default=[], metavar="FILE", help="a key a line"
     )
     it.add_argument("--reason", default="", metavar="TEXT", help="why, for the blocklist")
+
+    it = verb("compact", "merge the small shards that growth leaves", data_commands.compact)
+    it.add_argument("dataset", metavar="DATASET")
 
     it = verb("gc", "delete the files of a data set that no version lists", data_commands.gc)
     it.add_argument("dataset", metavar="DATASET")

@@ -12,20 +12,20 @@ from .progress import meter
 from .settings import Settings, settings
 
 
-def ingest(sources: list[str], dataset: str, side: int) -> dict[str, Any]:
+def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dict[str, Any]:
     from pipeline.execute import Executor
-    from pipeline.ingest import IngestRules
     from pipeline.ingest import ingest as read
 
     from .cluster import ray_session
+    from .recipe import ingest_rules
 
-    rules = IngestRules(max_side=side)
+    chosen = ingest_rules([f"max_side={side}", *rules])
     dataset = place(dataset)
     with ray_session(), meter("ingest") as progress:
         result = read(
             [_url(source) for source in sources],
             dataset,
-            rules,
+            chosen,
             Executor(kind="ray"),
             lambda stage, done, total: progress(done, total, stage),
         )
@@ -56,6 +56,25 @@ def explain(dataset: str, what: str) -> dict[str, Any]:
     return {"rows": found, "text": visible("\n".join(lines))}
 
 
+def show(dataset: str, version: int | None, out: str) -> dict[str, Any]:
+    from evaluation import dataset_page
+    from pipeline import manifest
+
+    url = storage.absolute(place(dataset))
+    found = manifest.latest(url) if version is None else manifest.read(url, version)
+    if found is None:
+        raise ValueError(f"{url}: no data set there")
+    dataset_page.write(out, found)
+    return {
+        "dataset": url,
+        "version": found.version,
+        "digest": found.digest,
+        "counts": dict(found.counts),
+        "page": out,
+        "text": f"{url} version {found.version}: {found.samples()} pictures; {out}",
+    }
+
+
 def remove(dataset: str, keys: list[str], files: list[str], reason: str) -> dict[str, Any]:
     from pipeline import versions
 
@@ -81,6 +100,22 @@ def remove(dataset: str, keys: list[str], files: list[str], reason: str) -> dict
         "absent": list(removed.absent),
         "models": models,
         "text": "\n".join(lines),
+    }
+
+
+def compact(dataset: str) -> dict[str, Any]:
+    from pipeline import manifest, versions
+
+    before = manifest.latest(place(dataset))
+    after = versions.compact(place(dataset))
+    shards = len(before.shards) if before else 0
+    return {
+        "version": after.version,
+        "digest": after.digest,
+        "shards": len(after.shards),
+        "text": f"{after.dataset} version {after.version}: {shards} shards are {len(after.shards)}"
+        if after != before
+        else f"{after.dataset} version {after.version}: nothing to merge",
     }
 
 

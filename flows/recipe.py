@@ -141,12 +141,23 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
     else:
         near = _nearest(recipe, PRESETS)
         raise RecipeError(f"no recipe {recipe!r}{near}; a file ends in .json or .yaml")
+    _override(body, overrides)
+    return parse(body)
+
+
+def ingest_rules(overrides: Iterable[str]) -> IngestRules:
+    """The usual rules of an ingest with `key=value` of theirs."""
+    body = Recipe().model_dump(mode="json")
+    _override(body, (f"data.ingest.{override}" for override in overrides))
+    return parse(body).data.ingest
+
+
+def _override(body: dict[str, Any], overrides: Iterable[str]) -> None:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"override {override!r}: expected key=value, e.g. seed=1")
         _put(body, key.split("."), _value(value), key)
-    return parse(body)
 
 
 def parse(body: Mapping[str, Any]) -> Recipe:

@@ -20,6 +20,7 @@ import functools
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,16 +127,52 @@ def decode(data: bytes, policy: DecodePolicy | None = None) -> tuple[Image.Image
             raise Rejected(_why(data, name, error), f"{type(error).__name__}: {error}") from None
 
 
-def fit(image: Image.Image, side: int) -> np.ndarray:
-    """uint8 [3, side, side]: the shorter side resized to `side` (Lanczos, antialiased), cropped to
-    the centre.
+def buckets(side: int, *, multiple: int, max_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
+    """(width, height) pairs of about side^2 pixels, from tall to wide: the square, and for each
+    longer side the shorter one that comes nearest to that area, both multiples of `multiple` and
+    their ratio at most `max_aspect`.
+
+    `multiple` is at least what the networks divide a side by (an autoencoder's reduction times a
+    transformer's patch); with a larger one there are fewer buckets, and more is cropped away.
     """
+    if multiple < 1 or side < 1 or side % multiple or max_aspect < 1:
+        raise ValueError(
+            f"buckets: side must be a multiple of multiple, and max_aspect at least 1, "
+            f"got {side}, {multiple} and {max_aspect:g}"
+        )
+    wide: list[tuple[int, int]] = []
+    for width in range(side + multiple, int(side * max_aspect) + 1, multiple):
+        height = round(side * side / width / multiple) * multiple
+        if height and width / height <= max_aspect:
+            wide.append((width, height))
+    tall = [(height, width) for width, height in reversed(wide)]
+    return (*tall, (side, side), *wide)
+
+
+def nearest(sizes: Sequence[tuple[int, int]], width: int, height: int) -> int:
+    """Which of `sizes` is nearest to a picture's aspect ratio, by its logarithm; the first of two
+    that are as near.
+    """
+
+    def apart(number: int) -> float:
+        wide, high = sizes[number]
+        across, down = wide * height, high * width  # whole numbers: the same on every machine
+        return max(across / down, down / across)
+
+    return min(range(len(sizes)), key=apart)
+
+
+def fit(image: Image.Image, side: int | tuple[int, int]) -> np.ndarray:
+    """uint8 [3, height, width]: resized (Lanczos, antialiased) to just cover a square of `side`, or
+    a given (width, height), and cropped to the centre.
+    """
+    wide, high = (side, side) if isinstance(side, int) else side
     width, height = image.size
-    if (width, height) != (side, side):
-        short = min(width, height)
-        left, top = (width - short) / 2, (height - short) / 2
+    if (width, height) != (wide, high):
+        across, down = min(width, height * wide / high), min(height, width * high / wide)
+        left, top = (width - across) / 2, (height - down) / 2
         image = image.resize(
-            (side, side), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short)
+            (wide, high), Image.Resampling.LANCZOS, box=(left, top, left + across, top + down)
         )
     return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 

@@ -214,11 +214,12 @@ class _Ingest:
                 f"{', '.join(prints)}: no rows; wanted at least one picture with a caption"
             )
         results = self._read(rows, prints)
-        outcomes, samples, limit = self._decide(rows, results, past)
+        outcomes, samples, limit, known = self._decide(rows, results, past)
         self._check_rejected([it for it in outcomes if not _still_out_of_reach(it, retried)])
+        old = self._add_captions(known, limit)
         written = self._write(samples)
         outcomes = past + outcomes
-        shards, outcomes = self._select(written, outcomes)
+        shards, outcomes = self._select(old, written, outcomes)
         counts = count(outcomes)
         if not counts["kept"]:
             raise ValueError(
@@ -311,13 +312,16 @@ class _Ingest:
 
     def _decide(
         self, rows: Sequence[tuple[str, Row]], results: Sequence[Record], past: Sequence[Record]
-    ) -> tuple[list[Record], list[Record], float]:
-        """Outcomes of the new rows, the new samples sorted by key, and the held-out limit."""
+    ) -> tuple[list[Record], list[Record], float, list[tuple[Record, Row]]]:
+        """Outcomes of the new rows, the new samples sorted by key, the held-out limit, and the rows
+        whose picture is stored already, with their outcomes.
+        """
         wanted = self.rules.rules_of_files()
         known = {it["key"] for it in past if it["outcome"] in STORED}
         samples: dict[str, Record] = {}
         outcomes: list[Record] = []
         again: list[tuple[Record, Row]] = []
+        old: list[tuple[Record, Row]] = []
         for (source, row), result in zip(rows, results, strict=True):
             outcome, reason, key = "kept", "", result.get("key", "")
             if result.get("reason"):
@@ -349,6 +353,8 @@ class _Ingest:
                 }
             elif reason == "same_picture":
                 again.append((it, row))
+            elif reason == "known":
+                old.append((it, row))
         limit = self._heldout_limit([it["row"] for it in samples.values() if it["wanted"]])
         for sample in samples.values():
             sample["split"] = sample["outcome"]["split"] = self._split(sample["row"], limit)
@@ -363,7 +369,7 @@ class _Ingest:
                 it["reason"] = "caption_added"
             elif new:
                 it["reason"] = "caption_of_other_split"
-        return outcomes, [samples[key] for key in sorted(samples)], limit
+        return outcomes, [samples[key] for key in sorted(samples)], limit, old
 
     def _split(self, row: Row, limit: float) -> str:
         if row.name is not None and _uniform("unseen", row.name) < self.rules.unseen_share:
@@ -431,13 +437,49 @@ class _Ingest:
         results = self._resume("write", functools.partial(_writer, self.dataset), units)
         return [Shard(**result["shard"]) for result in results]
 
+    def _add_captions(self, rows: Sequence[tuple[Record, Row]], limit: float) -> list[Shard]:
+        """The shards of the base version, those written anew that have a picture for which these
+        rows have another caption; what encoders made of the pictures goes along.
+        """
+        stored = list(self.base.shards) if self.base else []
+        if not rows:
+            return stored
+        from . import shards
+
+        by_key: dict[str, list[tuple[Record, Row]]] = {}
+        for it, row in rows:
+            by_key.setdefault(it["key"], []).append((it, row))
+        units: dict[str, Record] = {}
+        for shard in stored:
+            table = shards.read_table(self.dataset, shard.name, ["key", "captions"])
+            more: dict[str, list[str]] = {}
+            for key, captions in zip(*(table[name].to_pylist() for name in ("key", "captions")),
+                                     strict=True):  # fmt: skip
+                for it, row in by_key.get(key, ()):
+                    it["split"] = shard.split
+                    new = [one for one in row.captions if one not in captions]
+                    if new and self._split(row, limit) == shard.split:
+                        it["reason"] = "caption_added"
+                        more.setdefault(key, []).extend(new)
+                        captions = captions + new
+                    elif new:
+                        it["reason"] = "caption_of_other_split"
+            if more:
+                unit = {"shard": shard.name, "split": shard.split, "captions": more}
+                name = fingerprint([_CODE, unit]) + "-shard"
+                units[shard.name] = {"unit": name, **unit}
+        work = functools.partial(_captioner, self.dataset)
+        results = self._resume("write", work, list(units.values()))
+        made = {name: Shard(**it["shard"]) for name, it in zip(units, results, strict=True)}
+        return [made.get(shard.name, shard) for shard in stored]
+
     # ---- the selection ---------------------------------------------------------------------------
 
     def _select(
-        self, written: Sequence[Shard], outcomes: list[Record]
+        self, old: Sequence[Shard], written: Sequence[Shard], outcomes: list[Record]
     ) -> tuple[tuple[Shard, ...], list[Record]]:
         """All shards with what is left out of them, and the outcomes with that said."""
-        old = self.base.shards if self.base else ()
+        decided = {shard.name for shard in self.base.shards} if self.base else set[str]()
         stands = self.base is not None and _selects_alike(self.base, self.rules, self.scorers)
         if self.scorers.specs:
             from .score import score
@@ -453,7 +495,7 @@ class _Ingest:
             met.setdefault(it["key"], len(met))
         shards = select(
             self.dataset, (*old, *written), met, self.rules, self._scores,
-            decided={shard.name for shard in old} if stands else (),
+            decided=decided if stands else (),
         )  # fmt: skip
         reasons = dropped_keys(Manifest(self.dataset, 0, None, shards))
         for it in stored:
@@ -607,6 +649,25 @@ def _writer(dataset: str) -> Callable[[Record], Record]:
 
     def work(unit: Record) -> Record:
         shard = shards.write_shard(stored(unit["samples"]), dataset, unit["split"])
+        return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
+
+    return work
+
+
+def _captioner(dataset: str) -> Callable[[Record], Record]:
+    """One unit: a shard written anew with more captions."""
+    from . import shards
+    from .carry import carry
+
+    def work(unit: Record) -> Record:
+        more, old = unit["captions"], unit["shard"]
+        keys = shards.read_table(dataset, old, ["key"])["key"].to_pylist()
+        samples = (
+            replace(it, captions=(*it.captions, *more.get(it.key, ())))
+            for it in shards.read_shard(storage.join(dataset, "shards", f"{old}.tar"))
+        )
+        shard = shards.write_shard(samples, dataset, unit["split"])
+        carry(dataset, shard, {key: (old, row) for row, key in enumerate(keys)})
         return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
 
     return work

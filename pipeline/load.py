@@ -7,6 +7,7 @@ captions are asked for.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -17,15 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import shards, storage
 from .manifest import Manifest, Shard, fingerprint
-from .plan import BatchPlan, draw
-from .schema import Batch, Encoding, Field, batch_fields, check
+from .plan import BatchPlan, BucketedPlan, Plan, draw
+from .schema import BUCKET, Batch, Bucket, Encoding, Field, batch_fields, check
 
 KEY = Field("uint8", (None,))
 """Every encoded shard carries its samples' keys: rows are joined by key, not by trust."""
@@ -109,13 +110,24 @@ class _Open:
     offsets: np.ndarray
     """int64 [n + 1]: where each sample's captions begin in the list of all."""
     arrays: tuple[dict[str, np.ndarray], ...]
-    """Those of each encoding."""
+    """Those of each encoding; of one with buckets its index."""
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Stored:
+    """What encoder.json promises of one encoding."""
+
+    fields: dict[str, Field]
+    """The arrays of a shard's file; where there are buckets these are in files of their own."""
+    buckets: tuple[Bucket, ...]
+    views: int
+
+
+class _Part(NamedTuple):
     """The samples of a batch that lie in one shard."""
 
+    number: int
+    """Which of the loader's shards."""
     rows: _Ints
     """Their rows in the batch."""
     local: _Ints
@@ -129,11 +141,14 @@ class Loader:
     """Batches of the samples that every encoding holds, in the order of the plan.
 
     A batch is this worker's share of a global batch. A picture shows one of its captions, drawn
-    from (seed, position): the same for all text encoders, another one from epoch to epoch. With
-    `captions` a batch also holds the lists `caption` and `label`, read from the dataset's tables.
+    from (seed, position): the same for all text encoders, another one from epoch to epoch; and so
+    it is mirrored or not, where its encoders flip. With `captions` a batch also holds the lists
+    `caption` and `label`, read from the dataset's tables. Where pictures are in buckets, all of a
+    global batch are of one size.
 
     ValueError when an encoding is missing for a shard, was made by another encoder than it claims,
-    or has other fields than its encoder.json says; and when there is nothing to load.
+    or has other fields than its encoder.json says; when two put a picture into different buckets,
+    or one flips and another does not; and when there is nothing to load.
     """
 
     def __init__(
@@ -152,32 +167,35 @@ class Loader:
         self.worker, self.workers = worker, workers
         self.encodings: tuple[Encoding, ...] = tuple(encodings)
         self.shards: tuple[Shard, ...] = manifest.split(*splits)
-        if not any(shard.samples for shard in self.shards):
+        if not self.shards:
             known = ", ".join(sorted({shard.split for shard in manifest.shards})) or "nothing"
             raise ValueError(
                 f"{manifest.dataset}, version {manifest.version}: no samples in "
                 f"{' + '.join(splits)} (it has {known}); ingest more pictures"
             )
-        self._stored = tuple(_stored_fields(encoding) for encoding in self.encodings)
-        self.fields: dict[str, Field] = {}
-        """The arrays of a batch; known before any file of an encoding is opened."""
-        for encoding, stored in zip(self.encodings, self._stored, strict=True):
-            fields = batch_fields(encoding.name, encoding.kind, stored)
-            if twice := fields.keys() & self.fields.keys():
-                raise ValueError(f"encoding {encoding.name}: another one has {min(twice)} too")
-            self.fields |= fields
-        rejected = self._rejected()
-        self._kept = tuple(
-            np.delete(np.arange(shard.samples), rejected.get(shard.name, []))
+        self._stored = tuple(_stored(encoding) for encoding in self.encodings)
+        self._flips = self._all_or_none_flip()
+        left_out = self._left_out(manifest)
+        kept = [
+            np.delete(np.arange(shard.samples), left_out.get(shard.name, []))
             for shard in self.shards
-        )
-        counts = tuple(map(len, self._kept))
-        selection = fingerprint([[shard.name for shard in self.shards], rejected])
-        self.plan = BatchPlan(counts, selection, seed, global_batch)
+        ]
+        selection: list[Any] = [[shard.name for shard in self.shards], left_out]
+        by_bucket = self._by_bucket(kept) or {0: kept}
+        if len(by_bucket) > 1:
+            counts = tuple(tuple(map(len, rows)) for rows in by_bucket.values())
+            selection.append(counts)
+            self.plan: Plan = BucketedPlan(counts, fingerprint(selection), seed, global_batch)
+        else:
+            (kept,) = by_bucket.values()
+            counts = tuple(map(len, kept))
+            self.plan = BatchPlan(counts, fingerprint(selection), seed, global_batch)
         self.plan.slice(0, worker, workers)  # refuses more workers than rows
-        self._starts = np.cumsum((0, *counts))
+        self._number(by_bucket)
         most = max(8, _OPEN_FILES // max(1, len(self.encodings)))
         self._open = lru_cache(most)(self._open_shard)
+        bucketed = sum(bool(stored.buckets) for stored in self._stored)
+        self._open_bucket = lru_cache(most * max(1, bucketed))(self._open_shards_bucket)
 
     @property
     def samples(self) -> int:
@@ -188,16 +206,35 @@ class Loader:
         """This worker's share of global batch `step`."""
         rows, indices = self.plan.slice(step, self.worker, self.workers)
         positions = step * self.plan.global_batch + rows
-        return self._gather(indices, positions, epoch=int(positions[0]) // self.samples)
+        turned = draw(self.seed, "flip", positions) < 0.5 if self._flips else None
+        return self._gather(indices, positions, self.plan.epoch(step, int(rows[0])), turned)
 
     def rows(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Chosen samples (0 <= index < samples), the same batch each time: position = index."""
+        """Chosen samples (0 <= index < samples), the same batch each time: position = index, and
+        nothing is mirrored.
+
+        ValueError when they are of several buckets: those of each are chosen from `alike`.
+        """
         indices = np.asarray(indices, np.int64)
         if not indices.size or indices.min() < 0 or indices.max() >= self.samples:
             raise ValueError(
                 f"rows: wanted indices from 0 to {self.samples - 1}, got {indices.tolist()[:8]}"
             )
         return self._gather(indices, indices, epoch=0)
+
+    def alike(self) -> tuple[Loader, ...]:
+        """A loader for the pictures of each bucket, that with most of them first; this one alone
+        where all are of one size.
+        """
+        if isinstance(self.plan, BatchPlan):
+            return (self,)
+        each: list[Loader] = []
+        for at, (bucket, kept) in enumerate(self._kept.items()):
+            one = copy.copy(self)
+            one.plan = self.plan.buckets[at]
+            one._number({bucket: kept})
+            each.append(one)
+        return tuple(sorted(each, key=lambda one: -one.samples))
 
     def batches(self, start_step: int = 0, prefetch: int = 2) -> Generator[Batch]:
         """The batches from `start_step` on, without end; a thread makes `prefetch` ahead."""
@@ -213,36 +250,54 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _gather(self, indices: np.ndarray, positions: np.ndarray, epoch: int) -> Batch:
-        parts = self._parts(indices, draw(self.seed, "caption", positions))
+    def _gather(
+        self,
+        indices: np.ndarray,
+        positions: np.ndarray,
+        epoch: int,
+        turned: np.ndarray | None = None,
+    ) -> Batch:
+        bucket, parts = self._parts(indices, draw(self.seed, "caption", positions))
         batch: Batch = {"position": positions, "epoch": epoch}
         back = np.argsort(np.concatenate([part.rows for part in parts])).tolist()
 
-        def in_order(values: Iterable[Any]) -> list[Any]:
-            by_shard = list(values)
-            return [by_shard[row] for row in back]
+        def in_order(chosen: Iterable[tuple[list[Any], _Ints]]) -> list[Any]:
+            parts = (map(values.__getitem__, _list(rows)) for values, rows in chosen)
+            by_shard = list(itertools.chain.from_iterable(parts))
+            return list(map(by_shard.__getitem__, back))
 
         if self.captions or self.encodings:
-            batch["key"] = in_order(p.shard.keys[row] for p in parts for row in _list(p.local))
+            batch["key"] = in_order((part.shard.keys, part.local) for part in parts)
         if self.captions:
-            batch["caption"] = in_order(
-                p.shard.captions[row] for p in parts for row in _list(p.captions)
-            )
-            labels = in_order(p.shard.labels[row] for p in parts for row in _list(p.local))
+            batch["caption"] = in_order((part.shard.captions, part.captions) for part in parts)
+            labels = in_order((part.shard.labels, part.local) for part in parts)
             batch["label"] = [None if label is None else json.loads(label) for label in labels]
         for number, encoding in enumerate(self.encodings):
             if encoding.kind == "image":
-                for name, field in self._stored[number].items():
+                found = [self._pictures(number, bucket, part, turned) for part in parts]
+                for name, field in self._fields[bucket][number].items():
                     batch[name] = rows = field.empty(len(indices))
-                    for part in parts:
-                        rows[part.rows] = part.shard.arrays[number][name][part.local]
+                    for part, (arrays, local) in zip(parts, found, strict=True):
+                        rows[part.rows] = arrays[name][local]
             else:
                 batch |= self._texts(number, parts, len(indices))
         return batch
 
+    def _pictures(
+        self, number: int, bucket: int, part: _Part, turned: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(the arrays of a picture encoding that hold a part of a batch, its rows there)."""
+        arrays, local, stored = part.shard.arrays[number], part.local, self._stored[number]
+        if stored.buckets:
+            members, arrays = self._open_bucket(number, part.number, bucket)
+            local = np.searchsorted(members, local)
+        if stored.views == 2:
+            local = 2 * local + (0 if turned is None else turned[part.rows])
+        return arrays, local
+
     def _texts(self, number: int, parts: list[_Part], size: int) -> Batch:
         """The fields of one text encoding, its captions padded to the longest of them."""
-        name, stored = self.encodings[number].name, self._stored[number]
+        name, stored = self.encodings[number].name, self._stored[number].fields
         pooled = stored["pooled"].empty(size)
         begin, end = np.empty(size, np.int64), np.empty(size, np.int64)
         for part in parts:
@@ -263,23 +318,97 @@ class Loader:
         mask = np.arange(longest) < lengths[:, None]
         return {f"{name}_tokens": tokens, f"{name}_mask": mask, f"{name}_pooled": pooled}
 
-    def _parts(self, indices: np.ndarray, turns: np.ndarray) -> list[_Part]:
-        """The batch by shards; `turns` in [0, 1) say which caption each sample shows."""
-        numbers = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(numbers, kind="stable")
-        parts: list[_Part] = []
-        for rows in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-            number = int(numbers[rows[0]])
-            local = self._kept[number][indices[rows] - self._starts[number]]
+    def _parts(self, indices: np.ndarray, turns: np.ndarray) -> tuple[int, list[_Part]]:
+        """(the bucket, the batch by shards); `turns` in [0, 1) say which caption a sample shows."""
+        groups = np.searchsorted(self._starts, indices, side="right") - 1
+        order = np.argsort(groups, kind="stable")
+        buckets, shards = tuple(self._kept), len(self.shards)
+        one, other = int(order[0]), int(order[-1])
+        at = int(groups[one]) // shards
+        if at != int(groups[other]) // shards:
+            raise ValueError(
+                f"rows: {indices[one]} and {indices[other]} are of buckets of different sizes, and "
+                "a batch has pictures of one; choose from each of the loaders that alike() gives"
+            )
+        kept, parts = self._kept[buckets[at]], list[_Part]()
+        for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+            group = int(groups[rows[0]])
+            number = group - at * shards
+            local = kept[number][indices[rows] - self._starts[group]]
             shard = self._open(number)
             first, last = shard.offsets[local], shard.offsets[local + 1]
             captions = first + (turns[rows] * (last - first)).astype(np.int64)
-            parts.append(_Part(rows, local, captions, shard))
-        return parts
+            parts.append(_Part(number, rows, local, captions, shard))
+        return buckets[at], parts
 
-    def _rejected(self) -> dict[str, list[int]]:
-        """Shard -> rows that an encoder could not use. ValueError when a shard is not encoded."""
-        rows: dict[str, set[int]] = {}
+    def _number(self, kept: dict[int, list[_Ints]]) -> None:
+        """Number the samples, bucket after bucket, by the rows kept of each shard."""
+        self._kept = kept
+        self._starts = np.cumsum((0, *(len(rows) for each in kept.values() for rows in each)))
+        self._fields = {bucket: self._fields_of(bucket) for bucket in kept}
+        self.fields: dict[str, Field] = {}
+        """The arrays of a batch; known before any file of an encoding is opened. An axis in which
+        buckets differ is of any length.
+        """
+        for number, encoding in enumerate(self.encodings):
+            each = [fields[number] for fields in self._fields.values()]
+            stored = {name: Field.spanning([fields[name] for fields in each]) for name in each[0]}
+            fields = batch_fields(encoding.name, encoding.kind, stored)
+            if twice := fields.keys() & self.fields.keys():
+                raise ValueError(f"encoding {encoding.name}: another one has {min(twice)} too")
+            self.fields |= fields
+
+    def _fields_of(self, bucket: int) -> list[dict[str, Field]]:
+        """The fields of each encoding in one bucket."""
+        return [
+            (_stored(encoding, stored.buckets[bucket]) if stored.buckets else stored).fields
+            for encoding, stored in zip(self.encodings, self._stored, strict=True)
+        ]
+
+    def _by_bucket(self, kept: list[_Ints]) -> dict[int, list[_Ints]] | None:
+        """Bucket -> the kept rows of each shard that are in it, ascending; None without buckets.
+
+        ValueError when encodings disagree about them.
+        """
+        each = zip(self.encodings, self._stored, strict=True)
+        bucketed = [(encoding, stored) for encoding, stored in each if stored.buckets]
+        if not bucketed:
+            return None
+        of_rows: list[np.ndarray] = []
+        for shard, rows in zip(self.shards, kept, strict=True):
+            first, *others = (_open_index(*it, shard)[BUCKET] for it in bucketed)
+            if not all(np.array_equal(first, other) for other in others):
+                raise ValueError(
+                    f"{self.dataset}, shard {shard.name}: encodings "
+                    f"{', '.join(e.name for e, _ in bucketed)} have other buckets for the same "
+                    "pictures; encode with tables of the same aspect ratios"
+                )
+            of_rows.append(first[rows])
+        return {
+            bucket: [rows[of == bucket] for rows, of in zip(kept, of_rows, strict=True)]
+            for bucket in np.unique(np.concatenate(of_rows)).tolist()
+        }
+
+    def _all_or_none_flip(self) -> bool:
+        """Whether the picture encodings flip. ValueError when some do."""
+        flips = {
+            encoding.name: stored.views == 2
+            for encoding, stored in zip(self.encodings, self._stored, strict=True)
+            if encoding.kind == "image"
+        }
+        if len(set(flips.values())) > 1:
+            told = ", ".join(f"{name} {'on' if flip else 'off'}" for name, flip in flips.items())
+            raise ValueError(
+                f"{self.dataset}: encodings differ in flip ({told}), so a picture would be seen "
+                "both ways at once; encode all with it, or none"
+            )
+        return any(flips.values())
+
+    def _left_out(self, manifest: Manifest) -> dict[str, list[int]]:
+        """Shard -> rows that the version does not select, or an encoder could not use. ValueError
+        when a shard is not encoded."""
+        dropped = {shard.name: set(manifest.dropped(shard)) for shard in self.shards}
+        rows = {name: found for name, found in dropped.items() if found}
         for encoding in self.encodings:
             names = set(storage.list_names(encoding.url))
             missing = [s.name for s in self.shards if f"{s.name}.safetensors" not in names]
@@ -299,9 +428,13 @@ class Loader:
         table = read_table(self.dataset, shard.name) if self.captions else None
         opened: list[dict[str, np.ndarray]] = []
         for encoding, stored in zip(self.encodings, self._stored, strict=True):
-            url = storage.join(encoding.url, f"{shard.name}.safetensors")
-            path = storage.local_copy(url)
-            opened.append(_open_encoded(path, encoding, stored, shard.samples))
+            if stored.buckets:
+                opened.append(_open_index(encoding, stored, shard))
+            else:
+                path = storage.local_copy(encoding.arrays_url(shard.name))
+                opened.append(
+                    _open_encoded(path, encoding, stored.fields, shard.samples, stored.views)
+                )
         keys = [table.keys] if table else []
         keys += [unpack_keys(arrays["keys"]) for arrays in opened]
         offsets = [table.offsets] if table else []
@@ -322,13 +455,43 @@ class Loader:
             arrays=tuple(opened),
         )
 
+    def _open_shards_bucket(
+        self, encoding_number: int, number: int, bucket: int
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(the rows of a shard that are in a bucket, ascending; their arrays)."""
+        encoding, stored = self.encodings[encoding_number], self._stored[encoding_number]
+        index = self._open(number).arrays[encoding_number]
+        members = np.flatnonzero(index[BUCKET] == bucket)
+        url = encoding.arrays_url(self.shards[number].name, stored.buckets[bucket])
+        fields = self._fields[bucket][encoding_number]
+        path = storage.local_copy(url)
+        arrays = _open_encoded(path, encoding, fields, len(members), stored.views)
+        if not np.array_equal(arrays["keys"], index["keys"][members]):
+            raise ValueError(
+                f"{path}: does not hold the samples that {self.shards[number].name}.safetensors "
+                "beside it says; delete both and encode again"
+            )
+        return members, arrays
+
 
 def _list(numbers: _Ints) -> list[int]:
     return numbers.tolist()
 
 
+def _open_index(encoding: Encoding, stored: _Stored, shard: Shard) -> dict[str, np.ndarray]:
+    """The keys and the buckets of a shard's pictures; no file stays open for them."""
+    path = storage.local_copy(encoding.arrays_url(shard.name))
+    arrays = _open_encoded(path, encoding, stored.fields, shard.samples)
+    if arrays[BUCKET].max() >= len(stored.buckets):
+        raise ValueError(
+            f"{path}: has a picture in bucket {arrays[BUCKET].max()} of {len(stored.buckets)}; "
+            "delete it and encode again"
+        )
+    return {name: rows.copy() for name, rows in arrays.items()}
+
+
 def _open_encoded(
-    path: Path, encoding: Encoding, stored: Mapping[str, Field], samples: int
+    path: Path, encoding: Encoding, stored: Mapping[str, Field], samples: int, views: int = 1
 ) -> dict[str, np.ndarray]:
     """The arrays of one encoded shard, checked.
 
@@ -343,7 +506,7 @@ def _open_encoded(
         )
     check(str(path), arrays, {"keys": KEY}, samples)
     if encoding.kind == "image":
-        check(str(path), arrays, stored, samples)
+        check(str(path), arrays, stored, samples * views)
         return arrays
     joins = dict.fromkeys(("offsets", "caption_rows", "sample_offsets"), _INDEX)
     check(str(path), arrays, {**stored, **joins})
@@ -362,9 +525,9 @@ def _open_encoded(
     return arrays
 
 
-def _stored_fields(encoding: Encoding) -> dict[str, Field]:
+def _stored(encoding: Encoding, bucket: Bucket | None = None) -> _Stored:
     """What encoder.json promises. ValueError when it is missing or tells of another encoder."""
-    url = storage.join(encoding.url, "encoder.json")
+    url = encoding.stated_url(bucket)
     try:
         stated = storage.read_json(url)
     except FileNotFoundError:
@@ -376,4 +539,43 @@ def _stored_fields(encoding: Encoding) -> dict[str, Field]:
             f"{url}: made by {stated['kind']} encoder {stated['fingerprint']}, "
             f"wanted {encoding.kind} encoder {encoding.name} ({encoding.fingerprint})"
         )
-    return {name: Field.from_json(field) for name, field in stated["fields"].items()}
+    return _Stored(
+        {name: Field.from_json(field) for name, field in stated["fields"].items()},
+        tuple((width, height) for width, height in stated.get("buckets", ())),
+        2 if stated.get("flip") else 1,
+    )
+
+
+@dataclass(frozen=True)
+class TextStorage:
+    """What a text encoding takes, and what it would take with every caption padded."""
+
+    captions: int
+    """Of all samples; each is stored once in a shard."""
+    stored: int
+    tokens: int
+    """Of those stored."""
+    stored_bytes: int
+    """Of whole files: pooled vectors, keys and what joins them included."""
+    padded_bytes: int
+    """Of the tokens alone."""
+
+
+def text_storage(manifest: Manifest, encoding: Encoding, padded_to: int) -> TextStorage:
+    """Measured on the encoding's files, against the same tokens padded to `padded_to` a caption.
+
+    ValueError when a shard is not encoded, or the encoding is none of text.
+    """
+    fields = _stored(encoding).fields
+    if encoding.kind != "text":
+        raise ValueError(f"encoding {encoding.name}: {encoding.kind}s have no captions to pad")
+    captions = stored = tokens = size = 0
+    for shard in manifest.shards:
+        path = storage.local_copy(encoding.arrays_url(shard.name))
+        arrays = _open_encoded(path, encoding, fields, shard.samples)
+        captions += len(arrays["caption_rows"])
+        stored += len(arrays["pooled"])
+        tokens += len(arrays["tokens"])
+        size += path.stat().st_size
+    row = fields["tokens"].empty(1).nbytes
+    return TextStorage(captions, stored, tokens, size, captions * padded_to * row)

@@ -1,26 +1,34 @@
 """The batch plan: (data, seed, step) -> which samples. A pure function; its state is the step.
 
-The plan is the endless concatenation of one permutation per epoch, cut into global batches: batch k
-holds positions k * global_batch and on. An epoch's permutation deals the shards in random order
-into blocks and mixes the samples inside each block, so that reading touches few files at a time; up
-to `block_shards` shards that is a shuffle of everything. How many workers share a batch never
-changes which samples it holds.
+Of pictures of one size it is the endless concatenation of one permutation per epoch, cut into
+global batches: batch k holds positions k * global_batch and on. An epoch's permutation deals the
+shards in random order into blocks and mixes the samples inside each block, so that reading touches
+few files at a time; up to `block_shards` shards that is a shuffle of everything. How many workers
+share a batch never changes which samples it holds.
+
+Of pictures in several buckets it is such a sequence per bucket, and each global batch is the next
+one of some bucket (`BucketedPlan`).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 
 import numpy as np
 
+_ORDER, _BLOCK = 0, 1
+"""What is shuffled: all shards (as block 0) or steps (as block 1); samples of bucket b (1 + b)."""
+
 
 @dataclass(frozen=True)
 class BatchPlan:
     """Samples are numbered 0.. through the shards in the order of `samples_per_shard`.
 
-    `digest` is that of the data and the selection from it: other data, other shuffles.
+    `digest` is that of the data and the selection from it: other data, other shuffles. Plans that
+    differ in `bucket` alone take the shards in one order, and the samples inside each in others.
     """
 
     samples_per_shard: tuple[int, ...]
@@ -28,6 +36,7 @@ class BatchPlan:
     seed: int
     global_batch: int
     block_shards: int = 64
+    bucket: int = 0
 
     def __post_init__(self):
         if self.global_batch < 1 or self.block_shards < 1:
@@ -48,6 +57,10 @@ class BatchPlan:
     def batch(self, step: int) -> np.ndarray:
         """int64 [global_batch]: the samples of global batch `step`."""
         return self.at(step * self.global_batch + np.arange(self.global_batch))
+
+    def epoch(self, step: int, row: int = 0) -> int:
+        """How often all samples came before that row of global batch `step`."""
+        return (step * self.global_batch + row) // self.samples
 
     def slice(self, step: int, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows of the global batch, their samples), both int64: the share of one of `workers`.
@@ -83,16 +96,8 @@ class BatchPlan:
         return found
 
     @cached_property
-    def _key(self) -> np.ndarray:
-        return np.frombuffer(
-            blake2b(f"{self.digest} {self.seed}".encode(), digest_size=16).digest(), np.uint64
-        )
-
-    def _shuffle(self, count: int, purpose: int, block: int, epoch: int) -> np.ndarray:
-        # Sorting raw words, not Generator.permutation: numpy keeps the bits of Philox from release
-        # to release, but not what its generators make of them.
-        bits = np.random.Philox(key=self._key, counter=[0, purpose, block, epoch])
-        return np.argsort(bits.random_raw(count), kind="stable")
+    def _shuffle(self):
+        return _shuffler(self.digest, self.seed)
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -103,7 +108,7 @@ class BatchPlan:
         """epoch -> int64 [shards]: their order."""
 
         def shards(epoch: int) -> np.ndarray:
-            return self._shuffle(len(self.samples_per_shard), 0, 0, epoch)
+            return self._shuffle(len(self.samples_per_shard), _ORDER, 0, epoch)
 
         return lru_cache(4)(shards)
 
@@ -126,9 +131,114 @@ class BatchPlan:
             shards = self._shards(epoch)[first : first + self.block_shards]
             spans = zip(self._starts[shards], self._starts[shards + 1], strict=True)
             ordered = np.concatenate([np.arange(*span, dtype=np.int64) for span in spans])
-            return ordered[self._shuffle(len(ordered), 1, number, epoch)]
+            return ordered[self._shuffle(len(ordered), _BLOCK + self.bucket, number, epoch)]
 
         return lru_cache(4)(block)
+
+
+@dataclass(frozen=True)
+class BucketedPlan:
+    """Global batches of one bucket each: `samples_per_shard` of every bucket, none without samples.
+
+    The samples are numbered bucket after bucket, through the shards in each. Every bucket has a
+    sequence of its own, as in `BatchPlan`, and epoch e of the whole brings each to the end of its
+    pass e + 1 at least: of a bucket of n samples it has batches ceil(e n / global_batch) up to
+    ceil((e + 1) n / global_batch) exclusively. What fills up the batch in which a pass ends is the
+    beginning of the bucket's next pass, which goes on behind it: no sample is shown more often than
+    others, though those of a bucket smaller than a batch come several times in one and then not for
+    some epochs.
+
+    The steps of an epoch are dealt to the buckets at random; the batches of each keep their order.
+    """
+
+    samples_per_shard: tuple[tuple[int, ...], ...]
+    digest: str
+    seed: int
+    global_batch: int
+    block_shards: int = 64
+
+    def __post_init__(self):
+        assert self.buckets, "each plan checks itself"
+
+    @cached_property
+    def buckets(self) -> tuple[BatchPlan, ...]:
+        """The plan of each bucket."""
+        return tuple(
+            BatchPlan(counts, self.digest, self.seed, self.global_batch, self.block_shards, bucket)
+            for bucket, counts in enumerate(self.samples_per_shard)
+        )
+
+    @cached_property
+    def samples(self) -> int:
+        return sum(plan.samples for plan in self.buckets)
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """(the bucket of global batch `step`, which of that bucket's batches it is)."""
+        epoch = self.epoch(step)
+        buckets, numbers = self._turns(epoch)
+        at = step - self._steps(epoch)
+        return int(buckets[at]), int(numbers[at])
+
+    def epoch(self, step: int, row: int = 0) -> int:
+        """The epoch that global batch `step` belongs to, with all its rows."""
+        # Epoch e begins at step e * samples / global_batch or up to a step per bucket later.
+        last = step * self.global_batch // self.samples
+        first = max(0, (step - len(self.buckets)) * self.global_batch // self.samples)
+        return bisect_right(range(last + 1), step, lo=first, key=self._steps) - 1
+
+    def batch(self, step: int) -> np.ndarray:
+        """int64 [global_batch]: the samples of global batch `step`."""
+        return self.slice(step, 0, 1)[1]
+
+    def slice(self, step: int, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of the global batch, their samples), as in `BatchPlan`."""
+        bucket, number = self.turn(step)
+        rows, samples = self.buckets[bucket].slice(number, worker, workers)
+        return rows, samples + self._starts[bucket]
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum((0, *(plan.samples for plan in self.buckets)))
+
+    def _taken(self, epoch: int) -> list[int]:
+        """How many batches of each bucket come before an epoch."""
+        return [-(-epoch * plan.samples // self.global_batch) for plan in self.buckets]
+
+    def _steps(self, epoch: int) -> int:
+        return sum(self._taken(epoch))
+
+    @cached_property
+    def _turns(self):
+        """epoch -> (bucket, number among that bucket's batches) of its steps, int64 each."""
+
+        def turns(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+            spans = list(zip(self._taken(epoch), self._taken(epoch + 1), strict=True))
+            ordered = np.repeat(np.arange(len(spans)), [last - first for first, last in spans])
+            shuffle = _shuffler(self.digest, self.seed)
+            buckets = ordered[shuffle(len(ordered), _ORDER, 1, epoch)]
+            numbers = np.empty_like(buckets)
+            numbers[np.argsort(buckets, kind="stable")] = np.concatenate(
+                [np.arange(*span) for span in spans]
+            )
+            return buckets, numbers
+
+        return lru_cache(4)(turns)
+
+
+Plan = BatchPlan | BucketedPlan
+
+
+def _shuffler(digest: str, seed: int):
+    """(count, purpose, block, epoch) -> int64 [count]: a permutation."""
+    key = np.frombuffer(blake2b(f"{digest} {seed}".encode(), digest_size=16).digest(), np.uint64)
+
+    def shuffle(count: int, purpose: int, block: int, epoch: int) -> np.ndarray:
+        # Sorting raw words, not Generator.permutation: numpy keeps the bits of Philox from release
+        # to release, but not what its generators make of them.
+        bits = np.random.Philox(key=key, counter=[0, purpose, block, epoch])
+        return np.argsort(bits.random_raw(count), kind="stable")
+
+    return shuffle
 
 
 def draw(seed: int, purpose: str, positions: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ and not deep in a network.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,10 @@ import numpy as np
 from . import storage
 
 Kind = Literal["image", "text"]
+Bucket = tuple[int, int]
+"""Width and height, in pixels, that pictures of like aspect ratio are fitted to."""
+BUCKET = "bucket"
+"""The field that says in which bucket of its encoder's table each picture of a shard is."""
 Batch = dict[str, Any]
 """Arrays and lists (`caption`, `key`, `label`) of one row per sample, int64 `position`, `epoch`."""
 
@@ -35,6 +39,14 @@ class Field:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Field:
         return cls(stored["dtype"], tuple(stored["shape"]))
+
+    @classmethod
+    def spanning(cls, fields: Sequence[Field]) -> Field:
+        """The one that all these fit: an axis in which they differ is of any length."""
+        if len({(field.dtype, len(field.shape)) for field in fields}) > 1:
+            raise ValueError(f"no field spans {', '.join(map(str, fields))}")
+        axes = (set(lengths) for lengths in zip(*(field.shape for field in fields), strict=True))
+        return cls(fields[0].dtype, tuple(axis.pop() if len(axis) == 1 else None for axis in axes))
 
     def __str__(self) -> str:
         axes = ("any" if length is None else str(length) for length in self.shape)
@@ -61,8 +73,10 @@ class EncoderSpec:
 
     `fingerprint` covers all that can change a number it gives: weights, dtype, preprocessing.
     `options` tell `build` where to find it and how to run it (JSON; "batch" is the number of rows
-    handed over at once); they are no part of its identity. `side` is the side in pixels that
-    pictures are fitted to; None for text.
+    handed over at once); they are no part of its identity. `side` is the side in pixels of the
+    square that pictures are fitted to; None for text. With `buckets` each is fitted to the one
+    nearest in aspect ratio instead, and `side` is but their measure. `flip` adds the mirrored
+    pictures as a second view: for data whose captions name no left and right.
     """
 
     name: str
@@ -70,8 +84,11 @@ class EncoderSpec:
     fingerprint: str
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     side: int | None = None
+    buckets: tuple[Bucket, ...] = ()
+    flip: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "buckets", _distinct(self.buckets, self.side))
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise ValueError(
                 f"encoder name {self.name!r}: wanted a-z, 0-9, _ (it begins names of batch fields)"
@@ -88,11 +105,39 @@ class EncoderSpec:
             raise ValueError(
                 f"encoder {self.name}: an image encoder needs a side, a text encoder has none"
             )
+        if self.kind == "text" and (self.buckets or self.flip):
+            raise ValueError(
+                f"encoder {self.name}: buckets and flip are for pictures, not for text"
+            )
+        if len(self.buckets) > 256 or not all(min(bucket) > 0 for bucket in self.buckets):
+            raise ValueError(
+                f"encoder {self.name}: wanted up to 256 buckets (width, height) in pixels, "
+                f"got {len(self.buckets)}: {self.buckets[:4]}"
+            )
+
+    @property
+    def sizes(self) -> tuple[Bucket, ...]:
+        """What pictures are fitted to: the buckets, or the square."""
+        return self.buckets or ((self.side, self.side),) if self.side else ()
+
+
+def framing(side: int | None, buckets: Sequence[Bucket] = (), flip: bool = False) -> dict[str, Any]:
+    """What buckets and flip add to an encoder's identity: nothing to that of one square view."""
+    table = [list(bucket) for bucket in _distinct(buckets, side)]
+    return ({"buckets": table} if table else {}) | ({"flip": True} if flip else {})
+
+
+def _distinct(buckets: Sequence[Sequence[int]], side: int | None) -> tuple[Bucket, ...]:
+    """The buckets, each once, as tuples; () for the square alone, which is what no buckets mean."""
+    table = tuple(dict.fromkeys((int(width), int(height)) for width, height in buckets))
+    return () if table == ((side, side),) else table
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What one encoder made of a dataset: a directory, one safetensors file per shard."""
+    """What an encoder made of a dataset: a directory, for each shard one safetensors file, or one
+    per bucket and an index.
+    """
 
     name: str
     kind: Kind
@@ -102,6 +147,18 @@ class Encoding:
     @classmethod
     def at(cls, dataset: str, name: str, kind: Kind, fingerprint: str) -> Encoding:
         return cls(name, kind, fingerprint, storage.join(dataset, "encodings", fingerprint))
+
+    def arrays_url(self, shard: str, bucket: Bucket | None = None) -> str:
+        """The safetensors file of a shard, or of a bucket of it."""
+        return storage.join(self.url, f"{shard}{_suffix(bucket)}.safetensors")
+
+    def stated_url(self, bucket: Bucket | None = None) -> str:
+        """The JSON file that says what made the directory and what fields its files have."""
+        return storage.join(self.url, f"encoder{_suffix(bucket)}.json")
+
+
+def _suffix(bucket: Bucket | None) -> str:
+    return f".{bucket[0]}x{bucket[1]}" if bucket else ""
 
 
 def batch_fields(name: str, kind: Kind, stored: Mapping[str, Field]) -> dict[str, Field]:

@@ -7,6 +7,8 @@ be killed and done again: the blocklist comes first, files that a manifest lists
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from . import storage
+from .carry import carry
 from .manifest import Manifest, Shard, blocked, latest, publish, read, versions
 from .outcomes import count, read_outcomes, write_outcomes
 
@@ -48,7 +51,7 @@ class Garbage:
 def remove(dataset: str, keys: Iterable[str], reason: str = "") -> Removal:
     """Purge pictures from all versions, and let them never come back.
 
-    Their shards are written anew without them, with all that was computed from them deleted; the
+    Their shards are written anew without them, and so is what was computed from those; the
     versions that held them are redacted, and a new one follows. ValueError: no data set there, no
     keys, or something that is no key; nothing is done then.
     """
@@ -105,6 +108,66 @@ def gc(dataset: str, keep: int = 0, dry_run: bool = False) -> Garbage:
         return _collect(dataset, old, dry_run)
 
 
+def compact(dataset: str) -> Manifest:
+    """Merge the small shards that growth leaves into full ones: a new version with the same
+    samples, and what was made of them. The latest one as it is where there is nothing to merge.
+
+    ValueError: no data set there.
+    """
+    dataset = storage.absolute(dataset)
+    with storage.lock(storage.join(dataset, ".lock")):
+        before = latest(dataset)
+        if before is None:
+            raise ValueError(f"{dataset}: no data set there")
+        groups: dict[tuple[str, bool], list[Shard]] = {}
+        for shard in before.shards:
+            if 2 * shard.samples <= before.rules["shard_samples"]:
+                groups.setdefault((shard.split, shard.selected > 0), []).append(shard)
+        merged: dict[str, list[Shard]] = {}  # the first of a group stands for all of them
+        for group in groups.values():
+            if len(group) > 1:
+                merged[group[0].name] = _merge(before, group)
+                merged |= {shard.name: [] for shard in group[1:]}
+        if not merged:
+            return before
+        shards = [new for shard in before.shards for new in merged.get(shard.name, [shard])]
+        after = replace(
+            before, version=before.version + 1, parent=before.version, shards=tuple(shards)
+        )
+        write_outcomes(after, read_outcomes(before))
+        publish(after)
+        return after
+
+
+def _merge(version: Manifest, group: list[Shard]) -> list[Shard]:
+    """Full shards with the samples of these, in the order of their keys."""
+    from . import shards
+    from .select import publish_selection
+
+    dataset = version.dataset
+    places: dict[str, tuple[str, int]] = {}
+    reasons: dict[str, str] = {}
+    for shard in group:
+        dropped = version.dropped(shard)
+        keys = shards.read_table(dataset, shard.name, ["key"])["key"].to_pylist()
+        places |= {key: (shard.name, row) for row, key in enumerate(keys)}
+        reasons |= {keys[row]: reason for row, reason in dropped.items()}
+    count = max(
+        -(-len(places) // version.rules["shard_samples"]),
+        -(-sum(shard.bytes for shard in group) // version.rules["shard_bytes"]),
+    )
+    urls = (version.url("shards", f"{shard.name}.tar") for shard in group)
+    samples = heapq.merge(*map(shards.read_shard, urls), key=lambda sample: sample.key)
+    order, made = sorted(places), list[Shard]()
+    for index in range(count):
+        some = order[index * len(order) // count : (index + 1) * len(order) // count]
+        new = shards.write_shard(itertools.islice(samples, len(some)), dataset, group[0].split)
+        carry(dataset, new, places)
+        left_out = {row: reasons[key] for row, key in enumerate(some) if key in reasons}
+        made.append(publish_selection(dataset, new, left_out))
+    return made
+
+
 # ---- a take-down ---------------------------------------------------------------------------------
 
 
@@ -155,6 +218,9 @@ class _Without:
                 rest = [it for it in order if it not in self.keys]
                 left = (it for it in shards.read_shard(url) if it.key not in self.keys)
                 other = shards.write_shard(left, self.dataset, shard.split) if rest else None
+                if other:
+                    places = {key: (shard.name, row) for row, key in enumerate(order)}
+                    carry(self.dataset, other, places)
             self._known[shard.name] = other, order
         return self._known[shard.name]
 

@@ -19,12 +19,14 @@ from pipeline import images, manifest, storage
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.load import mapped, unpack_keys
-from pipeline.schema import EncoderSpec
-from pipeline.shards import ShardSample, write_shard
+from pipeline.schema import EncoderSpec, Encoding
+from pipeline.shards import ShardSample, read_shard, write_shard
 
 LOCAL = Executor(kind="local")
 MEANS = EncoderSpec("means", "image", "means01", {"batch": 3}, side=4)
 WORDS = EncoderSpec("words", "text", "words01", {"batch": 2})
+BUCKETS = ((4, 6), (4, 4), (6, 4))  # each has some pictures of every shard of `dataset`
+REDS = EncoderSpec("reds", "image", "reds01", {"batch": 2}, side=4, buckets=BUCKETS)
 CAPTIONS = (
     ("a cat", "one cat, asleep"),
     ("a dog",),
@@ -39,6 +41,10 @@ def means(pixels):
     return {"means": (pixels / 255).mean((2, 3)).astype(np.float16)}
 
 
+def reds(pixels):
+    return {"reds": pixels[:, :1].astype(np.float16)}
+
+
 def words(texts):
     """A token per character, two numbers wide; the summary is the length."""
     tokens = [np.array([[ord(c), n] for n, c in enumerate(text)], np.float16) for text in texts]
@@ -50,7 +56,7 @@ def build(spec):
     if log := os.environ.get("BUILD_LOG"):
         with open(log, "a") as file:
             file.write(f"{spec.name}\n")
-    return {"means": means, "words": words}[spec.name]
+    return {"means": means, "reds": reds, "words": words}[spec.name]
 
 
 def dataset(folder, shards=2, samples=7):
@@ -77,13 +83,12 @@ def files(folder):
     }
 
 
-def encoded(data, shard, spec):
-    return mapped(Path(data.dataset, "encodings", spec.fingerprint, f"{shard.name}.safetensors"))
+def encoded(data, shard, spec, bucket=None):
+    encoding = Encoding.at(data.dataset, spec.name, spec.kind, spec.fingerprint)
+    return mapped(Path(encoding.arrays_url(shard.name, bucket)))
 
 
 def test_every_row_is_the_encoders_answer_to_its_sample(tmp_path):
-    from pipeline.shards import read_shard
-
     data, pixels = dataset(tmp_path), pixels_spec(5)
     progress = []
     done = encode(
@@ -162,6 +167,215 @@ def test_a_picture_in_two_sizes_does_not_depend_on_its_company(tmp_path):
     encode(together, [pixels_spec(3), MEANS], build, LOCAL)
     encode(alone, [pixels_spec(3)], build, LOCAL)
     assert files(alone.dataset).items() < files(together.dataset).items()
+
+
+def test_each_picture_is_in_the_bucket_nearest_to_its_shape(tmp_path):
+    data = dataset(tmp_path)
+    done = encode(data, [REDS, MEANS, WORDS], build, LOCAL)
+    for shard in data.shards:
+        samples = list(read_shard(data.url("shards", f"{shard.name}.tar")))
+        pictures = [images.decode(sample.image)[0] for sample in samples]
+        index, metadata = encoded(data, shard, REDS)
+        assert index.keys() == {"keys", "bucket"}
+        assert unpack_keys(index["keys"]) == [sample.key for sample in samples]
+        assert json.loads(metadata["darkroom"])["fingerprint"] == "reds01"
+        numbers = [images.nearest(BUCKETS, *picture.size) for picture in pictures]
+        assert index["bucket"].tolist() == numbers
+        assert set(numbers) == {0, 1, 2}
+        for number, bucket in enumerate(BUCKETS):
+            arrays, _ = encoded(data, shard, REDS, bucket)
+            rows = [row for row, own in enumerate(numbers) if own == number]
+            assert unpack_keys(arrays["keys"]) == [samples[row].key for row in rows]
+            wanted = np.stack([images.fit(pictures[row], bucket) for row in rows])
+            np.testing.assert_array_equal(arrays["reds"], reds(wanted)["reds"])
+        means_alone = [means(images.fit(p, 4)[None])["means"][0] for p in pictures]
+        np.testing.assert_array_equal(encoded(data, shard, MEANS)[0]["means"], means_alone)
+    stated = {"name": "reds", "kind": "image", "fingerprint": "reds01", "side": 4}
+    stated["buckets"] = [[4, 6], [4, 4], [6, 4]]
+    fields = {"bucket": {"dtype": "uint8", "shape": []}}
+    assert storage.read_json(done["reds"].stated_url()) == stated | {"fields": fields}
+    fields = {"reds": {"dtype": "float16", "shape": [1, 6, 4]}}
+    assert storage.read_json(done["reds"].stated_url((4, 6))) == stated | {"fields": fields}
+
+
+def test_a_bucket_without_pictures_has_no_file(tmp_path):
+    data = dataset(tmp_path, shards=1)
+    encode(data, [pixels_spec(4, ((4, 4), (400, 4)))], None, LOCAL)
+    names = [Path(name).name for name in files(data.dataset)]
+    (shard,) = data.shards
+    assert sorted(names) == sorted(
+        [f"{shard.name}.4x4.safetensors", f"{shard.name}.safetensors"]
+        + ["encoder.4x4.json", "encoder.json"]
+    )
+
+
+def test_buckets_and_flip_are_another_encoding(tmp_path):
+    specs = [
+        pixels_spec(4),
+        pixels_spec(4, BUCKETS),
+        pixels_spec(4, BUCKETS[:2]),
+        pixels_spec(4, flip=True),
+    ]
+    assert len({spec.fingerprint for spec in specs}) == 4
+    assert pixels_spec(4, ((4, 4),)) == pixels_spec(4)
+    assert pixels_spec(32).fingerprint == "665bf8a69354f785"  # what is encoded stays encoded
+    data = dataset(tmp_path)
+    encode(data, [REDS], build, LOCAL, splits=["train"])
+    before = files(data.dataset)
+    for other, message in (
+        (replace(REDS, buckets=BUCKETS[:2]), r"buckets \[\[4, 6\], \[4, 4\], \[6, 4\]\], but reds"),
+        (replace(REDS, buckets=()), "but reds .reds01. has buckets None"),
+        (replace(REDS, flip=True), "flip None, but reds .reds01. has flip True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode(data, [other], build, LOCAL)
+    assert files(data.dataset) == before
+
+
+@pytest.mark.parametrize("buckets", [(), BUCKETS])
+def test_mirrored_pictures_are_a_second_view(tmp_path, buckets):
+    data = dataset(tmp_path, shards=1)
+    spec = replace(REDS, fingerprint="reds02", buckets=buckets, flip=True)
+    for each in (replace(spec, fingerprint="reds01", flip=False), spec):
+        encode(data, [each], build, LOCAL)
+    (shard,) = data.shards
+    for bucket in buckets or [None]:
+        once, _ = encoded(data, shard, REDS, bucket)
+        twice, _ = encoded(data, shard, spec, bucket)
+        np.testing.assert_array_equal(twice["keys"], once["keys"])
+        np.testing.assert_array_equal(twice["reds"][::2], once["reds"])
+        np.testing.assert_array_equal(twice["reds"][1::2], once["reds"][..., ::-1])
+
+
+def test_a_picture_is_rejected_for_either_view_in_any_bucket(tmp_path):
+    data = dataset(tmp_path, shards=1)
+    (shard,) = data.shards
+    samples = list(read_shard(data.url("shards", f"{shard.name}.tar")))
+    bad = {0: False, 3: True, 6: True}  # row -> whether it is its mirror image that fails
+    failing = []
+    for row, mirrored in bad.items():
+        picture, _ = images.decode(samples[row].image)
+        pixels = images.fit(picture, BUCKETS[images.nearest(BUCKETS, *picture.size)])
+        failing.append((pixels[..., ::-1] if mirrored else pixels).tobytes())
+
+    def broken(_):
+        def encoder(pixels):
+            fields = reds(pixels)
+            fields["reds"][[rows.tobytes() in failing for rows in pixels], 0, 2, 1] = np.nan
+            return fields
+
+        return encoder
+
+    spec = replace(REDS, flip=True)
+    with pytest.raises(ValueError, match="3 of 7 samples gave NaN or Inf"):
+        encode(data, [spec], broken, LOCAL)
+    encode(data, [spec], broken, LOCAL, max_rejected_share=0.5)
+    listed = storage.read_json(f"{data.dataset}/encodings/reds01/{shard.name}.rejected.json")
+    assert listed["rows"] == [0, 3, 6]
+    assert listed["keys"] == [samples[row].key for row in bad]
+    for bucket in BUCKETS:
+        assert np.isfinite(encoded(data, shard, spec, bucket)[0]["reds"]).all()
+
+
+def exhausting(limit, error, sizes):
+    """Builds encoders that `error` ends when they are handed more than `limit` rows."""
+
+    def build_one(spec):
+        encoder = build(spec)
+
+        def limited(rows):
+            sizes.append(len(rows))
+            if len(rows) > limit:
+                error()
+            return encoder(rows)
+
+        return limited
+
+    return build_one
+
+
+def no_memory():
+    raise MemoryError
+
+
+def no_torch_memory():
+    import torch
+
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def no_cuda_memory():
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA: tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("error", [no_memory, no_torch_memory, no_cuda_memory])
+@pytest.mark.parametrize("spec", [MEANS, WORDS, replace(REDS, flip=True)], ids=lambda s: s.name)
+def test_out_of_memory_halves_the_batch_for_good(tmp_path, spec, error):
+    whole, halved, sizes = dataset(tmp_path / "a"), dataset(tmp_path / "b"), []
+    spec = replace(spec, options={"batch": 7})
+    encode(whole, [spec], build, LOCAL)
+    encode(halved, [spec], exhausting(2, error, sizes), LOCAL)
+    assert files(halved.dataset) == files(whole.dataset)
+    tried = [size for size in sizes if size > 2]
+    assert sizes[: len(tried)] == tried  # after the first success it is never asked for more
+    assert 1 <= len(tried) <= 2
+    assert max(sizes[len(tried) :]) <= 2
+
+
+def test_a_row_that_alone_is_too_large_ends_the_run(tmp_path):
+    data, sizes = dataset(tmp_path), []
+    message = r"encoder means, shard train-\w+, rows from 0: not enough memory for a single row"
+    with pytest.raises(ValueError, match=message):
+        encode(data, [replace(MEANS, options={"batch": 5})], exhausting(0, no_memory, sizes), LOCAL)
+    assert sizes == [5, 2, 1]
+
+    def other_error():
+        raise RuntimeError("the weights are gone")
+
+    with pytest.raises(RuntimeError, match="the weights are gone"):
+        encode(data, [MEANS], exhausting(0, other_error, sizes), LOCAL)
+
+
+def test_killed_before_any_of_its_files_a_shard_in_buckets_is_not_there_yet(tmp_path):
+    """Each child dies on its way to make one more file visible."""
+    whole = dataset(tmp_path / "whole")
+    encode(whole, [REDS], build, LOCAL)
+    wanted = files(whole.dataset)
+    code = f"""
+import importlib.util, itertools, os, sys
+spec = importlib.util.spec_from_file_location("toys", {__file__!r})
+toys = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toys)
+for count in itertools.count():
+    data = toys.dataset(os.path.join({str(tmp_path)!r}, str(count)))
+    if not os.fork():
+        made = itertools.count()
+        def deadly(publish):
+            return lambda *names: os._exit(9) if next(made) == count else publish(*names)
+        os.replace, os.link = deadly(os.replace), deadly(os.link)
+        toys.encode(data, [toys.REDS], toys.build, toys.LOCAL)
+        os._exit(0)
+    if (code := os.waitstatus_to_exitcode(os.wait()[1])) != 9:
+        print(count)
+        sys.exit(code)
+"""
+    child = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
+    assert int(child.stdout) >= len(wanted)
+    partial = 0
+    for count in range(int(child.stdout)):
+        data = manifest.read(str(tmp_path / str(count)), 1)
+        there = {name for name in files(data.dataset) if not Path(name).name.startswith(".")}
+        assert len(there) < len(wanted)
+        for shard in data.shards:
+            done = f"reds01/{shard.name}.safetensors" in there
+            parts = {name for name in there if shard.name in name}
+            assert len(parts) == 4 if done else len(parts) < 4
+            partial += bool(parts) and not done
+        encode(data, [REDS], build, LOCAL)
+        assert files(data.dataset) == wanted  # nothing hidden is left over either
+    assert partial == 2 * 3
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -297,7 +511,8 @@ def slowly(pixels):
 toys.means = slowly
 data = toys.manifest.latest({data.dataset!r})
 print("ready", flush=True)
-toys.encode(data, [toys.MEANS, toys.WORDS, toys.pixels_spec(4)], toys.build, toys.LOCAL)
+specs = [toys.MEANS, toys.WORDS, toys.pixels_spec(4), toys.REDS]
+toys.encode(data, specs, toys.build, toys.LOCAL)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout
@@ -311,9 +526,9 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
     with _start(whole, 0) as process:
         assert process.wait() == 0
     wanted = files(whole.dataset)
-    assert len(wanted) == 3 * 6
+    assert len(wanted) == 3 * 6 + 4 * 6
     early = 0
-    for target in range(1, len(wanted), 2):
+    for target in range(1, len(wanted), 4):
         data = dataset(tmp_path / str(target), shards=5)
         with _start(data, 0.05) as process:
             while len(list(Path(data.dataset, "encodings").rglob("*.*"))) < target:
@@ -321,7 +536,7 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
             time.sleep(0.02 * np.random.default_rng(target).random())
             process.send_signal(signal.SIGKILL)
         early += files(data.dataset).keys() != wanted.keys()
-        encode(data, [MEANS, WORDS, pixels_spec(4)], build, LOCAL)
+        encode(data, [MEANS, WORDS, pixels_spec(4), REDS], build, LOCAL)
         assert files(data.dataset) == wanted  # nothing hidden is left over either
     assert early, "each kill came too late to tell anything"
 
@@ -331,6 +546,8 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path):
 @pytest.mark.usefixtures("ray_session")
 def test_on_ray_the_bytes_are_the_same(tmp_path):
     here, there = dataset(tmp_path / "here", shards=3), dataset(tmp_path / "there", shards=3)
-    encode(here, [pixels_spec(4)], None, LOCAL)
-    encode(there, [pixels_spec(4)], None, Executor(kind="ray", workers=2))
+    specs = [pixels_spec(4), pixels_spec(4, BUCKETS, flip=True)]
+    for spec in specs:
+        encode(here, [spec], None, LOCAL)
+        encode(there, [spec], None, Executor(kind="ray", workers=2))
     assert files(there.dataset) == files(here.dataset)

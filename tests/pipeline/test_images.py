@@ -10,10 +10,12 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pipeline import images
-from pipeline.images import DecodePolicy, Rejected, decode, fit, sniff, store
+from pipeline.images import DecodePolicy, Rejected, buckets, decode, fit, nearest, sniff, store
 
 
 def picture(width=48, height=32, seed=0):
@@ -296,6 +298,65 @@ def test_fit_crops_the_centre():
     square = picture(10, 10)
     assert (fit(square, 10) == np.asarray(square).transpose(2, 0, 1)).all()
     assert fit(square, 23).shape == (3, 23, 23)
+    np.testing.assert_array_equal(fit(image, (10, 10)), pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "to", "whole", "inside"),
+    [
+        ((90, 30), (20, 10), (30, 10), (slice(None), slice(5, 25))),  # the sides cut off
+        ((60, 60), (20, 10), (20, 20), (slice(5, 15), slice(None))),  # top and bottom cut off
+        ((60, 30), (20, 10), (20, 10), (slice(None), slice(None))),
+        ((30, 60), (40, 80), (40, 80), (slice(None), slice(None))),
+    ],
+)
+def test_fit_covers_a_bucket_without_distortion(size, to, whole, inside):
+    image = picture(*size)
+    pixels = fit(image, to)
+    assert pixels.shape == (3, to[1], to[0])
+    wanted = np.asarray(image.resize(whole, Image.Resampling.LANCZOS))[inside].transpose(2, 0, 1)
+    assert np.abs(pixels.astype(int) - wanted).max() <= 2
+
+
+@given(st.integers(1, 40), st.integers(1, 32), st.floats(1, 5))
+def test_buckets_are_about_as_large_as_the_square(times, multiple, most):
+    side = times * multiple
+    table = buckets(side, multiple=multiple, max_aspect=most)
+    assert (side, side) in table
+    assert len(set(table)) == len(table)
+    assert {(height, width) for width, height in table} == set(table)
+    aspects = [width / height for width, height in table]
+    assert aspects == sorted(aspects)
+    assert max(aspects) <= most
+    for width, height in table:
+        assert width % multiple == height % multiple == 0
+        assert abs(width * height - side**2) <= max(width, height) * multiple / 2
+
+
+def test_known_buckets():
+    wide = [(1088, 960), (1152, 896), (1216, 832), (1280, 832), (1344, 768), (1408, 768)]
+    tall = [(height, width) for width, height in reversed(wide)]
+    assert buckets(1024, multiple=64) == (*tall, (1024, 1024), *wide)
+    assert buckets(64, multiple=16, max_aspect=1) == ((64, 64),)
+    for wrong in ({"multiple": 48}, {"multiple": 0}, {"multiple": 16, "max_aspect": 0.5}):
+        with pytest.raises(ValueError, match="side must be a multiple"):
+            buckets(64, **wrong)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_the_nearest_bucket_is_that_by_log_aspect(width, height):
+    table = buckets(512, multiple=64, max_aspect=3)
+    chosen = table[nearest(table, width, height)]
+    apart = [abs(np.log(w / h) - np.log(width / height)) for w, h in table]
+    assert abs(np.log(chosen[0] / chosen[1]) - np.log(width / height)) <= min(apart) + 1e-12
+    mirrored = table[nearest([(h, w) for w, h in table], height, width)]
+    assert mirrored == chosen
+
+
+def test_of_two_buckets_as_near_the_first_is_taken():
+    assert nearest([(2, 1), (1, 2)], 7, 7) == 0
+    assert nearest([(1, 2), (2, 1)], 7, 7) == 0
+    assert nearest([(1, 1), (4, 1)], 2, 1) == nearest([(4, 1), (1, 1)], 2, 1) == 0
 
 
 def test_sniff_knows_what_it_allows():

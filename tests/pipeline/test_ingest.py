@@ -326,7 +326,8 @@ def test_growth_reads_only_what_is_new(tmp_path, monkeypatch):
         tmp_path / "other", [("x.png", picture(3), {"caption": "known"}), *plain(1, 900)]
     )
     third = ingest([other], dataset, IngestRules(min_heldout=5))
-    assert (third.new, third.counts["duplicate:known"]) == (1, 1)
+    known = [third.counts.get(f"duplicate:caption_{it}", 0) for it in ("added", "of_other_split")]
+    assert (third.new, sum(known)) == (1, 1)
     assert set(third.manifest.sources) == {url, other}
     assert ingest([url, other], dataset, IngestRules(min_heldout=5)).reused
     check_sums(third)
@@ -340,6 +341,39 @@ def test_a_source_that_lost_rows_keeps_the_data_version(tmp_path):
     assert (second.new, second.manifest.version) == (0, 2)
     assert second.manifest.digest == first.manifest.digest
     assert ingest([url], dataset).reused
+
+
+def test_another_caption_joins_a_known_picture(tmp_path):
+    from pipeline.encode import encode, pixels_spec
+    from pipeline.load import Loader
+
+    rules = IngestRules(shard_samples=10)
+    url, dataset = source(tmp_path / "in", plain(60)), str(tmp_path / "out")
+    first = ingest([url], dataset, rules).manifest
+    encode(first, [pixels_spec(8)], None, Executor())
+    rows = [(f"{i}.png", picture(i), {"caption": f"also {i}"}) for i in range(5)]
+    rows += [("5.png", picture(5), {"caption": "picture 2"})]  # nothing new
+    result = ingest([source(tmp_path / "more", rows)], dataset, rules)
+    check_sums(result)
+    second = result.manifest
+    before, after = samples(dataset, first), samples(dataset, second)
+    told = {row["id"].rsplit("#")[-1]: row for row in inputs(second) if "more" in row["source"]}
+    added = {row["key"] for row in told.values() if row["reason"] == "caption_added"}
+    assert 2 <= len(added) <= 5 and told["5.png"]["reason"] == "known"
+    assert {row["split"] for row in told.values()} == {before[r["key"]][0] for r in told.values()}
+    for key, (split, captions) in after.items():
+        assert (split, captions[:1]) == (before[key][0], before[key][1][:1])
+        assert len(captions) - len(before[key][1]) == (key in added)
+    kept = {shard.name for shard in first.shards} & {shard.name for shard in second.shards}
+    assert 0 < len(kept) < len(first.shards)
+    made = {file.stem for file in (tmp_path / "out" / "encodings").rglob("*.safetensors")}
+    assert made >= {shard.name for shard in second.shards}, "no picture is encoded again"
+    encodings = encode(second, [pixels_spec(8)], None, Executor())
+    loader = Loader(second, [*encodings.values()], global_batch=8, seed=0)
+    steps = range(40 * loader.samples // 8)
+    shown = {it for step in steps for it in loader.batch(step)["caption"]}
+    assert shown == {c for split, captions in after.values() if split == "train" for c in captions}
+    assert ingest([str(tmp_path / "more")], dataset, rules).reused
 
 
 def test_other_rules_build_anew(tmp_path):
@@ -482,7 +516,8 @@ def undisturbed(tmp_path):
         ("same.png", picture(3), {"caption": "more"}),
     ]
     first = source(tmp_path / "in", rows)
-    second = source(tmp_path / "more", plain(20, start=500))
+    again = [(f"again{i}.png", picture(i), {"caption": f"once more {i}"}) for i in range(0, 60, 9)]
+    second = source(tmp_path / "more", [*plain(20, start=500), *again])
     ingest([first], str(tmp_path / "calm"), KILL_RULES)
     start = tree(tmp_path / "calm")
     ingest([first, second], str(tmp_path / "calm"), KILL_RULES)

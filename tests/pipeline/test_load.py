@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from pipeline import manifest, storage
-from pipeline.encode import encode
+from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.load import Loader, mapped
 from pipeline.schema import EncoderSpec, check
@@ -25,6 +27,9 @@ from pipeline.shards import ShardSample, write_shard
 IMAGES = EncoderSpec("codes", "image", "codes01", side=4)
 CHARACTERS = EncoderSpec("chars", "text", "chars01")
 WORDS = EncoderSpec("words", "text", "words01")
+BUCKETS = ((4, 8), (4, 4), (8, 4))
+BUCKETED = replace(IMAGES, fingerprint="codes02", buckets=BUCKETS)
+LOCAL = Executor(kind="local")
 
 
 def codes(pixels):
@@ -45,14 +50,23 @@ def build(spec):
     return {"codes": codes, "chars": characters, "words": words}[spec.name]
 
 
-def write(folder, sizes=(7, 1, 5), splits=("train", "train", "train")):
+def square(n):
+    return 4, 4
+
+
+def shape(n):
+    """5 pictures in 13 are tall, 6 square and 2 wide; the middle shard of `write` has but one."""
+    return BUCKETS[(1, 0, 1, 0, 2, 1, 0, 1, 0, 1, 2, 0, 1)[n]]
+
+
+def write(folder, sizes=(7, 1, 5), splits=("train", "train", "train"), shape=square):
     """Sample n of all is a grey picture of level n with 1 + n % 3 captions."""
     made, n = [], 0
     for size, split in zip(sizes, splits, strict=True):
         rows = []
         for _ in range(size):
             out = io.BytesIO()
-            Image.new("RGB", (4, 4), (n, n, n)).save(out, "PNG")
+            Image.new("RGB", shape(n), (n, n, n)).save(out, "PNG")
             key = hashlib.blake2b(out.getvalue(), digest_size=16).hexdigest()
             captions = tuple(f"number {n}" + " again" * k for k in range(1 + n % 3))
             label = {"n": n} if n % 2 else None
@@ -224,10 +238,221 @@ def test_rejected_rows_are_left_out(data):
     assert Loader(data, [done["words"]], global_batch=11, seed=0).samples == 13
 
 
+@pytest.fixture
+def shaped(tmp_path):
+    """A data set with pictures of three shapes."""
+    return write(tmp_path / "data", shape=shape)
+
+
+@pytest.fixture
+def bucketed(shaped):
+    return list(encode(shaped, [BUCKETED, CHARACTERS, WORDS], build, LOCAL).values())
+
+
+def test_a_batch_in_buckets_has_pictures_of_one_size(shaped, bucketed):
+    loader = Loader(shaped, bucketed, global_batch=4, seed=3)
+    assert loader.samples == 13
+    assert loader.fields["code"].shape == (None, None)
+    seen, steps = Counter(), 4 * 3 + 1  # of 5, 6 and 2 pictures: 2 + 2 + 1 batches at first
+    sizes = set()
+    for step in range(steps):
+        batch = loader.batch(step)
+        check("batch", batch, loader.fields, 4)
+        np.testing.assert_array_equal(batch["position"], step * 4 + np.arange(4))
+        numbers = batch["mean"].astype(int).tolist()
+        seen.update(numbers)
+        ((width, height),) = {shape(n) for n in numbers}
+        assert batch["code"].shape == (4, height, width)
+        sizes.add((width, height))
+        for row, n in enumerate(numbers):
+            assert (batch["code"][row] == n).all()
+            assert batch["label"][row] == ({"n": n} if n % 2 else None)
+            assert batch["caption"][row].split(" again")[0] == f"number {n}"
+            (tokens,), pooled = words([batch["caption"][row]])
+            np.testing.assert_array_equal(
+                batch["words_tokens"][row][batch["words_mask"][row]], tokens
+            )
+            np.testing.assert_array_equal(batch["words_pooled"][row], pooled[0])
+        if loader.plan.epoch(step + 1) > batch["epoch"]:
+            assert min(seen[n] for n in range(13)) >= batch["epoch"] + 1
+    assert sizes == set(BUCKETS)
+    assert batch["epoch"] == 3
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_share_the_batch_of_one_in_buckets(shaped, bucketed, workers):
+    whole = Loader(shaped, bucketed, global_batch=4, seed=0)
+    parts = [
+        Loader(shaped, bucketed, global_batch=4, seed=0, worker=worker, workers=workers)
+        for worker in range(workers)
+    ]
+    resumed = parts[0].batches(start_step=9)
+    for step in range(12):
+        one, shares = whole.batch(step), [part.batch(step) for part in parts]
+        assert {share["epoch"] for share in shares} == {one["epoch"]}
+        assert [caption for share in shares for caption in share["caption"]] == one["caption"]
+        for name in ("position", "code", "mean", "words_pooled"):
+            np.testing.assert_array_equal(np.concatenate([s[name] for s in shares]), one[name])
+        if step >= 9:
+            equal(next(resumed), shares[0])
+    resumed.close()
+
+
+def test_samples_are_chosen_from_loaders_of_one_size(shaped, bucketed):
+    loader = Loader(shaped, bucketed, global_batch=4, seed=0)
+    with pytest.raises(ValueError, match=r"rows: 4 and 5 are of buckets of different sizes"):
+        loader.rows([4, 5])
+    each = loader.alike()
+    assert [one.samples for one in each] == [6, 5, 2]
+    for one, size in zip(each, ((4, 4), (4, 8), (8, 4)), strict=True):
+        batch = one.rows(np.arange(one.samples))
+        assert {shape(int(n)) for n in batch["mean"]} == {size}
+        assert one.fields["code"].shape == size[::-1]
+        check("rows", batch, one.fields, one.samples)
+        check("batch", one.batch(7), one.fields, 4)
+        assert one.alike() == (one,)
+        first = next(i for i in range(13) if loader.rows([i])["mean"][0] == batch["mean"][0])
+        more = loader.rows(first + np.arange(one.samples))
+        np.testing.assert_array_equal(more["mean"], batch["mean"])
+    assert Loader(shaped, bucketed[1:], global_batch=4, seed=0).alike()[0].samples == 13
+
+
+def test_pictures_of_one_shape_load_as_squares_do(data):
+    """Empty buckets change nothing: not even the order."""
+    specs = [IMAGES, BUCKETED]
+    square, one = (
+        Loader(data, [*encode(data, [spec], build, LOCAL).values()], global_batch=8, seed=0)
+        for spec in specs
+    )
+    assert one.plan == square.plan
+    assert one.fields == square.fields
+    for step in range(3):
+        equal(one.batch(step), square.batch(step))
+    assert one.alike() == (one,)
+
+
+def test_squares_and_buckets_of_two_sizes_go_together(shaped, bucketed):
+    halves = pixels_spec(2, [(width // 2, height // 2) for width, height in BUCKETS])
+    squares = replace(IMAGES, name="means", fingerprint="means01", side=1)
+    made = encode(shaped, [halves, squares], lambda _: lambda x: {"grey": codes(x)["mean"]}, LOCAL)
+    loader = Loader(shaped, [*bucketed, *made.values()], global_batch=5, seed=0)
+    for step in range(6):
+        batch = loader.batch(step)
+        assert batch["pixels"].shape[2:] == tuple(n // 2 for n in batch["code"].shape[1:])
+        assert (batch["pixels"] == batch["code"][:, :1, :1, None]).all()
+        np.testing.assert_array_equal(batch["grey"], batch["mean"])
+    others = encode(shaped, [pixels_spec(2, [(4, 4), (4, 5)])], None, LOCAL)
+    with pytest.raises(ValueError, match="encodings codes, pixels have other buckets for the same"):
+        Loader(shaped, [bucketed[0], others["pixels"]], global_batch=5, seed=0)
+
+
+def test_rejected_rows_are_left_out_of_their_buckets(shaped):
+    def broken(spec):
+        def code(pixels):
+            fields = codes(pixels)
+            fields["code"][np.isin(fields["mean"], [2, 4, 10])] = np.nan
+            return fields
+
+        return code
+
+    (done,) = encode(shaped, [BUCKETED], broken, LOCAL, max_rejected_share=0.5).values()
+    loader = Loader(shaped, [done], global_batch=2, seed=0)
+    assert loader.samples == 10
+    assert [one.samples for one in loader.alike()] == [5, 5]  # nothing is left of the wide ones
+    numbers = [int(n) for one in loader.alike() for n in one.rows(np.arange(5))["mean"]]
+    assert sorted(numbers) == [n for n in range(13) if n not in (2, 4, 10)]
+
+
+def sided(pixels):
+    """What tells a picture from its mirror image."""
+    return {"code": pixels[:, 0].astype(np.float16)}
+
+
+def test_pictures_are_mirrored_by_a_draw_of_their_position(tmp_path):
+    """Each picture is black on its left."""
+    rows = []
+    for n in range(1, 9):
+        picture = Image.new("RGB", (4, 4 + n % 2 * 4))
+        picture.paste((n, n, n), (2, 0, 4, 8))
+        out = io.BytesIO()
+        picture.save(out, "PNG")
+        rows.append(ShardSample(f"{n:032x}", out.getvalue(), "png", (f"number {n}",)))
+    shard = write_shard(rows, str(tmp_path), "train")
+    manifest.publish(manifest.Manifest(str(tmp_path), 1, None, (shard,)))
+    data = manifest.read(str(tmp_path), 1)
+    spec = replace(BUCKETED, flip=True)
+    specs = [spec, pixels_spec(4, BUCKETS, flip=True)]
+    made = encode(data, specs, lambda _: sided, LOCAL)
+    loader = Loader(data, list(made.values()), global_batch=8, seed=0)
+    mirrored = []
+    for step in range(100):
+        batch = loader.batch(step)
+        np.testing.assert_array_equal(batch["code"], batch["pixels"][:, 0])  # both or neither
+        numbers = np.array([int(caption.split()[1]) for caption in batch["caption"]])
+        left, right = batch["code"][:, 0, 0], batch["code"][:, 0, -1]
+        np.testing.assert_array_equal(left + right, numbers)
+        assert (left * right == 0).all()
+        mirrored += (left > 0).tolist()
+    assert abs(np.mean(mirrored) - 0.5) < 5 * 0.5 / 800**0.5
+    assert Loader(data, [made["codes"]], global_batch=8, seed=1).batch(0)["code"].shape[0] == 8
+    halves = [
+        Loader(data, [made["codes"]], global_batch=8, seed=0, worker=worker, workers=2)
+        for worker in range(2)
+    ]
+    shares = np.concatenate([half.batch(99)["code"] for half in halves])
+    np.testing.assert_array_equal(shares, batch["code"])
+    for one in loader.alike():
+        assert not one.rows(np.arange(one.samples))["code"][..., 0].any()  # as they are
+    still = encode(data, [replace(IMAGES, name="still")], lambda _: codes, LOCAL)["still"]
+    with pytest.raises(ValueError, match="differ in flip .codes on, still off."):
+        Loader(data, [made["codes"], still], global_batch=8, seed=0)
+
+
+def test_files_of_buckets_that_do_not_fit_are_refused(shaped, bucketed):
+    encoding = bucketed[0]
+
+    def batches():
+        loader = Loader(shaped, [encoding], global_batch=13, seed=0)
+        return [loader.batch(step) for step in range(6)]
+
+    batches()
+    paths = [Path(encoding.arrays_url(shard.name, BUCKETS[1])) for shard in shaped.shards]
+    paths = [path for path in paths if path.exists()]
+    whole = [path.read_bytes() for path in paths]
+    for change, message in (
+        (lambda a: a.update(keys=a["keys"][:, ::-1].copy()), "does not hold the samples that"),
+        (lambda a: a.update({n: v[1:].copy() for n, v in a.items()}), "rows, wanted"),
+        (lambda a: a.update(code=a["code"][:, :2].copy()), r"wanted float16\[rows, 4, 4\]"),
+    ):
+        for path, content in zip(paths, whole, strict=True):
+            path.write_bytes(content)
+            rewrite(path, change)
+        with pytest.raises(ValueError, match=message):
+            batches()
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+    batches()
+    paths[0].unlink()
+    with pytest.raises(FileNotFoundError, match=paths[0].name):
+        batches()
+    index = Path(encoding.arrays_url(shaped.shards[0].name))
+    rewrite(index, lambda a: a.update(bucket=a["bucket"] + 1))
+    with pytest.raises(ValueError, match="has a picture in bucket 3 of 3"):
+        batches()
+
+
 def test_shards_beyond_the_open_files_are_opened_again(data, encodings):
     loader = Loader(data, encodings, global_batch=13, seed=0)
     loader._open = lru_cache(1)(loader._open_shard)
     equal(loader.batch(5), Loader(data, encodings, global_batch=13, seed=0).batch(5))
+
+
+def test_buckets_beyond_the_open_files_are_opened_again(shaped, bucketed):
+    loader = Loader(shaped, bucketed, global_batch=13, seed=0)
+    loader._open = lru_cache(1)(loader._open_shard)
+    loader._open_bucket = lru_cache(1)(loader._open_shards_bucket)
+    for step in range(4):
+        equal(loader.batch(step), Loader(shaped, bucketed, global_batch=13, seed=0).batch(step))
 
 
 def test_latents_of_another_encoder_are_refused_naming_both(data, encodings):

@@ -1,11 +1,14 @@
 """The plan is a permutation per epoch, whoever reads it and wherever reading begins."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import BatchPlan, draw
+from pipeline.plan import BatchPlan, BucketedPlan, draw
 
 few = settings(max_examples=40, deadline=None)
 
@@ -17,6 +20,29 @@ plans = st.builds(
     global_batch=st.integers(1, 40),
     block_shards=st.integers(1, 5),
 )
+
+
+@st.composite
+def bucketed_plans(draw):
+    """Up to 5 buckets, with fewer samples than a batch or more, in shards that may lack any."""
+    shards = draw(st.integers(1, 6))
+    counts = st.lists(st.integers(0, 9), min_size=shards, max_size=shards).filter(any).map(tuple)
+    return BucketedPlan(
+        samples_per_shard=draw(st.lists(counts, min_size=1, max_size=5).map(tuple)),
+        digest=draw(st.sampled_from(["a", "b"])),
+        seed=draw(st.integers(-3, 3)),
+        global_batch=draw(st.integers(1, 40)),
+        block_shards=draw(st.integers(1, 5)),
+    )
+
+
+all_plans = plans | bucketed_plans()
+
+
+def bucket_of(plan, samples):
+    """Which bucket each sample is in, by the numbers of samples alone."""
+    sizes = [sum(counts) for counts in plan.samples_per_shard]
+    return np.searchsorted(np.cumsum(sizes), samples, side="right")
 
 
 @few
@@ -35,7 +61,7 @@ def test_batches_are_the_sequence_of_epochs_cut_evenly(plan):
 
 
 @few
-@given(plans, st.integers(0, 1000), st.sampled_from([1, 2, 4, 8]))
+@given(all_plans, st.integers(0, 1000), st.sampled_from([1, 2, 4, 8]))
 def test_any_number_of_workers_shares_the_same_batch(plan, step, workers):
     if workers > plan.global_batch:
         with pytest.raises(ValueError, match=f"0 of {workers}"):
@@ -51,14 +77,93 @@ def test_any_number_of_workers_shares_the_same_batch(plan, step, workers):
 
 
 @few
-@given(plans, st.integers(0, 60), st.integers(1, 8))
+@given(all_plans, st.integers(0, 60), st.integers(1, 8))
 def test_a_fresh_plan_goes_on_where_another_stopped(plan, step, more):
-    unbroken = [plan.batch(s) for s in range(step + more)]
-    fresh = BatchPlan(
-        plan.samples_per_shard, plan.digest, plan.seed, plan.global_batch, plan.block_shards
+    unbroken = [(plan.epoch(s), plan.batch(s).tolist()) for s in range(step + more)]
+    fresh = replace(plan)
+    resumed = [(fresh.epoch(s), fresh.batch(s).tolist()) for s in range(step, step + more)]
+    assert resumed == unbroken[step:]
+
+
+def epochs(plan, count):
+    """The global batches of the first epochs, epoch by epoch."""
+    found, step = [[] for _ in range(count)], 0
+    while (epoch := plan.epoch(step)) < count:
+        found[epoch].append(plan.batch(step))
+        step += 1
+    return found
+
+
+@few
+@given(bucketed_plans())
+def test_a_batch_is_of_one_bucket_and_a_bucket_has_a_sequence_of_its_own(plan):
+    batches = [batch for epoch in epochs(plan, 3) for batch in epoch]
+    buckets = [set(bucket_of(plan, batch).tolist()) for batch in batches]
+    assert all(len(bucket) == 1 for bucket in buckets)
+    for bucket, counts in enumerate(plan.samples_per_shard):
+        own = [batch for batch, of in zip(batches, buckets, strict=True) if of == {bucket}]
+        first = sum(map(sum, plan.samples_per_shard[:bucket]))
+        alone = BatchPlan(
+            counts, plan.digest, plan.seed, plan.global_batch, plan.block_shards, bucket
+        )
+        for number, batch in enumerate(own):
+            np.testing.assert_array_equal(batch, first + alone.batch(number))
+
+
+@few
+@given(bucketed_plans())
+def test_each_epoch_covers_each_sample_once_apart_from_what_fills_its_last_batch(plan):
+    """A sample comes early only as what fills up a batch of its own bucket, and then not again."""
+    shown = Counter()
+    sizes = [sum(counts) for counts in plan.samples_per_shard]
+    for epoch, batches in enumerate(epochs(plan, 4)):
+        of_bucket = Counter(int(bucket_of(plan, batch[:1])[0]) for batch in batches)
+        for batch in batches:
+            shown.update(batch.tolist())
+        for bucket, size in enumerate(sizes):
+            first = sum(sizes[:bucket])
+            times = [shown[sample] for sample in range(first, first + size)]
+            assert min(times) >= epoch + 1
+            assert max(times) - min(times) <= 1
+            assert sum(times) - (epoch + 1) * size < plan.global_batch  # less than one batch more
+            more = -(-(epoch + 1) * size // plan.global_batch) + (
+                epoch * -size // plan.global_batch
+            )
+            assert of_bucket[bucket] == more
+        assert len(batches) == of_bucket.total()
+
+
+@few
+@given(plans, st.integers(0, 10_000))
+def test_a_single_bucket_is_the_plan_without_buckets(plan, step):
+    one = BucketedPlan(
+        (plan.samples_per_shard,), plan.digest, plan.seed, plan.global_batch, plan.block_shards
     )
-    for s in range(step, step + more):
-        np.testing.assert_array_equal(fresh.batch(s), unbroken[s])
+    assert one.epoch(step) == plan.epoch(step)
+    np.testing.assert_array_equal(one.batch(step), plan.batch(step))
+
+
+def test_steps_are_dealt_to_the_buckets_at_random():
+    plan = BucketedPlan(((300,), (100,), (100,)), "a", 0, 10)
+    orders = [[plan.turn(50 * epoch + step)[0] for step in range(50)] for epoch in range(200)]
+    assert all(Counter(order) == {0: 30, 1: 10, 2: 10} for order in orders)
+    assert len(set(map(tuple, orders))) == 200
+    share = np.mean(np.array(orders) == 0, axis=0)  # of epochs, in which a step is of bucket 0
+    assert np.abs(share - 0.6).max() < 5 * (0.6 * 0.4 / 200) ** 0.5
+    other = BucketedPlan(((300,), (100,), (100,)), "a", 1, 10)
+    assert [other.turn(step)[0] for step in range(50)] != orders[0]
+
+
+def test_buckets_read_the_same_shards_at_the_same_time():
+    """Or each would keep files of its own open."""
+    plan = BucketedPlan(((10,) * 40, (5,) * 40), "a", 0, 10, block_shards=4)
+    shard_of = np.concatenate([np.repeat(np.arange(40), n) for n in (10, 5)])
+    read = [[], []]
+    for step in range(60):
+        read[plan.turn(step)[0]] += shard_of[plan.batch(step)].tolist()
+    orders = [list(dict.fromkeys(shards)) for shards in read]
+    for first in range(0, 40, 4):
+        assert set(orders[0][first : first + 4]) == set(orders[1][first : first + 4])
 
 
 @few
@@ -101,10 +206,25 @@ def test_known_orders():
 KNOWN = [[0, 3, 4, 2, 1], [8, 6, 5, 7, 2], [7, 6, 5, 8, 5]]
 
 
-def test_far_steps_cost_what_near_ones_do():
-    plan = BatchPlan((2048,) * 1000, "", 0, 256)
+def test_known_orders_of_buckets():
+    plan = BucketedPlan(((3, 2, 4), (0, 2, 1)), "0123456789abcdef", 7, 5, block_shards=2)
+    assert [plan.batch(step).tolist() for step in (0, 1, 2, 1_000_000)] == KNOWN_BUCKETS
+
+
+KNOWN_BUCKETS = [[9, 10, 11, 11, 10], [0, 3, 4, 2, 1], [8, 6, 5, 7, 2], [6, 8, 5, 0, 4]]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        BatchPlan((2048,) * 1000, "", 0, 256),
+        BucketedPlan(((1024,) * 1000, (700,) * 1000, (324,) * 1000), "", 0, 256),
+    ],
+)
+def test_far_steps_cost_what_near_ones_do(plan):
     batch = plan.batch(10**12)
     assert len(set(batch.tolist())) == 256
+    assert plan.epoch(10**12) == 10**12 * 256 // 2_048_000
 
 
 WORKING = {"samples_per_shard": (3,), "digest": "", "seed": 0, "global_batch": 2}
@@ -121,6 +241,9 @@ WORKING = {"samples_per_shard": (3,), "digest": "", "seed": 0, "global_batch": 2
 def test_refusals(arguments, message):
     with pytest.raises(ValueError, match=message):
         BatchPlan(**WORKING | arguments)
+    bucketed = WORKING | arguments
+    with pytest.raises(ValueError, match=message):
+        BucketedPlan(**bucketed | {"samples_per_shard": (bucketed["samples_per_shard"],)})
 
 
 def test_draws_are_uniform_and_depend_on_seed_purpose_and_position():

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
 from pipeline.load import Loader
 from pipeline.schema import EncoderSpec
+from pipeline.score import ScorerSpec, read_scores, score
 
 RULES = IngestRules(shard_samples=8, min_side=22, heldout_share=0.3)
 
@@ -49,9 +51,34 @@ def texts(spec):
     return encoder
 
 
-def encoded(version):
-    specs = [pixels_spec(8), EncoderSpec("words", "text", "words1")]
+SPECS = [pixels_spec(8), EncoderSpec("words", "text", "words1")]
+BUCKETED = [pixels_spec(16, buckets=[(16, 16), (24, 16), (16, 24)], flip=True)]
+
+
+def encoded(version, specs=SPECS):
     return encode(version, specs, texts, Executor())
+
+
+def nothing_to_encode(version, specs=SPECS):
+    """The encodings, which must be there."""
+    wanted = {f"{shard.name}.safetensors" for shard in version.split()}
+    for spec in specs:
+        assert wanted <= set(os.listdir(f"{version.dataset}/encodings/{spec.fingerprint}"))
+    return encoded(version, specs)
+
+
+def contents(version, encodings):
+    """Key -> all that a loader says of a sample, both views of a picture included."""
+    found = {}
+    splits = tuple({shard.split for shard in version.split()})
+    whole = Loader(version, [*encodings.values()], splits=splits, global_batch=1, seed=0)
+    for loader in whole.alike():
+        for row in range(loader.samples):
+            batch = loader.rows([row])
+            arrays = {n: v.tobytes() for n, v in batch.items() if isinstance(v, np.ndarray)}
+            del arrays["position"]
+            found[batch["key"][0]] = arrays | {"caption": batch["caption"], "label": batch["label"]}
+    return found
 
 
 @pytest.fixture
@@ -127,9 +154,8 @@ def test_versions_stay_what_they_were_but_for_it(dataset):
     for number, was, digest in zip((1, 2, 3), [*before, before[1]], [*digests, None], strict=True):
         version = manifest.read(dataset, number)
         assert by_key(version) == {k: it for k, it in was.items() if k not in keys}
-        assert loaded(version) == {
-            k for k, it in by_key(version).items() if it["outcome"] == "kept"
-        }
+        nothing_to_encode(version)
+        assert loaded(version) == kept(version)
         assert version.counts["kept"] == version.samples()
         assert outcomes.count(outcomes.read_outcomes(version)) == dict(version.counts)
         if digest:
@@ -260,7 +286,102 @@ def test_old_versions_expire(dataset, tmp_path):
     assert set(removal.held) == {newest.digest}
 
 
+# ---- compaction -------------------------------------------------------------------------------
+
+
+GROWING = replace(RULES, shard_samples=32)
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """A data set that grew six times by a few pictures, wide and high ones too, some filtered."""
+    dataset = str(tmp_path / "grown")
+    for night in range(6):
+        place = tmp_path / f"night{night}"
+        url = folder(place, range(100 * night, 100 * night + 11))
+        for name, size in (("wide.png", (40, 24)), ("high.png", (24, 44))):
+            Image.open(place / f"{100 * night}.png").resize(size).save(place / name)
+            with open(place / "captions.jsonl", "a") as file:
+                # the same words every night: a caption that several shards have
+                file.write(json.dumps({"file": name, "caption": name[:4]}) + "\n")
+        ingest([url], dataset, GROWING)
+    last = manifest.latest(dataset)
+    assert last is not None
+    return last
+
+
+@pytest.mark.parametrize("specs", [SPECS, BUCKETED], ids=["squares and words", "buckets and views"])
+def test_small_shards_become_few_with_the_same_samples(grown, specs):
+    before = contents(grown, encoded(grown, specs))
+    after = versions.compact(grown.dataset)
+    assert contents(after, nothing_to_encode(after, specs)) == before
+    assert len(after.shards) < len(grown.shards) / 2
+    small = [shard for shard in after.shards if 2 * shard.samples <= GROWING.shard_samples]
+    assert len(small) <= 2 * 2, "at most one of each split, chosen or not"
+    assert after.counts == grown.counts and after.samples() == grown.samples()
+    assert (after.version, after.parent) == (grown.version + 1, grown.version)
+    assert by_key(after) == by_key(grown)
+    assert kept(after) == set(before)
+    assert versions.compact(grown.dataset) == after
+    versions.gc(grown.dataset, keep=1)
+    assert contents(after, nothing_to_encode(after, specs)) == before
+    wanted = {f"{shard.name}.tar" for shard in after.shards}
+    assert set(os.listdir(Path(grown.dataset) / "shards")) == wanted
+
+
+def test_rows_that_an_encoder_refused_stay_refused(grown):
+    def some_not(spec):
+        def encoder(pixels):
+            rows = pixels.astype(np.float32).mean((2, 3))
+            rows[rows[:, 0] < 100] = np.nan
+            return {"moments": rows}
+
+        return encoder
+
+    spec = EncoderSpec("some", "image", "some1", side=8)
+    whole = {"some": encode(grown, [spec], some_not, Executor(), max_rejected_share=1)["some"]}
+    before = contents(grown, whole)
+    assert 5 < len(before) < grown.samples()
+    after = versions.compact(grown.dataset)
+    assert contents(after, nothing_to_encode(after, [spec])) == before
+
+
+def test_scores_go_along(grown):
+    def brightness(spec):
+        return lambda pixels, _: {"bright": pixels.mean((1, 2, 3)).astype(np.float32)}
+
+    def scored(version):
+        found = {}
+        for shard in version.shards:
+            keys = shards.read_table(version.dataset, shard.name, ["key"])["key"].to_pylist()
+            level = read_scores(version.dataset, shard.name, ["b1"])["bright"]
+            found |= dict(zip(keys, level.tolist(), strict=True))
+        return found
+
+    score(grown.dataset, grown.shards, [ScorerSpec("bright", "b1", ("bright",), side=4)],
+          brightness, Executor())  # fmt: skip
+    before = scored(grown)
+    after = versions.compact(grown.dataset)
+    assert scored(after) == before
+    gone = sorted(before)[3]
+    left = versions.remove(grown.dataset, [gone]).manifest
+    assert scored(left) == {key: level for key, level in before.items() if key != gone}
+
+
+def test_growth_goes_on_from_a_compacted_version(grown, tmp_path):
+    compacted = versions.compact(grown.dataset)
+    more = ingest([folder(tmp_path / "more", range(900, 910))], grown.dataset, GROWING)
+    assert more.manifest.parent == compacted.version
+    assert kept(more.manifest) > kept(compacted)
+    rules = replace(GROWING, min_side=25)
+    chosen = ingest([str(tmp_path / "more")], grown.dataset, rules).manifest
+    assert kept(chosen) == {
+        it["key"] for it in by_key(more.manifest).values() if it["key"] in kept(chosen)
+    }
+    assert 0 < chosen.samples() < more.manifest.samples()
+
+
 def test_no_data_set_is_said(tmp_path):
-    for work in (versions.gc, lambda url: versions.remove(url, ["ab" * 16])):
+    for work in (versions.gc, versions.compact, lambda url: versions.remove(url, ["ab" * 16])):
         with pytest.raises(ValueError, match="no data set there"):
             work(str(tmp_path / "nothing"))
