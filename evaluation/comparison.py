@@ -20,8 +20,8 @@ from pipeline import storage
 
 from . import metrics, shapes_oracle
 from .features import Extractor
+from .page import PIXELATED, image, page
 from .prompts import Prompt
-from .report import PIXELATED, image, page
 from .sample import Pictures, Progress
 from .techniques import Technique
 

@@ -1,44 +1,39 @@
 """One page that shows a model: pictures first, then the numbers and what they mean, then how it
 came to be.
-
-The page is one self-contained file: pictures and curves lie inside it, nothing is fetched and no
-script runs (its own policy forbids both). Captions are foreign text: each is escaped, control
-characters are made visible, and none can turn the direction of what follows it.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from numpy import ndarray
-
 from pipeline import storage
-from pipeline.filters import visible
 from pipeline.manifest import Manifest
 from training import results
 
 from . import shapes_oracle
 from .gate import Verdict
-from .sample import png
+from .page import (
+    PIXELATED,
+    Chart,
+    chart,
+    compact,
+    data_uri,
+    duration,
+    image,
+    leaves,
+    number,
+    page,
+    percent,
+)
 from .scorecard import Scored, Value
 
 TEMPLATE = "report.html.jinja"
-PIXELATED = 128
-"""Pictures up to this side are shown pixel by pixel and stored as PNG; larger ones are smoothed and
-stored as JPEG.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,185 +130,6 @@ def render(inputs: ReportInputs) -> str:
     return page(TEMPLATE, **_Page(inputs).context())
 
 
-def page(template: str, **values: Any) -> str:
-    """One self-contained page from a template of this folder."""
-    return _environment().get_template(template).render(values)
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": _percent,
-        "number": _number,
-        "count": lambda n: f"{int(n):,}",
-        "compact": _compact,
-        "duration": _duration,
-    }
-    return environment
-
-
-def _percent(share: float) -> str:
-    return "100 %" if share == 1 else f"{100 * share:.1f} %"
-
-
-def _number(x: Any) -> str:
-    if not isinstance(x, int | float) or isinstance(x, bool):
-        return str(x)
-    if not math.isfinite(x):
-        return str(x)
-    if x == int(x) and abs(x) < 1e7:
-        return f"{int(x):,}"
-    return f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
-
-
-def _compact(n: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(n) >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min {rest:02} s"
-        if minutes
-        else f"{rest} s"
-    )
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line or the points of a chart, in the chart's own coordinates."""
-
-    label: str
-    points: Sequence[tuple[float, float]]
-    labels: Sequence[str] = ()
-    filled: Sequence[bool] = ()
-
-    @property
-    def path(self) -> str:
-        return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in self.points)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A small line chart: numbers only, drawn by the template as inline SVG."""
-
-    title: str
-    across: str
-    series: Sequence[Series]
-    ticks_x: Sequence[tuple[float, str]]
-    ticks_y: Sequence[tuple[float, str]]
-    width: int = 360
-    height: int = 200
-    left: int = 46
-    bottom: int = 26
-    top: int = 10
-    right: int = 14
-
-
-def chart(
-    title: str,
-    across: str,
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    percent: bool = False,
-    labels: Sequence[str] = (),
-    filled: Sequence[bool] = (),
-) -> Chart | None:
-    """A chart of named (x, y) points; values that are not finite are left out, None when nothing is
-    left.
-
-    The vertical axis is logarithmic where values are positive and span more than a factor of 20.
-    """
-    kept = {
-        name: [p for p in points if all(map(math.isfinite, p))] for name, points in series.items()
-    }
-    kept = {name: points for name, points in kept.items() if points}
-    if not kept:
-        return None
-    xs, ys = (np.array([p[k] for points in kept.values() for p in points]) for k in (0, 1))
-    log = bool(not percent and ys.min() > 0 and ys.max() > 20 * ys.min())
-    up = (lambda y: math.log10(y)) if log else (lambda y: y)
-    low_x, high_x = _widened(xs.min(), xs.max())
-    low_y, high_y = (0.0, 1.0) if percent else _widened(up(ys.min()), up(ys.max()), 0.06)
-    blank = Chart(title, across, (), (), ())
-    spread_x, spread_y = (
-        blank.width - blank.left - blank.right,
-        blank.height - blank.top - blank.bottom,
-    )
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            blank.left + (x - low_x) / (high_x - low_x) * spread_x,
-            blank.top + (1 - (y - low_y) / (high_y - low_y)) * spread_y,
-        )
-
-    rows = _ticks(low_y, high_y, 4)
-    if log:
-        rows = _log_ticks(low_y, high_y)
-    show = (lambda y: f"{100 * y:.0f} %") if percent else _compact
-    return Chart(
-        title,
-        across,
-        [
-            Series(name, [place(x, up(y)) for x, y in points], labels, filled)
-            for name, points in kept.items()
-        ],
-        [(place(x, low_y)[0], _compact(x)) for x in _ticks(low_x, high_x, 4)],
-        [(place(low_x, y)[1], show(10**y if log else y)) for y in rows],
-    )
-
-
-def _widened(low: float, high: float, by: float = 0.0) -> tuple[float, float]:
-    room = (high - low) * by or (abs(high) * 0.1 or 1.0) * (high == low)
-    return float(low - room), float(high + room)
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers inside [low, high]."""
-    raw = (high - low) / count
-    unit = 10 ** math.floor(math.log10(raw))
-    step = min((m * unit for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(math.log(s / raw)))
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    decades = range(math.floor(low), math.ceil(high) + 1)
-    candidates = [d + math.log10(m) for d in decades for m in ((1,) if high - low > 2 else (1, 3))]
-    return [c for c in candidates if low <= c <= high]
-
-
-def image(picture: ndarray) -> str:
-    """A data URI of one picture, uint8 [H, W, 3]."""
-    if max(picture.shape[:2]) <= PIXELATED:
-        return data_uri(png(picture))
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=88)
-    return data_uri(file.getvalue(), "jpeg")
-
-
-def data_uri(data: bytes, kind: str = "png") -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
 _NAMES = {
     "correct": "Shows what was asked",
     "retrieval": "Found again among 100 captions",
@@ -388,7 +204,7 @@ class _Page:
             "data": self._data(),
             "cost": self._cost(),
             "checks": self._checks(),
-            "lineage": [(key, str(value)) for key, value in _leaves(inputs.lineage)],
+            "lineage": [(key, str(value)) for key, value in leaves(inputs.lineage)],
             "recipe": json.dumps(inputs.recipe, indent=2, sort_keys=True, default=str)
             if inputs.recipe
             else "",
@@ -400,21 +216,21 @@ class _Page:
         value = card.values[self.main]
         figures.append(
             {
-                "value": _percent(value.value),
+                "value": percent(value.value),
                 "label": "show all that was asked"
                 if self.main == "correct"
                 else "found again by their caption",
-                "note": _between(value, percent=True) + self._against_champion(self.main, _percent),
+                "note": _between(value, percent=True) + self._against_champion(self.main, percent),
             }
         )
         for group, row in card.groups.items():
             name, meaning = _GROUPS.get(group, (group, ""))
-            figures.append({"value": _percent(row[self.main]), "label": name, "note": meaning})
+            figures.append({"value": percent(row[self.main]), "label": name, "note": meaning})
         for name in ("unguided", "shuffled"):
             if (key := f"{self.main}_{name}") in card.values:
                 label, meaning = _GROUPS[name]
                 figures.append(
-                    {"value": _percent(card.values[key].value), "label": label, "note": meaning}
+                    {"value": percent(card.values[key].value), "label": label, "note": meaning}
                 )
         kid = card.values["kid"]
         figures.append(
@@ -533,7 +349,7 @@ class _Page:
             if name not in self.card.values:
                 continue
             value, plain = self.card.values[name], self.card.values.get(f"{name}_unguided")
-            show = _percent if name in _SHARES else _number
+            show = percent if name in _SHARES else number
             other = champion.get(name)
             rows.append(
                 {
@@ -582,12 +398,12 @@ class _Page:
             if record.get("loss") is not None and record.get("images_seen") is not None
         ]
         facts = [
-            ("parameters", _compact(stage.parameters) if stage.parameters else ""),
-            ("pictures seen", _compact(stage.images_seen) if stage.images_seen else ""),
-            ("time", _duration(stage.seconds) if stage.seconds else ""),
+            ("parameters", compact(stage.parameters) if stage.parameters else ""),
+            ("pictures seen", compact(stage.images_seen) if stage.images_seen else ""),
+            ("time", duration(stage.seconds) if stage.seconds else ""),
             *(
-                (key.replace("_", " "), _number(value))
-                for key, value in _leaves(stage.measured)
+                (key.replace("_", " "), number(value))
+                for key, value in leaves(stage.measured)
                 if _short(value)
             ),
         ]
@@ -641,12 +457,12 @@ class _Page:
             return None
         longest = max(spent.values())
         return {
-            "total": _duration(sum(spent.values())),
+            "total": duration(sum(spent.values())),
             "rows": [
-                {"name": name, "time": _duration(seconds), "share": seconds / longest}
+                {"name": name, "time": duration(seconds), "share": seconds / longest}
                 for name, seconds in spent.items()
             ],
-            "memory": _compact(self.card.speed.get("peak_memory_bytes", 0)) + "B",
+            "memory": compact(self.card.speed.get("peak_memory_bytes", 0)) + "B",
         }
 
     def _checks(self) -> list[dict[str, Any]]:
@@ -655,8 +471,8 @@ class _Page:
             {
                 "name": check.name,
                 "passed": check.passed,
-                "got": "" if check.got is None else _number(check.got),
-                "wanted": "" if check.wanted is None else _number(check.wanted),
+                "got": "" if check.got is None else number(check.got),
+                "wanted": "" if check.wanted is None else number(check.wanted),
                 "why": check.why,
             }
             for check in (verdict.checks if verdict else ())
@@ -668,17 +484,7 @@ def _between(value: Value, percent: bool = False) -> str:
         return ""
     if percent:
         return f"{100 * value.low:.1f} to {100 * value.high:.1f} %"
-    return f"{_number(value.low)} to {_number(value.high)}"
-
-
-def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        return [
-            leaf
-            for key in value
-            for leaf in _leaves(value[key], f"{path}.{key}" if path else str(key))
-        ]
-    return [] if value is None else [(path, value)]
+    return f"{number(value.low)} to {number(value.high)}"
 
 
 def _short(value: Any) -> bool:

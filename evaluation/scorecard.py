@@ -430,17 +430,14 @@ class _Scoring:
         ask: Callable[..., Any] | None = getattr(self.generator, method, None)
         if ask is None or self.heldout is None:
             return None
-        from training.measuring import fixed_rows
+        from training.measuring import fixed_batches
 
-        rows = fixed_rows(self.heldout.samples, samples)
-        chunks = (rows[i : i + self.config.batch] for i in range(0, len(rows), self.config.batch))
         losses, keys = [], []
-        for chunk in chunks:
-            batch = self.heldout.rows(chunk)
+        for batch in fixed_batches(self.heldout, samples, self.config.batch):
             said = ask(batch, self.config.seed)
             if said is None:
                 return None
-            keys += batch["key"] if "key" in batch else chunk.tolist()
+            keys += batch["key"] if "key" in batch else batch["position"].tolist()
             losses.append(np.asarray(said, np.float64).reshape(-1))
         found = np.concatenate(losses)
         named = hashlib.blake2b(" ".join(map(str, keys)).encode(), digest_size=8).hexdigest()

@@ -1,7 +1,10 @@
-"""A package of a tiny stand-in for the generator: what packaging, serving and the registry need."""
+"""A package of a tiny stand-in for the generator: what packaging, serving and the registry need;
+and a reader of our pages.
+"""
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,49 @@ def _make(folder: Path, *, shift: int = 1, shade: int = 9, more: str = "", **opt
 def make(tmp_path):
     """make(shift=1, shade=9) -> a package's folder: shift is in its code, shade in its weights."""
     return lambda **options: _make(tmp_path, **options)
+
+
+VOID = {"meta", "img", "br", "line", "path", "circle", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Balanced tags, all attributes, all text, and the rows of its tables by section."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.seen, self.attributes, self.text = [], [], [], []
+        self.section, self.rows = "", {}
+        self.feed(html)
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.section = dict(attrs)["id"] if attrs else ""
+        elif tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        elif tag in ("td", "th"):
+            self.rows[self.section][-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if {"td", "th"}.intersection(self.open):
+            self.rows[self.section][-1][-1] += data
+
+    def values(self, name):
+        return [value for _, key, value in self.attributes if key == name]
+
+
+@pytest.fixture
+def parsed():
+    """parsed(html) -> what is on a page. Fails where its tags are not balanced."""
+    return Page

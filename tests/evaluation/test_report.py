@@ -5,8 +5,6 @@ import io
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
-from html.parser import HTMLParser
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from PIL import Image
 
 from evaluation.gate import GatePolicy, decide
 from evaluation.prompts import Prompt
-from evaluation.report import DataStory, ReportInputs, StageStory, chart, render, write
+from evaluation.report import DataStory, ReportInputs, StageStory, render, write
 from evaluation.sample import png
 from evaluation.scorecard import Basis, EvaluationConfig, Scale, Scorecard, Scored, Value
 from pipeline import shapes
@@ -24,36 +22,6 @@ HOSTILE = (
     "a cat <script>alert(1)</script> {{ 7 * 7 }} {% raw %} "
     "\x1b[31mred\x1b[0m \x9b2J \u202egnp \" onload='x' &amp;"
 )
-VOID = {"meta", "img", "br", "line", "path", "circle", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Balanced tags, all attributes, all text."""
-
-    def __init__(self, html):
-        super().__init__(convert_charrefs=True)
-        self.open, self.seen, self.attributes, self.text = [], [], [], []
-        self.feed(html)
-        assert self.open == [], f"left open: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.seen.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def values(self, name):
-        return [value for _, key, value in self.attributes if key == name]
 
 
 def scored(kind: Any = "shapes", hostile=False, side=32, seed=0):
@@ -168,8 +136,8 @@ def inputs(**more):
 
 
 @pytest.mark.parametrize("kind", ["shapes", "captions"])
-def test_the_page_is_well_formed_and_fetches_nothing(kind):
-    page = Page(render(inputs(scored=scored(kind))))
+def test_the_page_is_well_formed_and_fetches_nothing(kind, parsed):
+    page = parsed(render(inputs(scored=scored(kind))))
     assert "script" not in page.seen
     sources = page.values("src")
     assert len(sources) == 12 + 6 * 3 + 1
@@ -195,17 +163,17 @@ def test_the_page_is_well_formed_and_fetches_nothing(kind):
         assert said in text, said
 
 
-def test_pictures_in_the_page_are_the_pictures():
+def test_pictures_in_the_page_are_the_pictures(parsed):
     model = scored()
-    first = Page(render(inputs(scored=model))).values("src")[0]
+    first = parsed(render(inputs(scored=model))).values("src")[0]
     data = base64.b64decode(first.removeprefix("data:image/png;base64,"))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), model.pictures[0])
 
 
-def test_foreign_text_stays_text():
+def test_foreign_text_stays_text(parsed):
     hostile = scored(hostile=True)
     html = render(replace(inputs(scored=hostile, champion=hostile), name=HOSTILE))
-    page = Page(html)
+    page = parsed(html)
     assert "script" not in page.seen
     assert not any(name.startswith("on") for _, name, _ in page.attributes)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", html)
@@ -215,29 +183,29 @@ def test_foreign_text_stays_text():
     assert html.count("<bdi>") >= 12 + 6 + 1
 
 
-def test_recipes_and_lineage_are_foreign_text_too():
+def test_recipes_and_lineage_are_foreign_text_too(parsed):
     html = render(
         ReportInputs(
             name="x", scored=scored(), recipe={"a": HOSTILE}, lineage={"</details>": HOSTILE}
         )
     )
-    page = Page(html)
+    page = parsed(html)
     assert "script" not in page.seen
     assert "</details>" in "".join(page.text)
     assert "\x1b" not in html
 
 
-def test_a_picture_that_shows_something_else_is_marked():
+def test_a_picture_that_shows_something_else_is_marked(parsed):
     model = scored()
     model.pictures[1] = model.pictures[0]
-    page = Page(render(inputs(scored=model)))
+    page = parsed(render(inputs(scored=model)))
     assert page.values("class").count("miss") == 1
     assert any("wrong" in text for text in page.text)
 
 
-def test_what_is_left_out_is_not_on_the_page(tmp_path):
+def test_what_is_left_out_is_not_on_the_page(tmp_path, parsed):
     write(tmp_path / "report.html", ReportInputs(name="bare", scored=scored()))
-    page = Page((tmp_path / "report.html").read_text())
+    page = parsed((tmp_path / "report.html").read_text())
     text = " ".join(page.text)
     assert "Not judged" in text
     assert not {"gate", "training", "data"} & set(page.values("id"))
@@ -255,29 +223,10 @@ def test_a_champion_stands_beside_only_where_it_may():
     assert "champion 91" not in render(inputs(scored=model, champion=other))
 
 
-def test_large_pictures_are_stored_smaller_and_smoothed():
-    page = Page(render(ReportInputs(name="x", scored=scored(side=160))))
+def test_large_pictures_are_stored_smaller_and_smoothed(parsed):
+    page = parsed(render(ReportInputs(name="x", scored=scored(side=160))))
     assert page.values("src")[0].startswith("data:image/jpeg;")
     assert "px" not in page.values("class")
-
-
-def test_a_chart_keeps_its_points_inside_and_in_order():
-    it = chart("t", "x", {"loss": [(0, 100.0), (10, float("nan")), (20, 1.0), (40, 0.1)]})
-    assert it is not None
-    (line,) = it.series
-    xs, ys = zip(*line.points, strict=True)
-    assert len(xs) == 3  # the one that is not finite is left out
-    assert list(xs) == sorted(xs)
-    assert list(ys) == sorted(ys)  # a falling loss goes down the page
-    assert it.left <= min(xs) < max(xs) <= it.width - it.right
-    assert it.top <= min(ys) < max(ys) <= it.height - it.bottom
-    gaps = [y - x for x, y in pairwise(ys)]
-    assert gaps[0] == pytest.approx(2 * gaps[1])  # logarithmic: 100 to 1 is twice 1 to 0.1
-    assert {label for _, label in it.ticks_y} >= {"0.1", "1", "10", "100"}
-    assert chart("t", "x", {"loss": []}) is None
-    alone = chart("t", "x", {"loss": [(5, 2.0)]})
-    assert alone is not None
-    assert len(alone.series[0].points) == 1
 
 
 def test_a_stage_tells_its_story_only_when_it_is_finished(tmp_path):

@@ -10,6 +10,9 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
+
+from pipeline.ingest import ingest
 
 
 def darkroom(home, *words: str) -> subprocess.CompletedProcess[str]:
@@ -53,6 +56,27 @@ def test_an_input_of_no_data_set_cannot_be_explained(tmp_path):
     done = darkroom(tmp_path, "explain", "nothing", "a.png")
     assert done.returncode == 1
     assert "no data set there" in done.stderr
+
+
+def test_show_writes_a_page_about_a_data_set(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for n in range(3):
+        Image.new("RGB", (30, 30), (80 * n, 0, 0)).save(photos / f"{n}.png")
+        (photos / f"{n}.txt").write_text(f"a red square, shade {n}")
+    made = ingest([str(photos)], str(tmp_path / "datasets" / "reds"))
+    page = tmp_path / "page.html"
+    done = darkroom(tmp_path, "show", "reds", "--out", str(page), "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["version"], told["counts"]["kept"], told["page"]) == (1, 3, str(page))
+    assert told["digest"] == made.manifest.digest
+    assert made.manifest.digest in page.read_text()
+    for words in (["reds", "--version", "2"], ["blues"]):
+        done = darkroom(tmp_path, "show", *words, "--out", str(tmp_path / "none.html"))
+        assert done.returncode == 1
+        assert "no version 2 (published: 1)" in done.stderr or "no data set there" in done.stderr
+        assert not (tmp_path / "none.html").exists()
 
 
 def test_overrides_may_stand_behind_options_and_instead_of_a_recipe(tmp_path):
