@@ -7,13 +7,13 @@ change a number it gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from pipeline.manifest import fingerprint
-from pipeline.schema import EncoderSpec
+from pipeline.schema import Bucket, EncoderSpec, framing
 
 from . import autoencoder, clip, t5
 from .sources import Source, open_source
@@ -25,22 +25,38 @@ LOADERS: Mapping[str, Callable[..., Any]] = {
     "clip": clip.load,
     "t5": t5.load,
 }
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""In what an encoder computes; its weights are float32, what is stored is float16."""
 VERSIONS = {"autoencoder": 1, "clip": 2, "t5": 1}
 """Raised by hand when the code of a family gives other numbers."""
 
 
-def spec_of(source: str | Source, name: str, side: int | None = None) -> EncoderSpec:
+def spec_of(
+    source: str | Source,
+    name: str,
+    side: int | None = None,
+    buckets: Sequence[Bucket] = (),
+    flip: bool = False,
+    precision: str = "fp32",
+) -> EncoderSpec:
     """The encoder of a stage directory or of a pretrained model (folder or hub id, "#subfolder").
 
     `name` begins the names of its batch fields. A stage knows its family; that of a pretrained
     model is the name up to an underscore: "autoencoder", "clip" or "t5". `side` is what pictures
-    are fitted to, in pixels.
+    are fitted to, in pixels; `buckets` and `flip` are as in `EncoderSpec`.
+
+    With `precision` "bf16" the weights stay float32 and most of the products are taken in bfloat16:
+    faster on a GPU, and another encoder.
     """
     found = open_source(source, name)
     if found.family not in LOADERS:
         raise ValueError(
             f"encoder {name}: a stage of kind {found.family!r} encodes nothing; "
             f"wanted {', '.join(LOADERS)}"
+        )
+    if precision not in DTYPES:
+        raise ValueError(
+            f"encoder {name}: precision is {precision!r}, wanted {' or '.join(DTYPES)}"
         )
     image = found.family == "autoencoder"
     if image and not side:
@@ -50,31 +66,36 @@ def spec_of(source: str | Source, name: str, side: int | None = None) -> Encoder
         "version": VERSIONS[found.family],
         "weights": found.weights_sha256(),
         "config": found.config(),
-        "dtype": "float32",
+        "dtype": DTYPES[precision],
         "stored": "float16",
         "side": side if image else None,
+        **framing(side, buckets, flip),
     }
     return EncoderSpec(
         name,
         "image" if image else "text",
         fingerprint(identity),
-        {**found.options(), "batch": 64 if image else 256},
+        {**found.options(), "batch": 64 if image else 256, "precision": precision},
         side if image else None,
+        tuple(buckets),
+        flip,
     )
 
 
 def build(spec: EncoderSpec) -> Callable[..., Any]:
     """The encoder that a spec names, on a GPU where there is one: what `pipeline.encode` is handed.
 
-    Pictures: uint8 [n, 3, side, side] -> {"moments": float16 [n, 2C, h, w]}, mean and log-variance
-    (C channels, the latent itself, where there is no posterior). Text: n captions -> (n arrays
-    float16 [length, width], float16 [n, width]). ValueError when the weights are others.
+    Pictures: uint8 [n, 3, height, width] -> {"moments": float16 [n, 2C, h, w]}, mean and
+    log-variance (C channels, the latent itself, where there is no posterior). Text: n captions ->
+    (n arrays float16 [length, width], float16 [n, width]). ValueError when the weights are others.
     """
     source = Source.of(spec.options, spec.name)
-    now = spec_of(source, spec.name, spec.side)
+    precision = spec.options.get("precision", "fp32")
+    now = spec_of(source, spec.name, spec.side, spec.buckets, spec.flip, precision)
     if now.fingerprint != spec.fingerprint:
         raise ValueError(
             f"encoder {spec.name} at {source.where}: its weights or config are {now.fingerprint}, "
             f"the spec names {spec.fingerprint}; make a new spec, or put the old weights back"
         )
-    return LOADERS[source.family](source, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LOADERS[source.family](source, device, precision)

@@ -9,7 +9,7 @@ open_clip_config.json and open_clip_model.safetensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,37 @@ from torch import Tensor, nn
 from .sources import Source
 from .text import TextEncoder
 
+Padded = Callable[..., np.ndarray]
+"""(captions, limit; by default the tower's context) -> ids [n, limit], padded behind the end."""
 
-def load(source: Source, device: torch.device | str = "cpu") -> TextEncoder:
+
+def load(
+    source: Source, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> TextEncoder:
     """The text tower of a CLIP stage or of a pretrained folder."""
+    return text_encoder(*open_towers(source), device, precision)
+
+
+def open_towers(source: Source) -> tuple[Any, Padded]:
+    """(open_clip's model, its tokenizer) of a CLIP stage or of a pretrained folder."""
     if source.pretrained:
         import open_clip
 
         name = f"local-dir:{source.directory()}"
         model = open_clip.create_model(name, precision="fp32", load_weights=True)
         tokenizer = open_clip.get_tokenizer(name)
-        return text_encoder(model, lambda texts: np.asarray(tokenizer(list(texts))), device)
+        return model, lambda texts, limit=None: np.asarray(tokenizer(list(texts), limit))
+    from ..contrastive import tokenizer as of_merges
     from ..stages import load as load_stage
 
     stage: Any = load_stage(source.where)
-    return text_encoder(stage.model, lambda texts: stage.tokens(texts).numpy(), device)
+    text = stage.config.text
+    return stage.model, lambda texts, limit=text.context: of_merges(text.vocabulary, limit)(texts)
 
 
-def text_encoder(model: Any, tokenize: Any, device: torch.device | str) -> TextEncoder:
+def text_encoder(
+    model: Any, tokenize: Padded, device: torch.device | str, precision: str = "fp32"
+) -> TextEncoder:
     """The text tower of an open_clip model. ValueError for towers that read text in another way."""
     tower = getattr(model, "text", model)
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
@@ -54,8 +68,8 @@ def text_encoder(model: Any, tokenize: Any, device: torch.device | str) -> TextE
     )
     tower = tower.to(device).eval().requires_grad_(False)
 
-    def cut(texts: Sequence[str]) -> list[np.ndarray]:
-        ids = tokenize(texts)
+    def cut(texts: Sequence[str], limit: int) -> list[np.ndarray]:
+        ids = tokenize(texts, limit)
         last = ids.argmax(1) if eos is None else (ids == eos).argmax(1)
         return [
             row[: end + 1].astype(np.int64) for row, end in zip(ids, last.tolist(), strict=True)
@@ -84,4 +98,4 @@ def text_encoder(model: Any, tokenize: Any, device: torch.device | str) -> TextE
         words = F.layer_norm(words, words.shape[-1:])
         return torch.cat([words, x], dim=-1), F.normalize(pooled, dim=-1)
 
-    return TextEncoder(cut, run, tower.context_length, torch.device(device))
+    return TextEncoder(cut, run, tower.context_length, torch.device(device), precision)

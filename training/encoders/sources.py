@@ -108,7 +108,14 @@ def fetch(where: str) -> Path:
         from huggingface_hub import snapshot_download
 
         patterns = [f"{inside}/{p}" if inside else p for p in FILES]
-        root = Path(snapshot_download(where, allow_patterns=patterns))
+        try:
+            root = Path(snapshot_download(where, allow_patterns=patterns))
+        except OSError as error:  # the hub's own errors too
+            raise ValueError(
+                f"{where}: no such folder, and not fetched from the hub "
+                f"({str(error).partition(chr(10))[0]}); give a folder that holds the model, "
+                "or a hub id that can be reached or is in the hub's cache here"
+            ) from None
     directory = root / inside
     if not any(file.suffix == ".safetensors" for file in files(directory)):
         raise ValueError(

@@ -19,19 +19,21 @@ LIMIT = 256
 """Tokens that are read of a caption by a pretrained T5."""
 
 
-def load(source: Source, device: torch.device | str = "cpu") -> TextEncoder:
+def load(
+    source: Source, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> TextEncoder:
     """The encoder of a T5 stage or of a pretrained folder."""
     if source.pretrained:
         from transformers import T5EncoderModel
 
         directory = str(source.directory())
         model = T5EncoderModel.from_pretrained(directory, use_safetensors=True, dtype=torch.float32)
-        return _encoder(model, _hub_tokenizer(directory, LIMIT), LIMIT, device)
+        return _encoder(model, _hub_tokenizer(directory), LIMIT, device, precision)
     from ..stages import load as load_stage
 
     stage = load_stage(source.where)
     limit = stage.config.max_bytes
-    return _encoder(encoder_of(stage.model), _bytes(limit), limit, device)
+    return _encoder(encoder_of(stage.model), _bytes, limit, device, precision)
 
 
 def encoder_of(model: Any) -> Any:
@@ -44,7 +46,9 @@ def encoder_of(model: Any) -> Any:
     return encoder
 
 
-def _encoder(model: Any, tokenize: Tokenize, limit: int, device: torch.device | str) -> TextEncoder:
+def _encoder(
+    model: Any, tokenize: Tokenize, limit: int, device: torch.device | str, precision: str
+) -> TextEncoder:
     model = model.to(device).eval().requires_grad_(False)
 
     def run(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -55,25 +59,22 @@ def _encoder(model: Any, tokenize: Tokenize, limit: int, device: torch.device | 
         weight = mask[:, :, None].to(states.dtype)
         return states, (states * weight).sum(1) / weight.sum(1)
 
-    return TextEncoder(tokenize, run, limit, torch.device(device))
+    return TextEncoder(tokenize, run, limit, torch.device(device), precision)
 
 
-def _bytes(limit: int) -> Tokenize:
+def _bytes(texts: Sequence[str], limit: int) -> list[np.ndarray]:
     from ..denoising_text import byte_tokens
 
-    def tokenize(texts: Sequence[str]) -> list[np.ndarray]:
-        ids, lengths = byte_tokens(texts, limit)
-        return [row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)]
-
-    return tokenize
+    ids, lengths = byte_tokens(texts, limit)
+    return [row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)]
 
 
-def _hub_tokenizer(directory: str, limit: int) -> Tokenize:
+def _hub_tokenizer(directory: str) -> Tokenize:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
 
-    def tokenize(texts: Sequence[str]) -> list[np.ndarray]:
+    def tokenize(texts: Sequence[str], limit: int) -> list[np.ndarray]:
         rows = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         return [np.array(row, np.int64) for row in rows]
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Float16, Int64
 from torch import Tensor
 
-Tokenize = Callable[[Sequence[str]], Sequence[np.ndarray]]
-"""Captions -> ids of each, end token included, none of padding."""
+Tokenize = Callable[[Sequence[str], int], Sequence[np.ndarray]]
+"""(captions, limit) -> ids of each, at most `limit`, the last the end token, none of padding."""
 Run = Callable[
     [Int64[Tensor, "text token"], Bool[Tensor, "text token"] | None],
     tuple[Float[Tensor, "text token width"], Float[Tensor, "text pooled"]],
@@ -31,13 +31,15 @@ class TextEncoder:
     limit: int
     """Tokens that are read at most."""
     device: torch.device
+    precision: str = "fp32"
+    """bf16: most products are taken in bfloat16."""
 
     def __call__(
         self, texts: Sequence[str]
     ) -> tuple[list[Float16[np.ndarray, "token width"]], Float16[np.ndarray, "text pooled"]]:
         if not texts:
             raise ValueError("no captions to encode")
-        ids = self.tokenize(texts)
+        ids = self.tokenize(texts, self.limit)
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         tokens: list[np.ndarray] = [np.empty(0)] * len(ids)
         summaries: list[np.ndarray] = []
@@ -59,6 +61,14 @@ class TextEncoder:
             start = stop
         return tokens, np.concatenate(summaries)[np.argsort(order)]
 
+    def truncated(self, texts: Sequence[str]) -> Bool[np.ndarray, " text"]:
+        """Which captions have more tokens than are read: they are cut after `limit` - 1, and end.
+
+        Only those of which `limit` tokens came back need asking.
+        """
+        ids = self.tokenize(texts, self.limit + 1) if texts else ()
+        return np.fromiter((len(row) > self.limit for row in ids), np.bool_, len(ids))
+
     @torch.no_grad()
     def states(
         self, ids: Sequence[np.ndarray], width: int
@@ -69,5 +79,7 @@ class TextEncoder:
         real = np.arange(width) < lengths[:, None]
         padded[real] = np.concatenate(ids)
         mask = None if real.all() else torch.from_numpy(real).to(self.device)
-        states, pooled = self.run(torch.from_numpy(padded).to(self.device), mask)
+        half = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            states, pooled = self.run(torch.from_numpy(padded).to(self.device), mask)
         return states.float(), pooled.float()
