@@ -56,12 +56,17 @@ def encoder_specs(line: Line, data: Manifest) -> list[EncoderSpec]:
     """The encoders that the base listens to, as they are now on disk."""
     from training import encoders
 
-    side = line.recipe.data.side
-    specs = [
-        encoders.spec_of(line.source(name, data), name, side if name == "autoencoder" else None)
-        for name in line.recipe.inputs("base")
-    ]
-    return [pixels_spec(side), *specs] if line.recipe.in_pixels else specs
+    side, rules = line.recipe.data.side, line.recipe.data.encode
+    buckets = rules.buckets(side)
+
+    def spec(name: str) -> EncoderSpec:
+        source = line.source(name, data)
+        if name == "autoencoder":
+            return encoders.spec_of(source, name, side, buckets, rules.flip, rules.precision)
+        return encoders.spec_of(source, name, precision=rules.precision)
+
+    specs = [spec(name) for name in line.recipe.inputs("base")]
+    return [pixels_spec(side, buckets, rules.flip), *specs] if line.recipe.in_pixels else specs
 
 
 @task(name="ingest", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)

@@ -78,7 +78,7 @@ class Line:
         """Fingerprint of what a stage is, whatever it has learnt from: where two agree, one can go
         on from the other.
         """
-        stage = self.recipe.stage(name)
+        stage, rules = self.recipe.stage(name), self.recipe.data.encode.changes
         return fingerprint(
             {
                 "code": CODE_VERSION,
@@ -86,6 +86,7 @@ class Line:
                 "pretrained": stage.pretrained,
                 "side": self.recipe.data.side,
                 "inputs": [self.stage_identity(i, data) for i in self.recipe.inputs(name)],
+                **({"encode": rules} if rules and name == "base" else {}),
             }
         )
 

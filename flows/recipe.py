@@ -11,9 +11,9 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from evaluation.config import EvaluationConfig
 from evaluation.gate import GatePolicy
@@ -35,6 +35,33 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class EncodeRecipe(_Part):
+    """How the base's pictures and captions are encoded."""
+
+    max_aspect: float = Field(default=1.0, ge=1)
+    """Pictures are cut to buckets of the same area, up to so many times as long as wide; 1: to
+    squares."""
+    multiple: int = Field(default=32, ge=1)
+    """Of which the sides of buckets are multiples, in pixels."""
+    flip: bool = False
+    """Whether the mirror image of each picture is encoded too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """In which the encoders compute; bf16 is faster on a GPU and about 1 % off."""
+
+    def buckets(self, side: int) -> tuple[tuple[int, int], ...]:
+        """() for squares alone. ValueError when side is no multiple."""
+        if self.max_aspect == 1:
+            return ()
+        from pipeline.images import buckets
+
+        return buckets(side, multiple=self.multiple, max_aspect=self.max_aspect)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is not as usual."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
 class DataRecipe(_Part):
     """What is learnt from."""
 
@@ -51,12 +78,18 @@ class DataRecipe(_Part):
     ingest: IngestRules = IngestRules()
     scorers: tuple[dict[str, Any], ...] = ()
     """Models whose scores `ingest.scores` speaks of (training.encoders.scorers)."""
+    encode: EncodeRecipe = EncodeRecipe()
 
     def source_urls(self, seed: int) -> tuple[str, ...]:
         drawn = (
             f"shapes://?scenes={self.scenes}&seed={seed}&side={self.side}&objects={self.objects}",
         )
         return self.sources + (drawn if self.scenes else ())
+
+    @model_validator(mode="after")
+    def _sides(self) -> DataRecipe:
+        self.encode.buckets(self.side)
+        return self
 
 
 class StageRecipe(_Part):

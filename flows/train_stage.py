@@ -12,7 +12,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact
 from pipeline import storage
 from pipeline.encode import pixels_spec
 from pipeline.manifest import Manifest
-from pipeline.schema import EncoderSpec
+from pipeline.schema import EncoderSpec, framing
 from training import results
 
 from .build_dataset import encoder_specs
@@ -54,6 +54,9 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
         version=data.version,
         encodings=tuple(
             {"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint}
+            | framing(spec.side, spec.buckets, spec.flip)
+            | ({"side": spec.side} if spec.buckets else {})
+            | ({} if (p := spec.options.get("precision", "fp32")) == "fp32" else {"precision": p})
             for spec in encodings(line, name, data)
         ),
         inputs={needed: line.source(needed, data) for needed in line.recipe.inputs(name)},
@@ -120,14 +123,14 @@ def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) 
     it = Line.from_json(line)
     data = it.manifest()
     stage, reused = train(it, name, data, parent_run)
-    told = f"{name} of {it.recipe.name}"
-    create_markdown_artifact(_summary(stage, reused), key=f"{it.slug}-{name}", description=told)
+    told, slug = f"{name} of {it.recipe.name}", name.replace("_", "-")
+    create_markdown_artifact(_summary(stage, reused), key=f"{it.slug}-{slug}", description=told)
     preview = it.stage_dir(name, data) / results.PREVIEW
     if preview.exists():
         picture = base64.b64encode(preview.read_bytes()).decode()
         create_image_artifact(
             f"data:image/png;base64,{picture}",
-            key=f"{it.slug}-{name}-preview",
+            key=f"{it.slug}-{slug}-preview",
             description=f"what {told} makes",
         )
     return {"stage": name, "reused": reused, "seconds": stage.get("seconds", 0.0)}

@@ -20,6 +20,8 @@ of models by name."""
 Rule = Callable[[Scores], str | None]
 
 NEAR_DUPLICATES = ("keep", "apart", "drop")
+COMMON = tuple("ar bn de en es fa fr hi id it ja ko nl pl pt ru sv th tr uk ur vi zh".split())
+"""The languages that captions are likely to be in."""
 _BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
@@ -122,17 +124,27 @@ def language(codes: Sequence[str]) -> Rule:
     Baldwin 2012). A few words are told apart badly: give it captions of ten and more."""
 
     def rule(scores: Scores) -> str | None:
-        return None if _identifier().classify(scores["caption"])[0] in codes else "language"
+        return None if language_of(scores["caption"], *codes) in codes else "language"
 
     return rule
 
 
-@lru_cache(1)
-def _identifier() -> Any:
+def language_of(text: str, *others: str) -> str:
+    """ISO 639-1 code of the likeliest language, of the common ones and `others`."""
+    return _identifier(*others).classify(text)[0]
+
+
+@lru_cache(16)
+def _identifier(*others: str) -> Any:
     from py3langid import langid  # pyright: ignore[reportMissingTypeStubs]
 
     library: Any = langid
-    return library.LanguageIdentifier.from_model_file(library.MODEL_FILE)
+    found = library.LanguageIdentifier.from_model_file(library.MODEL_FILE)
+    if unknown := sorted(set(others).difference(found.labels)):
+        raise ValueError(f"languages: {unknown[0]!r} is none that langid knows")
+    # Of all 97 a short English caption is Latin or Norwegian as often as not.
+    found.set_languages(sorted({*COMMON, *others}))
+    return found
 
 
 def score(name: str, least: float | None, most: float | None) -> Rule:

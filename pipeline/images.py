@@ -71,6 +71,7 @@ _TRANSPOSE = {
 }
 _EXIF_PLACES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _MAX_ICC_BYTES = 4 << 20
+_MAX_JPEG_SIDE = 65_500  # libjpeg reads 65,535 and writes less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +185,7 @@ def store(
 
     A picture whose shorter side exceeds `max_side` (0: no limit) is reduced to that. The original
     bytes are kept where nothing had to change, without what trails them; else lossy files become
-    JPEG (quality 95, 4:4:4) and lossless ones PNG.
+    JPEG (quality 95, 4:4:4) and lossless ones (and those too long for a JPEG) PNG.
     """
     short = min(info["width"], info["height"])
     if info["plain"] and not 0 < max_side < short:
@@ -200,6 +201,7 @@ def store(
     lossy = info["format"] in ("JPEG", "AVIF") or (
         info["format"] == "WEBP" and data[12:16] != b"VP8L"
     )
+    lossy = lossy and max(image.size) <= _MAX_JPEG_SIDE
     return image, encode(image, "jpg" if lossy else "png"), "jpg" if lossy else "png"
 
 

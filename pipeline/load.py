@@ -564,11 +564,11 @@ class TextStorage:
 def text_storage(manifest: Manifest, encoding: Encoding, padded_to: int) -> TextStorage:
     """Measured on the encoding's files, against the same tokens padded to `padded_to` a caption.
 
-    ValueError when a shard is not encoded, or the encoding is none of text.
+    FileNotFoundError when a shard is not encoded, ValueError when it is no text.
     """
-    fields = _stored(encoding).fields
     if encoding.kind != "text":
         raise ValueError(f"encoding {encoding.name}: {encoding.kind}s have no captions to pad")
+    fields = _stored(encoding).fields
     captions = stored = tokens = size = 0
     for shard in manifest.shards:
         path = storage.local_copy(encoding.arrays_url(shard.name))

@@ -19,7 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .diffusion import normal
-from .measuring import ChannelStatistics, fixed_rows, heldout, per_sample, psnr
+from .measuring import (
+    ChannelStatistics,
+    alike,
+    fixed_batches,
+    fixed_rows,
+    heldout,
+    per_sample,
+    psnr,
+)
 from .networks import Autoencoder, AutoencoderConfig
 from .stage import Batch, Stage, evaluating, to_tensors
 
@@ -97,16 +105,17 @@ class AutoencoderStage(Stage):
     def finish(self, loader: Any) -> dict[str, Any]:
         """`shift` and `scale`: (z - shift) * scale has mean 0 and deviation 1 per channel; PSNR.
 
-        Taken over the first pictures of the plan, each latent sampled once; the PSNR is that of
-        decoded means, over up to 512 training pictures and as many held-out ones.
+        Taken over the first pictures of the plan, of the largest bucket where there are several,
+        each latent sampled once; the PSNR is that of decoded means, over up to 512 training
+        pictures and as many held-out ones.
         """
-        statistics = ChannelStatistics()
+        statistics, most = ChannelStatistics(), alike(loader)[0]
         with evaluating(self):
             for step in count():
-                batch = to_tensors(loader.batch(step), self.device)
+                batch = to_tensors(most.batch(step), self.device)
                 moments = self.encode(batch["pixels"])
                 statistics.add(sample_latent(moments, self.seed, batch["position"]))
-                if statistics.rows >= min(self.config.measured_pictures, loader.samples):
+                if statistics.rows >= min(self.config.measured_pictures, most.samples):
                     break
             unseen = heldout(loader)
             judged = {"psnr": self._psnr(loader)}
@@ -123,7 +132,7 @@ class AutoencoderStage(Stage):
 
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
         """Pairs of a picture and its reconstruction: uint8 [n, H, 2W, 3], n up to 16."""
-        shown = heldout(loader) or loader
+        shown = alike(heldout(loader) or loader)[0]
         batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.device)
         pixels = batch["pixels"]
         with evaluating(self):
@@ -132,10 +141,9 @@ class AutoencoderStage(Stage):
 
     def _psnr(self, loader: Any) -> float:
         """Mean over up to 512 pictures, in dB."""
-        chosen = fixed_rows(loader.samples, 512)
         found = []
-        for rows in np.array_split(chosen, -(-len(chosen) // 64)):
-            pixels = to_tensors(loader.rows(rows), self.device)["pixels"]
+        for batch in fixed_batches(loader, 512, 64):
+            pixels = to_tensors(batch, self.device)["pixels"]
             again = self.decode(self.encode(pixels).chunk(2, dim=1)[0])
             found.append(psnr(per_sample((to_unit(again) - to_unit(pixels)).square())))
         return torch.cat(found).mean().item()

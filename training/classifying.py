@@ -20,7 +20,7 @@ from pipeline import shapes
 
 from .autoencoding import to_unit
 from .diffusion import Cond, DiffusionConfig, Model, normal
-from .measuring import fixed_rows, heldout
+from .measuring import fixed_batches, heldout
 from .networks import Classifier, ClassifierConfig, HeadConfig
 from .stage import Batch, Stage, evaluating, to_tensors
 
@@ -163,10 +163,9 @@ class ClassifierStage(Stage):
         with evaluating(self):
             for name, time in (("clean", 0.02), ("halfway", 0.5)):
                 right: list[float] = []
-                chosen = fixed_rows(loader.samples, 512)
-                for rows in np.array_split(chosen, -(-len(chosen) // 128)):
-                    batch = to_tensors(loader.rows(rows), next(self.parameters()).device)
-                    t = torch.full((len(rows),), time, device=batch["pixels"].device)
+                for rows in fixed_batches(loader, 512, 128):
+                    batch = to_tensors(rows, next(self.parameters()).device)
+                    t = torch.full((len(batch["position"]),), time, device=batch["pixels"].device)
                     logits = self.logits(self._noisy(batch, t, 0, "judged/"), t)
                     answers = self.answers(batch["label"])
                     told = [logits[it.name].argmax(1).cpu() for it in self.config.attributes]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .autoencoding import to_unit
 from .diffusion import uniform
-from .measuring import fixed_rows, heldout
+from .measuring import fixed_batches, fixed_rows, heldout
 from .stage import Batch, Stage, evaluating, to_tensors
 
 FULL_VOCABULARY = 49408
@@ -218,9 +218,8 @@ class ClipStage(Stage):
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over the batches
             norm.train()
-        chosen = fixed_rows(loader.samples, 1024)
-        for rows in np.array_split(chosen, -(-len(chosen) // 128)):
-            batch = to_tensors(loader.rows(rows), self.model.logit_scale.device)
+        for rows in fixed_batches(loader, 1024, 128):
+            batch = to_tensors(rows, self.model.logit_scale.device)
             self.model.encode_image(self.pixels(batch))
         for norm in norms:
             norm.momentum = 0.1

@@ -31,7 +31,7 @@ from .diffusion import (
 from .diffusion.objective import Uncertainty, hybrid_loss
 from .diffusion.prediction import Network
 from .diffusion.samplers import karras_grid
-from .measuring import ChannelStatistics, fixed_rows, heldout
+from .measuring import ChannelStatistics, alike, fixed_batches, fixed_rows, heldout
 from .networks import ContextConfig, DenoiserConfig, UNetConfig
 from .networks import build as build_network
 from .stage import Batch, Stage, evaluating, to_tensors
@@ -117,7 +117,7 @@ class BaseStage(Stage):
 
     def prepare(self, loader: Any) -> None:
         """Take the latents' shift and scale from the autoencoder's stage, or measure them."""
-        batch = to_tensors(loader.batch(0), self.shift.device)
+        batch = to_tensors(alike(loader)[0].batch(0), self.shift.device)
         shape = self._plain(batch).shape[1:]
         self.latent_shape.copy_(torch.tensor(shape))
         if self.config.data == "pixels":
@@ -227,7 +227,7 @@ class BaseStage(Stage):
 
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
         """Samples for fixed captions, held-out if there are any: uint8 [n, H, W, 3], n <= 16."""
-        shown = heldout(loader) or loader
+        shown = alike(heldout(loader) or loader)[0]
         batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.shift.device)
         position = torch.arange(len(batch["position"]), device=self.shift.device)
         with evaluating(self):
@@ -268,20 +268,17 @@ class BaseStage(Stage):
         self.shift.zero_()
         self.scale.fill_(1)
         statistics = ChannelStatistics()
-        chosen = fixed_rows(loader.samples, self.config.measured_pictures)
-        for rows in np.array_split(chosen, -(-len(chosen) // 256)):
-            batch = to_tensors(loader.rows(rows), self.shift.device)
-            statistics.add(self.latents(batch, self.seed))
+        for batch in fixed_batches(loader, self.config.measured_pictures, 256):
+            statistics.add(self.latents(to_tensors(batch, self.shift.device), self.seed))
         shift, scale = statistics.shift_and_scale()
         return {"shift": shift, "scale": scale}
 
     def _fixed_loss(self, loader: Any) -> float:
         """Mean over up to 1024 pictures."""
-        chosen = fixed_rows(loader.samples, 1024)
         found = []
         with evaluating(self):
-            for rows in np.array_split(chosen, -(-len(chosen) // 128)):
-                found.append(self.heldout_loss(to_tensors(loader.rows(rows), self.shift.device)))
+            for batch in fixed_batches(loader, 1024, 128):
+                found.append(self.heldout_loss(to_tensors(batch, self.shift.device)))
         return torch.cat(found).mean().item()
 
 

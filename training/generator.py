@@ -461,8 +461,10 @@ def _same_encoders(
 
     for encoding in (base or {}).get("encodings", ()):
         if (name := encoding["name"]) in sources:
-            side = resolution if encoding["kind"] == "image" else None
-            given = spec_of(sources[name], name, side).fingerprint
+            side = encoding.get("side", resolution) if encoding["kind"] == "image" else None
+            shown = {key: encoding[key] for key in ("buckets", "flip") if key in encoding}
+            precision = encoding.get("precision", "fp32")
+            given = spec_of(sources[name], name, side, **shown, precision=precision).fingerprint
             if given != encoding["fingerprint"]:
                 raise ValueError(
                     f"{name} at {sources[name].where} is encoder {given}, the base was trained "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,23 @@ from pipeline import manifest
 def fixed_rows(samples: int, count: int) -> np.ndarray:
     """`count` indices spread evenly over the samples; all of them when there are fewer."""
     return np.linspace(0, samples - 1, min(count, samples)).round().astype(np.int64)
+
+
+def fixed_batches(loader: Any, count: int, batch: int) -> Iterator[dict[str, Any]]:
+    """`count` samples spread evenly over all (fewer when there are fewer), the same each time, in
+    batches of at most `batch` and of pictures of one size.
+    """
+    for one in alike(loader):
+        chosen = fixed_rows(one.samples, -(-count * one.samples // loader.samples))
+        for rows in np.array_split(chosen, -(-len(chosen) // batch)):
+            yield one.rows(rows)
+
+
+def alike(loader: Any) -> tuple[Any, ...]:
+    """A loader for the pictures of each size that `loader` has, that with most of them first."""
+    from pipeline.load import Loader
+
+    return loader.alike() if isinstance(loader, Loader) else (loader,)
 
 
 def heldout(loader: Any) -> Any:

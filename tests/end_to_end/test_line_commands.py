@@ -84,3 +84,19 @@ def test_what_fails_is_exit_code_1_and_says_why(darkroom, first, tmp_path):
 def test_recipes_and_doctor(darkroom):
     assert {"shapes", "pictures", "shapes-ddpm"} <= set(darkroom("recipes")["recipes"])
     assert darkroom("doctor")["failed"] == []
+
+
+def test_a_take_down_names_the_models_that_saw_the_picture(darkroom, first):
+    from pipeline import manifest, outcomes
+
+    before = manifest.latest(first["data"]["dataset"])
+    assert before is not None
+    rows = outcomes.read_outcomes(before)
+    key = next(it["key"] for it in rows if it["split"] == "train" and it["outcome"] == "kept")
+    removed = darkroom("remove", before.dataset, key, "--reason", "asked for")
+    assert removed["removed"] == {before.digest: [key]}
+    name = first["model"].removeprefix("models:/")
+    assert set(removed["models"][name]) == {"autoencoder", "clip", "t5", "base"}
+    assert darkroom("explain", before.dataset, key)["rows"][0]["reason"] == "removed"
+    assert darkroom("gc", before.dataset)["files"] == []
+    assert darkroom("compact", before.dataset)["version"] >= removed["version"]

@@ -80,7 +80,7 @@ def test_specs_are_checked(wrong, message):
 
 
 def test_buckets_survive_json_and_the_square_alone_is_none():
-    spec = EncoderSpec("vae", "image", "0a1b", side=8, buckets=[[8, 8], [16, 4], [8, 8]], flip=True)
+    spec = EncoderSpec("vae", "image", "0a1b", side=8, buckets=((8, 8), (16, 4), (8, 8)), flip=True)
     assert spec.buckets == spec.sizes == ((8, 8), (16, 4))
     assert EncoderSpec(**json.loads(json.dumps(asdict(spec)))) == spec
     square = EncoderSpec("vae", "image", "0a1b", side=8)
