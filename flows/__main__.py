@@ -102,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
     recipe(it)
     overrides(it)
 
+    it = verb("convert", "TAEF2's state dicts into a folder of safetensors", commands.convert)
+    it.add_argument("encoder", metavar="ENCODER.pth")
+    it.add_argument("decoder", metavar="DECODER.pth")
+    it.add_argument("--out", required=True, metavar="DIR")
+
     it = verb("train", "one stage of a recipe, and what it needs", commands.train)
     recipe(it)
     it.add_argument("stage", metavar="STAGE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from . import recipe as recipes
 from .line import Line
 from .progress import meter, say
 from .settings import settings
+
+PADDED = {"clip": 77, "t5": 512}
+"""Tokens to which captions are usually padded."""
 
 
 class UsageError(ValueError):
@@ -36,20 +40,45 @@ def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any
 
 
 def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
+    from pipeline.load import text_storage
+    from pipeline.schema import Encoding
+
     from .build_dataset import encode_stages, encoder_specs
 
     line = _line(recipe, overrides)
     data, reused = _prepare(line, line.recipe.inputs("base"))
     encode_stages(line, data)
-    made = {spec.name: spec.fingerprint for spec in encoder_specs(line, data)}
+    specs = encoder_specs(line, data)
+    texts = {
+        spec.name: text_storage(
+            data, Encoding.at(data.dataset, spec.name, spec.kind, spec.fingerprint), PADDED[family]
+        )
+        for spec in specs
+        if (family := spec.options.get("family", spec.name).partition("_")[0]) in PADDED
+    }
+    made = {spec.name: spec.fingerprint for spec in specs}
     shown = ", ".join(f"{name} {value}" for name, value in made.items())
+    lines = [f"{line.dataset} version {data.version} encoded: {shown}"]
+    lines += [
+        f"  {name:4} {it.captions} captions, {it.cut} cut, in {it.stored_bytes / 1e6:.1f} MB: "
+        f"{it.padded_bytes / it.stored_bytes:.1f} times less than padded"
+        for name, it in texts.items()
+    ]
     return {
         "dataset": line.dataset,
         "version": data.version,
         "encodings": made,
+        "texts": {name: asdict(it) for name, it in texts.items()},
         "reused": reused,
-        "text": f"{line.dataset} version {data.version} encoded: {shown}",
+        "text": "\n".join(lines),
     }
+
+
+def convert(encoder: str, decoder: str, out: str) -> dict[str, Any]:
+    from training.encoders.taef2 import convert_taef2
+
+    convert_taef2(encoder, decoder, out)
+    return {"directory": out, "text": f"{out}: use it as autoencoder.pretrained={out}"}
 
 
 def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) -> dict[str, Any]:

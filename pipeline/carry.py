@@ -12,7 +12,7 @@ from . import shards, storage
 from .encode import EncodedFile, publish_encoded
 from .load import Table, mapped, read_table
 from .manifest import Shard
-from .schema import BUCKET, Encoding
+from .schema import BUCKET, CUT, Encoding
 
 Places = Mapping[str, tuple[str, int]]
 """Key -> the shard in which a sample stood, and its row there."""
@@ -116,6 +116,8 @@ class _Carried:
             "caption_rows": np.array(rows),
             "sample_offsets": self.table.offsets,
         }
+        if all(CUT in arrays for arrays, _ in found):
+            joins[CUT] = np.array([arrays[CUT][number] for arrays, number in found])
         fields = {"tokens": np.concatenate(tokens), "pooled": pooled}
         return [EncodedFile(None, np.arange(len(self.row)), fields, joins)]
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import storage
-from .load import Table, pack_keys, read_table
+from .load import STORABLE, Table, pack_keys, read_table
 from .manifest import Manifest, fingerprint
 from .pictures import decoded
-from .schema import BUCKET, Bucket, EncoderSpec, Encoding, Field, check, framing
+from .schema import BUCKET, CUT, Bucket, EncoderSpec, Encoding, Field, check, framing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -185,6 +185,11 @@ class _Encode:
         encoding = Encoding.at(self.dataset, spec.name, spec.kind, spec.fingerprint)
         for bucket, _, fields, _ in files:
             stored = {name: Field.of(rows) for name, rows in fields.items()}
+            if odd := [name for name, it in stored.items() if it.dtype not in STORABLE]:
+                raise ValueError(
+                    f"encoder {spec.name}: field {odd[0]} is {stored[odd[0]]}, "
+                    f"wanted one of {', '.join(STORABLE)}"
+                )
             text = storage.json_bytes(_stated(spec, stored))
             if not storage.create_exclusive(encoding.stated_url(bucket), text):
                 _refuse_other(encoding, spec, stored, bucket)
@@ -391,7 +396,17 @@ def _texts(
     fields = {"tokens": np.concatenate(tokens), **pooled.fields(len(texts))}
     offsets = np.cumsum([0, *map(len, tokens)])
     joins = {"offsets": offsets, "caption_rows": caption_rows, "sample_offsets": table.offsets}
-    return fields, joins
+    return fields, joins | _cut(encoder.encoder, texts, tokens)
+
+
+def _cut(encoder: Any, texts: list[str], tokens: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Whether each caption was longer than the encoder reads; nothing if it can't tell."""
+    if not hasattr(encoder, "truncated"):
+        return {}
+    cut = np.zeros(len(texts), np.uint8)
+    full = [number for number, rows in enumerate(tokens) if len(rows) >= encoder.limit]
+    cut[full] = encoder.truncated([texts[number] for number in full])
+    return {CUT: cut}
 
 
 def _batch(spec: EncoderSpec) -> int:

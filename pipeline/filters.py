@@ -20,7 +20,10 @@ of models by name."""
 Rule = Callable[[Scores], str | None]
 
 NEAR_DUPLICATES = ("keep", "apart", "drop")
-COMMON = tuple("ar bn de en es fa fr hi id it ja ko nl pl pt ru sv th tr uk ur vi zh".split())
+COMMON = (
+    *("ar", "bn", "de", "en", "es", "fa", "fr", "hi", "id", "it", "ja", "ko"),
+    *("nl", "pl", "pt", "ru", "sv", "th", "tr", "uk", "ur", "vi", "zh"),
+)
 """The languages that captions are likely to be in."""
 _BIDI_CONTROLS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 

@@ -26,13 +26,15 @@ from numpy.typing import NDArray
 from . import shards, storage
 from .manifest import Manifest, Shard, fingerprint
 from .plan import BatchPlan, BucketedPlan, Plan, draw
-from .schema import BUCKET, Batch, Bucket, Encoding, Field, batch_fields, check
+from .schema import BUCKET, CUT, Batch, Bucket, Encoding, Field, batch_fields, check
 
 KEY = Field("uint8", (None,))
 """Every encoded shard carries its samples' keys: rows are joined by key, not by trust."""
 _INDEX = Field("int64", ())
 _Ints = NDArray[np.int64]
 _DTYPES = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I64": "<i8"}
+STORABLE = ("float16", "float32", "uint8", "int64")
+"""numpy's names of the dtypes that encoded files have."""
 _OPEN_FILES = 600  # a map keeps its file's descriptor, and 1,024 is the usual limit
 
 
@@ -555,6 +557,8 @@ class TextStorage:
     stored: int
     tokens: int
     """Of those stored."""
+    cut: int
+    """Captions of samples that were longer than the encoder reads."""
     stored_bytes: int
     """Of whole files: pooled vectors, keys and what joins them included."""
     padded_bytes: int
@@ -569,13 +573,14 @@ def text_storage(manifest: Manifest, encoding: Encoding, padded_to: int) -> Text
     if encoding.kind != "text":
         raise ValueError(f"encoding {encoding.name}: {encoding.kind}s have no captions to pad")
     fields = _stored(encoding).fields
-    captions = stored = tokens = size = 0
-    for shard in manifest.shards:
+    captions = stored = tokens = size = cut = 0
+    for shard in manifest.split():
         path = storage.local_copy(encoding.arrays_url(shard.name))
         arrays = _open_encoded(path, encoding, fields, shard.samples)
         captions += len(arrays["caption_rows"])
         stored += len(arrays["pooled"])
         tokens += len(arrays["tokens"])
         size += path.stat().st_size
+        cut += int(arrays[CUT][arrays["caption_rows"]].sum()) if CUT in arrays else 0
     row = fields["tokens"].empty(1).nbytes
-    return TextStorage(captions, stored, tokens, size, captions * padded_to * row)
+    return TextStorage(captions, stored, tokens, cut, size, captions * padded_to * row)

@@ -21,6 +21,8 @@ Bucket = tuple[int, int]
 """Width and height, in pixels, that pictures of like aspect ratio are fitted to."""
 BUCKET = "bucket"
 """The field that says in which bucket of its encoder's table each picture of a shard is."""
+CUT = "cut"
+"""The field that says which captions of a shard were longer than their encoder reads."""
 Batch = dict[str, Any]
 """Arrays and lists (`caption`, `key`, `label`) of one row per sample, int64 `position`, `epoch`."""
 

@@ -3,20 +3,26 @@
 Every path is an fsspec URL; plain local paths are URLs too and take a road that needs no fsspec.
 What is published under a name first exists under a hidden one beside it (local disks) or in one
 upload (object stores). Hidden names say which process wrote them, so `sweep` can tell what a killed
-run left behind from what a living one is writing.
+run left behind from what a living one is writing. A store that is out of reach is asked again; what
+fails in the end is an OSError that names the URL, and on a full disk `NoRoom`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import stat
 import tempfile
+import time
+import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +30,15 @@ from typing import IO, Any
 
 _HOST = socket.gethostname().replace(".", "-")
 _COUNTER = itertools.count()
+_S3 = ("s3://", "s3a://")
+_TRIES = 8
+_LONGEST_WAIT = 32.0
+_CONNECT_SECONDS, _STALL_SECONDS = 5, 15
+_SLOWEST_UPLOAD = 1 << 18  # bytes per second
+
+
+class NoRoom(OSError):
+    """A full disk: which, and what is left of it."""
 
 
 def is_local(url: str) -> bool:
@@ -36,7 +51,23 @@ def filesystem(url: str) -> tuple[Any, str]:
     from fsspec import core  # pyright: ignore[reportMissingTypeStubs]
 
     library: Any = core
-    return library.url_to_fs(url)
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write there too
+    if url.startswith(_S3):
+        # One request at a time for each call: s3fs holds what it moves at once in memory, 50 MB a
+        # request, and asks for the size before each read of a whole file.
+        options["max_concurrency"] = 1
+        # botocore and s3fs each try five times, not knowing of each other: 25 stalls of 15 s. Here
+        # each tries once, and `_ask` again.
+        options["config_kwargs"] = {
+            "connect_timeout": _CONNECT_SECONDS,
+            "read_timeout": _STALL_SECONDS,
+            "retries": {"mode": "standard", "total_max_attempts": 1},
+            **library.conf.get("s3", {}).get("config_kwargs", {}),
+        }
+    files, path = library.url_to_fs(url, **options)
+    if url.startswith(_S3):
+        files.retries = 1
+    return files, path
 
 
 def local_path(url: str) -> str:
@@ -65,24 +96,21 @@ def exists(url: str) -> bool:
     """Whether a file or folder lies there."""
     if is_local(url):
         return os.path.exists(local_path(url))
-    files, path = filesystem(url)
-    return files.exists(path)
+    return _ask(url, lambda files, path: files.exists(path))
 
 
 def read_bytes(url: str) -> bytes:
     """The whole content. FileNotFoundError where there is none."""
     if is_local(url):
         return Path(local_path(url)).read_bytes()
-    files, path = filesystem(url)
-    return files.cat_file(path)
+    return _ask(url, lambda files, path: files.cat_file(path))
 
 
 def open_read(url: str) -> IO[bytes]:
     """The file opened for reading from any position."""
     if is_local(url):
         return open(local_path(url), "rb")
-    files, path = filesystem(url)
-    return files.open(path, "rb")
+    return io.BufferedReader(_Reader(url), 1 << 16)
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -90,10 +118,22 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     if is_local(url):
         with open(local_path(url), "rb") as file:
             return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
-    files, path = filesystem(url)
-    starts = [offset for offset, _ in ranges]
-    ends = [offset + length for offset, length in ranges]
-    return files.cat_ranges([path] * len(ranges), starts, ends, on_error="raise")
+    pieces: dict[int, bytes] = {}
+
+    def missing(files: Any, path: str) -> None:
+        left = [number for number in range(len(ranges)) if number not in pieces]
+        starts = [ranges[number][0] for number in left]
+        ends = [sum(ranges[number]) for number in left]
+        answers = files.cat_ranges([path] * len(left), starts, ends, on_error="return")
+        failed = [answer for answer in answers if isinstance(answer, Exception)]
+        pieces.update(
+            it for it in zip(left, answers, strict=True) if not isinstance(it[1], Exception)
+        )
+        if failed:
+            raise failed[0]
+
+    _ask(url, missing)
+    return [pieces[number] for number in range(len(ranges))]
 
 
 def read_json(url: str) -> Any:
@@ -112,12 +152,11 @@ def list_names(url: str) -> list[str]:
         except (FileNotFoundError, NotADirectoryError):
             return []
     else:
-        files, path = filesystem(url)
         try:
-            files.invalidate_cache(path)
-            names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in files.ls(path, detail=False)]
+            entries = _ask(url, lambda files, path: files.ls(path, detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        names = [entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries]
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -140,10 +179,9 @@ def list_stamps(url: str) -> dict[str, str]:
                 elif entry.is_file():
                     found[prefix + entry.name] = _stamp(entry.stat())
     else:
-        files, path = filesystem(url)
-        files.invalidate_cache(path)
-        root = path.strip("/")
-        for name, info in files.find(path, detail=True).items():
+        root = filesystem(url)[1].strip("/")
+        entries = _ask(url, lambda files, path: files.find(path, detail=True))
+        for name, info in entries.items():
             relative = name.strip("/").removeprefix(root).strip("/")
             if relative and not any(part.startswith(".") for part in relative.split("/")):
                 found[relative] = _remote_stamp(info)
@@ -158,10 +196,8 @@ def stamp(url: str) -> str | None:
         except (OSError, ValueError):
             return None
         return _stamp(status) if stat.S_ISREG(status.st_mode) else None
-    files, path = filesystem(url)
-    files.invalidate_cache(path)
     try:
-        info = files.info(path)
+        info = _ask(url, lambda files, path: files.info(path))
     except FileNotFoundError:
         return None
     return _remote_stamp(info) if info["type"] == "file" else None
@@ -172,24 +208,27 @@ def draft(folder: str) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
     """A hidden file to write into, and a function that publishes it under a URL, once.
 
     For local folders the file lies in `folder`, so that publishing is a rename. What is not
-    published is removed.
+    published is removed. `NoRoom` where the disk is full.
     """
-    if is_local(folder):
-        os.makedirs(local_path(folder) or ".", exist_ok=True)
-        hidden = _hidden(os.path.join(local_path(folder), "draft"))
-    else:
-        handle, hidden = tempfile.mkstemp(prefix="darkroom-")
-        os.close(handle)
-    try:
+    place = local_path(folder) or "." if is_local(folder) else tempfile.gettempdir()
+    with contextlib.ExitStack() as after, _room(place):  # which looks before the draft is removed
+        if is_local(folder):
+            os.makedirs(place, exist_ok=True)
+            hidden = _hidden(os.path.join(place, "draft"))
+        else:
+            handle, hidden = tempfile.mkstemp(prefix="darkroom-")
+            os.close(handle)
+        after.callback(Path(hidden).unlink, missing_ok=True)
         with open(hidden, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
 
             def publish(url: str) -> None:
                 file.flush()
+                # safetensors puts a file of its own, that others may not read, in its place
+                os.chmod(hidden, mode)
                 publish_file(hidden, url)
 
             yield file, publish
-    finally:
-        Path(hidden).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -208,8 +247,7 @@ def publish_bytes(url: str, data: bytes) -> None:
         with publishing(url) as file:
             file.write(data)
     else:
-        files, path = filesystem(url)
-        files.pipe_file(path, data)
+        _ask(url, lambda files, path: _upload(files, len(data), "pipe_file", path, data))
 
 
 def publish_json(url: str, obj: Any) -> None:
@@ -237,19 +275,25 @@ def publish_file(local: str | os.PathLike[str], url: str) -> None:
                 shutil.copyfileobj(file, out, 1 << 20)
             os.unlink(source)
     else:
-        files, path = filesystem(url)
-        files.put_file(source, path)
+        size = os.path.getsize(source)
+        _ask(url, lambda files, path: _upload(files, size, "put_file", source, path))
         os.unlink(source)
 
 
 def create_exclusive(url: str, data: bytes) -> bool:
     """Create the file with `data`. True: we did; False: it was there already and stays as it is."""
     if not is_local(url):
-        files, path = filesystem(url)
+        mark = {"Metadata": {"writer": uuid.uuid4().hex}} if url.startswith(_S3) else {}
+
+        def create(files: Any, path: str) -> None:
+            _upload(files, len(data), "pipe_file", path, data, mode="create", **mark)
+
         try:
-            files.pipe_file(path, data, mode="create")
+            _ask(url, create)
         except FileExistsError:
-            return False
+            # It may be ours: the answer to a write that did succeed gets lost, and it is repeated.
+            there = {"Metadata": _ask(url, lambda files, path: files.metadata(path))} if mark else 0
+            return there == mark
         return True
     with draft(parent(url)) as (file, _):
         file.write(data)
@@ -271,9 +315,8 @@ def delete(url: str) -> None:
         else:
             Path(path).unlink(missing_ok=True)
         return
-    files, path = filesystem(url)
     with contextlib.suppress(FileNotFoundError):
-        files.rm(path, recursive=True)
+        _ask(url, lambda files, path: files.rm(path, recursive=True))
 
 
 def local_copy(url: str) -> Path:
@@ -284,18 +327,18 @@ def local_copy(url: str) -> Path:
     """
     if is_local(url):
         return Path(local_path(url))
-    name = hashlib.blake2b(url.encode(), digest_size=8).hexdigest() + "-" + url.rsplit("/", 1)[-1]
-    target = Path(os.environ.get("DARKROOM_HOME", ".darkroom"), "cache", name)
+    target = _cached(url)
     if not target.exists():
-        files, path = filesystem(url)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        hidden = _hidden(str(target))
-        try:
-            files.get_file(path, hidden)
-            os.replace(hidden, target)
-        finally:
-            Path(hidden).unlink(missing_ok=True)
+        with draft(str(target.parent)) as (file, publish):
+            _ask(url, lambda files, path: files.get_file(path, file.name))
+            publish(str(target))
     return target
+
+
+def forget(url: str) -> None:
+    """Delete what `local_copy` keeps of a remote file on this machine."""
+    if not is_local(url):
+        _cached(url).unlink(missing_ok=True)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -333,6 +376,140 @@ def lock(url: str) -> Generator[None]:
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
+    """What the file system of a remote URL answers, asked again while it is out of reach.
+
+    Waits have full jitter (Brooker 2015): a crowd that failed together does not return together.
+    """
+    files, path = filesystem(url)
+    for attempt in itertools.count(1):
+        try:
+            return question(files, path)
+        except NoRoom:
+            raise
+        except Exception as error:  # the stores' own have no base class in common
+            if attempt < _TRIES and _passing(error):
+                time.sleep(random.uniform(0, min(_LONGEST_WAIT, 2.0 ** (attempt - 2))))
+                continue
+            said = (error.strerror if isinstance(error, OSError) else "") or str(error)
+            if not isinstance(error, OSError) or not said:
+                said = f"{type(error).__name__}: {said}".strip(": ")
+            if _passing(error):
+                said += f" ({attempt} tries; run again once it answers)"
+            raise OSError(_error_number(error), said, url) from error
+    raise AssertionError
+
+
+def _upload(files: Any, size: int, method: str, *args: Any, **options: Any) -> None:
+    """`pipe_file` or `put_file` with a deadline: clients of S3 wait for ever until they may write.
+
+    (aiohttp counts the seconds of a stall only once a request is out.)
+    """
+    if not files.async_impl:
+        getattr(files, method)(*args, **options)
+        return
+    from fsspec import asyn  # pyright: ignore[reportMissingTypeStubs]
+
+    library: Any = asyn
+    seconds = _STALL_SECONDS + size / _SLOWEST_UPLOAD
+    library.sync(files.loop, getattr(files, f"_{method}"), *args, timeout=seconds, **options)
+
+
+_PASSING = frozenset({errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.EPIPE, errno.ECONNRESET})
+_PASSING_NAMES = frozenset(
+    {"ClientConnectionError", "ClientPayloadError", "ConnectionError", "FSTimeoutError"}
+    | {"HTTPClientError", "IncompleteReadError", "ResponseParserError", "TimeoutError"}
+)
+"""Of fsspec, botocore, aiohttp and Python: by name, for any of them may be missing."""
+_LASTING = {
+    FileNotFoundError: errno.ENOENT,
+    FileExistsError: errno.EEXIST,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    PermissionError: errno.EACCES,
+}
+
+
+def _passing(error: Exception) -> bool:
+    """Whether trying again may help."""
+    if isinstance(error, OSError) and (isinstance(error, tuple(_LASTING)) or error.errno):
+        return error.errno in _PASSING
+    if (status := getattr(error, "status", None)) is not None:
+        return status in (408, 429, 500, 502, 503, 504)
+    return any(kind.__name__ in _PASSING_NAMES for kind in type(error).__mro__)
+
+
+def _error_number(error: Exception) -> int:
+    """The one by which Python makes an OSError of the same kind."""
+    known = next((number for kind, number in _LASTING.items() if isinstance(error, kind)), None)
+    return known or getattr(error, "errno", None) or errno.EIO
+
+
+class _Reader(io.RawIOBase):
+    """A remote file whose reads are asked for by `_ask`."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._file = _ask(url, lambda files, path: files.open(path, "rb"))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any, /) -> int:
+        start = self._file.tell()
+
+        def read(*_: Any) -> bytes:
+            if self._file.tell() != start:
+                self._file.seek(start)
+            return self._file.read(len(buffer))
+
+        data = _ask(self._url, read)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+@contextlib.contextmanager
+def _room(place: str) -> Generator[None]:
+    """A full disk, whoever noticed it, becomes `NoRoom`."""
+    try:
+        yield
+    except NoRoom:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number is None and "os error 28" in str(error):  # safetensors writes from Rust
+            number = errno.ENOSPC
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        path = Path(place).absolute()  # which may not have been made yet
+        room = shutil.disk_usage(next(it for it in (path, *path.parents) if it.exists()))
+        raise NoRoom(
+            number,
+            f"{os.strerror(number)} ({room.free:,} of {room.total:,} bytes are free); "
+            "make room and run again",
+            place,
+        ) from error
+
+
+def _cached(url: str) -> Path:
+    name = hashlib.blake2b(url.encode(), digest_size=8).hexdigest() + "-" + url.rsplit("/", 1)[-1]
+    return Path(os.environ.get("DARKROOM_HOME", ".darkroom"), "cache", name)
 
 
 def _stamp(status: os.stat_result) -> str:

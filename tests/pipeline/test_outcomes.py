@@ -36,7 +36,11 @@ def test_a_kept_picture_is_found_by_its_key_and_by_its_row(dataset):
     (kept, again) = explain(dataset, "#a.png")
     assert (kept["outcome"], kept["version"], kept["split"]) == ("kept", 1, "train")
     assert kept["shard"].startswith("train-")
-    assert (again["outcome"], again["reason"], again["version"]) == ("duplicate", "caption_added", 2)
+    assert (again["outcome"], again["reason"], again["version"]) == (
+        "duplicate",
+        "caption_added",
+        2,
+    )
     assert explain(dataset, kept["key"][:9].upper()) == [kept, again]
 
 
