@@ -31,7 +31,7 @@ bench: $(READY)
 
 # The lock covers every platform and Python >= 3.11, and names no index.
 lock: $(READY)
-	$(BIN)/uv pip compile pyproject.toml --group dev --extra pretrained --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --group dev --extra pretrained --extra s3 --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header -q -o requirements.lock
 
 $(READY): requirements.lock pyproject.toml

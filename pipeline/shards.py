@@ -22,6 +22,8 @@ from .manifest import Shard
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 _BLOCK = 512
+_REST = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")  # behind the checksum
+_REST_SUM = sum(_REST) + 8 * 32  # the checksum field itself counts as eight spaces
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def read_table(dataset: str, shard: str, columns: list[str] | None = None) -> An
 class Column(NamedTuple):
     """A column of a parquet file, with a type that does not depend on its values."""
 
-    kind: Literal["text", "texts", "whole", "inferred"]
+    kind: Literal["text", "texts", "whole", "real", "inferred"]
     values: list[Any]
 
 
@@ -135,6 +137,7 @@ def parquet_bytes(columns: Mapping[str, Column]) -> bytes:
         "text": pa.string(),
         "texts": pa.list_(pa.string()),
         "whole": pa.int32(),
+        "real": pa.float32(),
         "inferred": None,
     }
     out = io.BytesIO()
@@ -179,9 +182,7 @@ def _header(name: str, size: int) -> bytes:
     before = (
         encoded.ljust(100, b"\0") + b"0000644\x000000000\x000000000\0%011o\x0000000000000\0" % size
     )
-    after = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")
-    checksum = sum(before) + 8 * 32 + sum(after)  # the checksum field itself counts as eight spaces
-    return before + b"%06o\0 " % checksum + after
+    return before + b"%06o\0 " % (sum(before) + _REST_SUM) + _REST
 
 
 def _read_members(tar: mmap.mmap, url: str) -> Iterator[tuple[str, bytes]]:

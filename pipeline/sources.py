@@ -17,6 +17,7 @@ followed, nothing is unpickled, no shell is started.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import posixpath
@@ -184,7 +185,9 @@ def fetch_image(image: str, max_bytes: int = 1 << 30) -> bytes:
     if is_remote(image):
         raise ValueError(f"{image}: pictures from the web come through pipeline.download")
     with storage.open_read(image) as file:
-        data = file.read(max_bytes + 1)
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        data = file.read(min(size, max_bytes) + 1)  # room is made for all that is asked for
     if len(data) > max_bytes:
         raise OverLong(f"more than the allowed {max_bytes} bytes")
     return data
@@ -217,8 +220,7 @@ class _Column:
         except (pa.ArrowException, StopIteration) as error:
             raise Damaged(f"{self.url}, row group {self.group}: {error}") from None
         except OSError as error:
-            if not storage.is_local(self.url):
-                raise  # the store's trouble, it may be
+            _raise_if_out_of_reach(error)
             raise Damaged(f"{self.url}, row group {self.group}: {error}") from None
         if not value.is_valid:
             return None
@@ -646,16 +648,24 @@ def _read_table(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[st
 
 
 def _read_parquet(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    pa: Any = pyarrow
+    try:
+        yield from _parquet_rows(url, options)
+    except (pa.ArrowException, OSError) as error:  # Arrow raises both for what it cannot read
+        _raise_if_out_of_reach(error)
+        raise ValueError(f"{url}: not a parquet file, or a damaged one ({error})") from None
+
+
+def _parquet_rows(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa_  # pyright: ignore[reportMissingTypeStubs]
     import pyarrow.parquet as pq  # pyright: ignore[reportMissingTypeStubs]
 
     pa: Any = pa_
     parquet: Any = pq
     with storage.open_read(url) as file:
-        try:
-            table = parquet.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{url}: not a parquet file ({error})") from None
+        table = parquet.ParquetFile(file)
         columns: dict[str, Any] = {column.name: column.type for column in table.schema_arrow}
         place = f"{url}, schema"
         file_name = _field(columns, options.file_field, FILE_FIELDS, place)
@@ -674,7 +684,7 @@ def _read_parquet(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[
         for group in range(table.num_row_groups):
             row = 0
             for batch in table.iter_batches(4096, row_groups=[group], columns=sorted(wanted)):
-                for fields in batch.to_pylist():
+                for fields in _fields_of(batch):
                     place = f"{url}, row {number}"
                     said = fields[caption]
                     if not isinstance(said, (str, list)):
@@ -686,6 +696,31 @@ def _read_parquet(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[
                         fields[file_name] = _Embedded(group, row, file_name, f"row {number}")
                     yield place, fields
                     number, row = number + 1, row + 1
+
+
+def _fields_of(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch; a text need not be the UTF-8 that its column promises."""
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    pa: Any = pyarrow
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+        raw |= {
+            column.type: pa.list_(raw[column.type.value_type])
+            for column in batch.columns
+            if pa.types.is_list(column.type) and column.type.value_type in raw
+        }
+        columns = [column.cast(raw.get(column.type, column.type)) for column in batch.columns]
+        rows = pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+        return [{name: _decoded(value) for name, value in row.items()} for row in rows]
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(it) for it in _listed(value)]
+    return _text(value) if isinstance(value, bytes) else value
 
 
 def _field(
@@ -747,14 +782,16 @@ def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo |
     """The headers of a tar, then None where it breaks off."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
-    except tarfile.TarError as error:
-        raise ValueError(f"{url}: not an uncompressed tar ({error})") from None
+    except Exception as error:
+        _raise_if_out_of_reach(error)
+        raise ValueError(f"{url}: not an uncompressed tar ({error!r})") from None
     with tar:
         last = -1
         while True:
             try:
                 member = tar.next()
-            except (tarfile.TarError, OSError, ValueError):
+            except Exception as error:  # lying headers make tarfile raise whatever comes
+                _raise_if_out_of_reach(error)
                 yield None
                 return
             if member is None:  # also on a broken header, about which tarfile is silent
@@ -768,3 +805,9 @@ def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo |
             last = member.offset
             vars(tar)["members"].clear()  # tarfile keeps every header it has seen
             yield member
+
+
+def _raise_if_out_of_reach(error: Exception) -> None:
+    """The disk's or the store's own trouble says nothing of the file."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of seeking to -1
+        raise error

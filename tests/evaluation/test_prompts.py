@@ -11,9 +11,8 @@ from pipeline.ingest import IngestRules, ingest
 
 def drawn(folder, objects=1, scenes=600, **rules):
     source = f"shapes://?scenes={scenes}&seed=3&side=16&objects={objects}"
-    return ingest(
-        [source], str(folder), IngestRules(shard_samples=256, **rules), Executor(kind="local")
-    ).manifest
+    rules = IngestRules(shard_samples=256, near_duplicates="keep", **rules)
+    return ingest([source], str(folder), rules, Executor(kind="local")).manifest
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_captions_come_from_the_held_out_splits(tmp_path):
     manifest = ingest(
         [str(folder)],
         str(tmp_path / "set"),
-        IngestRules(heldout_share=0.2, unseen_share=0.2),
+        IngestRules(heldout_share=0.2, unseen_share=0.2, near_duplicates="keep"),
         Executor(kind="local"),
     ).manifest
     for split, group in (("heldout", "heldout"), ("unseen", "unseen_name")):
