@@ -30,7 +30,8 @@ def ray_session(wanted: bool = True) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     root = Path(__file__).resolve().parent.parent
     ray.init(
-        address=address,
+        # Without "local" a session that another command has here for itself would be joined.
+        address=address or "local",
         # Logical cores: Data's readers, its actors and Train's workers share two real ones.
         num_cpus=None if address else max(4, os.cpu_count() or 1),
         object_store_memory=None if address else 512 * 2**20,

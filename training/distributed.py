@@ -207,7 +207,8 @@ def _ray(workers: int) -> Iterator[None]:
         if not ray.is_initialized():
             main = threading.current_thread() is threading.main_thread()
             before = signal.getsignal(signal.SIGTERM)
-            ray.init(include_dashboard=False, log_to_driver=False)
+            address = os.environ.get("RAY_ADDRESS", "local")
+            ray.init(address=address, include_dashboard=False, log_to_driver=False)
             if main and before is not None:
                 signal.signal(signal.SIGTERM, before)  # ray.init takes it and never gives it back
             stack.callback(ray.shutdown)

@@ -22,6 +22,7 @@ def ray_session():
     import ray
 
     ray.init(
+        "local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 << 20,

@@ -188,7 +188,7 @@ def ray():
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
     ray.shutdown()  # the session of other folders' tests, where they ran before
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 
