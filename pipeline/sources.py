@@ -540,7 +540,7 @@ class _Tars(_Listed):
         elif extension == "json" and member.size <= _MAX_JSON_BYTES:
             file.seek(member.offset_data)
             try:
-                self._take_fields(sample, json.loads(file.read(member.size)))
+                self._take_fields(sample, json.loads(_text(file.read(member.size))))
             except (ValueError, RecursionError):
                 sample.flags.add("json_ignored")
         else:

@@ -207,18 +207,20 @@ def stamp(url: str) -> str | None:
 def draft(folder: str) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
     """A hidden file to write into, and a function that publishes it under a URL, once.
 
-    For local folders the file lies in `folder`, so that publishing is a rename. What is not
-    published is removed. `NoRoom` where the disk is full.
+    For local folders the file lies below `folder`, so that publishing is a rename, in a hidden
+    folder of its own, for some libraries write beside what they are to write. What is not published
+    is removed. `NoRoom` where the disk is full.
     """
     place = local_path(folder) or "." if is_local(folder) else tempfile.gettempdir()
     with contextlib.ExitStack() as after, _room(place):  # which looks before the draft is removed
         if is_local(folder):
             os.makedirs(place, exist_ok=True)
-            hidden = _hidden(os.path.join(place, "draft"))
+            own = _hidden(os.path.join(place, "draft"))
+            os.mkdir(own)
         else:
-            handle, hidden = tempfile.mkstemp(prefix="darkroom-")
-            os.close(handle)
-        after.callback(Path(hidden).unlink, missing_ok=True)
+            own = tempfile.mkdtemp(prefix="darkroom-")
+        after.callback(shutil.rmtree, own, ignore_errors=True)
+        hidden = os.path.join(own, "draft")
         with open(hidden, "wb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
 
@@ -348,7 +350,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def sweep(url: str) -> None:
-    """Remove the hidden files that dead processes of this machine left in a local folder."""
+    """Remove the hidden drafts that dead processes of this machine left in a local folder."""
     if not is_local(url) or not os.path.isdir(local_path(url)):
         return
     for entry in os.scandir(local_path(url)):
@@ -356,7 +358,7 @@ def sweep(url: str) -> None:
         if entry.name.startswith(".") and len(parts) == 5 and parts[-1] == "tmp":
             host, pid = parts[1:3]
             if host == _HOST and pid.isdigit() and not _alive(int(pid)):
-                Path(entry.path).unlink(missing_ok=True)
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 @contextlib.contextmanager

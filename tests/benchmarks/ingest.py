@@ -161,6 +161,7 @@ def run_ours(folder: Path, warm: Path, out: Path, workers: int) -> dict[str, Any
         import ray
 
         ray.init(
+            address="local",
             num_cpus=max(4, workers),
             include_dashboard=False,
             object_store_memory=256 << 20,

@@ -63,7 +63,7 @@ def tree(path: str | Path) -> dict[str, bytes]:
 
 def visible(path: str | Path) -> dict[str, bytes]:
     """What a reader may meet of it."""
-    return {name: data for name, data in tree(path).items() if not Path(name).name.startswith(".")}
+    return {name: data for name, data in tree(path).items() if "/." not in f"/{name}"}
 
 
 def hidden(path: str | Path) -> list[str]:
@@ -231,7 +231,7 @@ def undisturbed(source: str, dataset: str, place: str) -> None:
     import ray
 
     session = {"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False}
-    ray.init(**session, log_to_driver=False, configure_logging=False, _temp_dir=place)
+    ray.init("local", **session, log_to_driver=False, configure_logging=False, _temp_dir=place)
     line_on_ray(source, dataset)
     print("end", flush=True)
 
@@ -249,7 +249,7 @@ def kill_workers(source: str, dataset: str, place: str) -> None:
                 struck.append(stage)
 
     session = {"num_cpus": 2, "object_store_memory": STORE, "include_dashboard": False}
-    ray.init(**session, log_to_driver=False, configure_logging=False, _temp_dir=place)
+    ray.init("local", **session, log_to_driver=False, configure_logging=False, _temp_dir=place)
     line_on_ray(source, dataset, strike)
     print("end", *struck, flush=True)
 
@@ -359,6 +359,7 @@ def test_a_tree_of_processes_that_is_killed_ends_like_an_undisturbed_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("work", "when", "struck"),
     [

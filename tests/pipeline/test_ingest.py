@@ -564,10 +564,14 @@ def test_killed_runs_end_like_undisturbed_ones(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-def test_runs_killed_at_each_step_and_at_random_end_like_undisturbed_ones(tmp_path, undisturbed):
+@pytest.mark.timeout(3600)
+def test_runs_killed_at_any_step_and_at_random_end_like_undisturbed_ones(
+    tmp_path, undisturbed, rounds
+):
+    """Each kill strikes twice: while a data set is made, and while it grows."""
     rng = random.Random(2)
-    kills = [at_step(count) for count in range(60)]
-    kills += [after(rng.uniform(0.0, 0.5)) for _ in range(140)]
+    kills = [at_step(rng.randrange(60)) for _ in range(rounds(2, 20))]
+    kills += [after(rng.uniform(0.0, 0.5)) for _ in range(rounds(3, 28))]
     check_kills(tmp_path, undisturbed, kills)
 
 

@@ -331,6 +331,34 @@ def test_of_two_processes_that_create_one_wins(bucket):
         assert all(found[f"{int(it):02}.json"] == name.encode() * 100 for it in numbers)
 
 
+INGEST = """
+import sys, time
+from pipeline import storage
+from pipeline.ingest import IngestRules, ingest
+dataset, start, *sources = sys.argv[1:]
+storage.exists(dataset)
+time.sleep(max(0, float(start) - time.time()))
+try:
+    ingest(sources, dataset, IngestRules(shard_samples=12, min_heldout=4))
+except ValueError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.slow
+def test_of_two_ingests_at_once_one_publishes_and_the_other_is_told(bucket, tmp_path):
+    sources, dataset = fill(f"{bucket}/in"), f"{bucket}/set"
+    command = [sys.executable, "-c", INGEST, dataset, str(time.time() + 5), *sources]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = sorted(it.communicate()[1] for it in both)
+    assert said[0] == "", said
+    assert said[1] == "" or "was published meanwhile by another run; run again" in said[1], said
+    assert manifest.versions(dataset) == [1]
+    assert ingest(sources, dataset, RULES).reused
+    ingest(sources, str(tmp_path / "set"), RULES)
+    assert objects(dataset) == tree(tmp_path / "set")
+
+
 def test_a_lost_answer_is_not_a_lost_race(bucket, ill):
     url = f"{bucket}/versions/000001.json"
     with ill(first=("lost", "lost"), only="PUT") as trouble:
@@ -425,8 +453,8 @@ def test_an_ill_store_changes_no_byte(bucket, ill, tmp_path, seed):
     ("kind", "said"),
     [
         ("slow_down", "(Service Unavailable|Please reduce your request rate)"),
-        ("stall", "(Read timeout|FSTimeoutError)"),
-        ("refuse", "ConnectionClosedError"),
+        pytest.param("stall", "(Read timeout|FSTimeoutError)", marks=pytest.mark.slow),
+        pytest.param("refuse", "ConnectionClosedError", marks=pytest.mark.slow),
     ],
 )
 def test_a_store_that_never_answers_is_an_error_that_names_the_url(bucket, ill, kind, said):
