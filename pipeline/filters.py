@@ -187,9 +187,12 @@ def clean_caption(text: str, limit: int) -> tuple[str, tuple[str, ...]]:
     if len(text) > limit:
         text = text[:limit].rstrip()
         flags.append("caption_cut")
+    if all(unicodedata.category(char) in _UNSEEN for char in text):
+        text = ""  # directions and joiners without anything to direct or join
     return text, tuple(sorted(set(flags)))
 
 
+_UNSEEN = ("Cf", "Zs")
 _CLASS = {"Cc": " ", "Cs": "\ufffd"}
 
 

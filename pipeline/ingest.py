@@ -555,7 +555,12 @@ def _reader(
             return fetch_image(image, policy.max_bytes)
         except OverLong as error:
             raise Rejected("too_many_bytes", str(error)) from None
-        except (FileNotFoundError, IsADirectoryError, PermissionError, Damaged) as error:
+        except PermissionError as error:
+            # Of a store it speaks of our credentials, which may just have expired, not of a picture.
+            if not storage.is_local(image):
+                raise
+            raise Rejected("unreadable", str(error)) from None
+        except (FileNotFoundError, IsADirectoryError, Damaged) as error:
             raise Rejected("unreadable", str(error)) from None
 
     def read(

@@ -106,6 +106,7 @@ def test_rules_that_make_no_sense(wrong, message):
         ("half \ud83d", "half \ufffd", ("caption_replaced",)),
         ("caf\ufffd", "caf\ufffd", ("caption_replaced",)),
         (" \x00\n", "", ()),
+        ("\u200e\u200b", "", ()),
         ("", "", ()),
         ("0123456789", "01234567", ("caption_cut",)),
         ("012345 78", "012345 7", ("caption_cut",)),

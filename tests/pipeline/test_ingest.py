@@ -461,6 +461,36 @@ def test_rules_are_checked(wrong, message):
         IngestRules(**wrong)
 
 
+def test_credentials_that_expire_end_the_run_and_reject_nothing(tmp_path):
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Expiring(MemoryFileSystem):
+        """A store that gives captions, and has had enough when it comes to pictures."""
+
+        protocol = "expiring"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("expiring://", "memory://"))
+
+        def _open(self, path, *args, **options):
+            if path.endswith(".png"):
+                raise PermissionError("the provided token has expired")
+            return super()._open(path, *args, **options)
+
+        def cat_file(self, path, *args, **options):
+            with self._open(path) as file:
+                return file.read()
+
+    fsspec.register_implementation("expiring", Expiring, clobber=True)
+    MemoryFileSystem().pipe_file("/expiring/a.png", picture(1))
+    MemoryFileSystem().pipe_file("/expiring/a.txt", b"a caption")
+    with pytest.raises(OSError, match="token has expired"):
+        ingest(["expiring://expiring"], str(tmp_path / "out"))
+    assert manifest.versions(str(tmp_path / "out")) == []
+
+
 def test_a_source_named_twice_is_refused(tmp_path):
     url = source(tmp_path / "in", plain(3))
     with pytest.raises(ValueError, match="listed twice"):
