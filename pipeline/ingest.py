@@ -556,7 +556,7 @@ def _reader(
         except OverLong as error:
             raise Rejected("too_many_bytes", str(error)) from None
         except PermissionError as error:
-            # Of a store it speaks of our credentials, which may just have expired, not of a picture.
+            # Of a store it speaks of our credentials, which may have expired, not of a picture.
             if not storage.is_local(image):
                 raise
             raise Rejected("unreadable", str(error)) from None
