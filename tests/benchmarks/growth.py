@@ -1,9 +1,10 @@
 """Ten times the samples: python -m tests.benchmarks.growth [--counts 10000 100000]
 
-Seconds and peak memory of one process that ingests tiny pictures from a folder, encodes them as
-pixels, or loads one epoch of batches, each stage in a fresh process, by the number of samples. What
-a row has more than the row above it says how the stage grows. With DARKROOM_SOAK set, a million
-tiny latents are written, encoded and loaded as well.
+Seconds (of the clock; of the processor) and peak memory of one process that ingests tiny pictures
+from a folder, encodes them as pixels, or loads one epoch of batches, each stage in a fresh process,
+by the number of samples; of the memory, what is files that are mapped, which the machine takes back
+when it needs to. What a row has more than the row above it says how the stage grows. With
+DARKROOM_SOAK set, a million tiny latents are written, encoded and loaded as well.
 """
 
 from __future__ import annotations
@@ -111,8 +112,10 @@ STAGES = {
 }
 
 
-def fresh(stage: str, count: int, *places: Path) -> tuple[float, float]:
-    """(seconds, MiB at most) of a stage in a process of its own, its imports left out."""
+def fresh(stage: str, count: int, *places: Path) -> tuple[float, ...]:
+    """(seconds, processor seconds, MiB at most, MiB of files at the end) of a stage in a process of
+    its own, which has imported all that this module does.
+    """
     command = [sys.executable, "-m", "tests.benchmarks.growth", "--inside", stage]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SAMPLES": str(count)}
     ran = subprocess.run(
@@ -120,17 +123,19 @@ def fresh(stage: str, count: int, *places: Path) -> tuple[float, float]:
     )
     if ran.returncode:
         raise SystemExit(ran.stderr)
-    seconds, memory = map(float, ran.stdout.split()[-2:])
-    return seconds, memory
+    return tuple(map(float, ran.stdout.split()[-4:]))
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--inside"]:
         stage, folder, data = sys.argv[2:]
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         STAGES[stage](Path(folder), data)
-        seconds = time.perf_counter() - start
-        print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - began
+        status = Path("/proc/self/status").read_text()
+        files = int(status.split("RssFile:")[1].split()[0])
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(seconds, cpu, most / 1024, files / 1024)
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=1, help="medians of this many")
@@ -140,10 +145,11 @@ def main() -> None:
     if os.environ.get("DARKROOM_SOAK"):
         tiny = ("tiny write", "tiny encode", "tiny load")
         runs += [(MILLION // 10, tiny), (MILLION, tiny)]
-    before: dict[str, tuple[int, float, float]] = {}
-    print(f"{'':12s} {'samples':>9s} {'seconds':>9s} {'peak':>10s}   times the samples, seconds")
+    before: dict[str, tuple[int, float, float, float]] = {}  # samples, seconds, processor, own MiB
+    columns = (("samples", 8), ("seconds", 9), ("processor", 9), ("peak (files)", 16))
+    print(" " * 12, *(f"{name:>{width}s}" for name, width in columns), "  times each")
     for count, stages in runs:
-        took: dict[str, list[tuple[float, float]]] = {stage: [] for stage in stages}
+        took: dict[str, list[tuple[float, ...]]] = {stage: [] for stage in stages}
         with tempfile.TemporaryDirectory(prefix="darkroom-") as scratch:
             folder = Path(scratch, "pictures")
             if "ingest" in stages:
@@ -151,13 +157,14 @@ def main() -> None:
             for turn in range(options.rounds):
                 for stage in stages:
                     took[stage].append(fresh(stage, count, folder, Path(scratch, f"data{turn}")))
-        for stage, pairs in took.items():
-            seconds, memory = (statistics.median(values) for values in zip(*pairs, strict=True))
-            line = f"{stage:12s} {count:9d} {seconds:9.2f} {memory:6.0f} MiB"
+        for stage, runs_of in took.items():
+            seconds, cpu, room, files = map(statistics.median, zip(*runs_of, strict=True))
+            line = f"{stage:12s} {count:8d} {seconds:9.2f} {cpu:9.2f} {room:6.0f} ({files:.0f}) MiB"
             if stage in before:
-                samples, past, room = before[stage]
-                line += f"   {count / samples:6.2f} {seconds / past:6.2f}, {memory - room:+.0f} MiB"
-            before[stage] = (count, seconds, memory)
+                samples, *past = before[stage]
+                line += f"   {count / samples:.1f}: {seconds / past[0]:.2f} {cpu / past[1]:.2f}"
+                line += f", {room - files - past[2]:+.0f} MiB"
+            before[stage] = (count, seconds, cpu, room - files)
             print(line, flush=True)
 
 
