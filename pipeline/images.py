@@ -102,9 +102,10 @@ def decode(data: bytes, policy: DecodePolicy | None = None) -> tuple[Image.Image
     """An upright 8-bit sRGB picture and what is known about its file.
 
     The info holds width and height (of the file's picture, upright, even where `draft_side` made
-    the decoded one smaller), format, flags (sorted names of what was done or ignored) and `plain`:
-    how many of the file's bytes show just this picture and nothing else, or 0 when it had to be
-    converted. Raises `Rejected`.
+    the decoded one smaller), extent (the box of the decoded picture that these fill: at a reduced
+    scale they may end within a pixel), format, flags (sorted names of what was done or ignored) and
+    `plain`: how many of the file's bytes show just this picture and nothing else, or 0 when it had
+    to be converted. Raises `Rejected`.
     """
     policy = policy or DecodePolicy()
     if len(data) > policy.max_bytes:
@@ -197,7 +198,7 @@ def store(
     if 0 < max_side < short:
         scale = max_side / short
         size = (max(1, round(info["width"] * scale)), max(1, round(info["height"] * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        image = image.resize(size, Image.Resampling.LANCZOS, box=info["extent"], reducing_gap=3.0)
     lossy = info["format"] in ("JPEG", "AVIF") or (
         info["format"] == "WEBP" and data[12:16] != b"VP8L"
     )
@@ -227,12 +228,13 @@ def _decode(data: bytes, name: str, policy: DecodePolicy) -> tuple[Image.Image, 
         if policy.animated == "reject":
             raise Rejected("animated", f"{name} of several frames")
         flags.add("animated")
-    short = min(width, height)
+    short, over = min(width, height), (0.0, 0.0)
     if name == "JPEG" and 0 < policy.draft_side < short:
         # The 1/2, 1/4, 1/8 scales of the inverse DCT: five times faster on photographs, low-passed,
         # not decimated.
         side = policy.draft_side
-        image.draft(None, (-(-width * side // short), -(-height * side // short)))
+        if draft := image.draft(None, (-(-width * side // short), -(-height * side // short))):
+            over = (image.width - draft[1][2], image.height - draft[1][3])
     image.load()
     if name != "JPEG":
         width, height = image.size  # TIFFs turn themselves upright while loading
@@ -249,7 +251,9 @@ def _decode(data: bytes, name: str, policy: DecodePolicy) -> tuple[Image.Image, 
     if orientation in _TRANSPOSE:
         flags.add("transposed")
         image = image.transpose(_TRANSPOSE[orientation])
-        width, height = (height, width) if orientation >= 5 else (width, height)
+        if orientation >= 5:
+            (width, height), over = (height, width), over[::-1]
+    left, top = over[0] * (orientation in (2, 3, 6, 7)), over[1] * (orientation in (3, 4, 7, 8))
     colour, alpha = _colour(image, flags)
     if alpha is not None or flags & {"transposed", "icc_converted", "icc_ignored"}:
         plain = 0
@@ -261,6 +265,7 @@ def _decode(data: bytes, name: str, policy: DecodePolicy) -> tuple[Image.Image, 
     return colour, {
         "width": width,
         "height": height,
+        "extent": (left, top, left + image.width - over[0], top + image.height - over[1]),
         "format": name,
         "flags": sorted(flags),
         "plain": plain,

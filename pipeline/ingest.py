@@ -546,8 +546,8 @@ def _reader(
         max_pixels=reading["max_pixels"],
         max_bytes=reading["max_bytes"],
         animated=reading["animated"],
-        # what Lanczos halves at least once more is 40 dB near to Lanczos alone, what it does not 31
-        draft_side=2 * max_side,
+        # from 1 to 2 times the side, 39.5 to 42.9 dB (JPEG's own loss in it) from Lanczos alone
+        draft_side=max_side,
     )
 
     def fetched(image: str) -> bytes:

@@ -53,7 +53,7 @@ from pipeline.ingest import IngestRules, ingest
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "exercises_pd"
 SIDE, PROCESSES, WARM, SHOWN = 256, 2, 64, 120
-DECODE = images.DecodePolicy(draft_side=2 * SIDE)  # as ingest has it; `same_files` sees that
+DECODE = images.DecodePolicy(draft_side=SIDE)  # as ingest has it; `same_files` sees that
 
 # ---- the pictures --------------------------------------------------------------------------------
 
