@@ -251,7 +251,11 @@ class _Page:
 
     def _headline(self) -> list[dict[str, str]]:
         """The numbers at the head of the page."""
-        counts, rows, version = outcomes.count(self.outcomes), self.rows, self.version
+        counts, rows, version = (
+            outcomes.count([outcomes.batch_of(self.outcomes)]),
+            self.rows,
+            self.version,
+        )
         each = np.array([len(it) for it in rows.texts["captions"]])[rows.kept]
         told = [
             (f"{version.samples():,}", "pictures", f"of {counts['seen']:,} rows read"),
@@ -409,20 +413,18 @@ class _Page:
         wanted = rows.front(np.isin(rows.reasons, _LOOK_ALIKES), PAIRS, apart=False)
         if not wanted:
             return []
-        alike = dedup.NearDuplicates()
-        for row in wanted:
-            alike.add(look[row], str(row))
+        looks = dedup.parsed(bytes.fromhex("".join(look)))
         met: dict[str, int] = {}
         for it in self.outcomes:
             met.setdefault(it["key"], len(met))
         found: dict[int, int] = {}
-        for row in np.flatnonzero(rows.kept).tolist():
-            for one in map(int, alike.like(look[row])):
-                apart = rows.split(row) != rows.split(one)
-                if (apart or rows.reasons[one] != "other_split") and (
-                    one not in found or met[keys[row]] < met[keys[found[one]]]
-                ):
-                    found[one] = row
+        kept = np.flatnonzero(rows.kept)
+        for one in wanted:
+            like = kept[dedup.alike(looks[np.array([one])], looks[kept])].tolist()
+            if rows.reasons[one] == "other_split":
+                like = [row for row in like if rows.split(row) != rows.split(one)]
+            if like:
+                found[one] = min(like, key=lambda row: met[keys[row]])
         return [(rows.reasons[one].item(), one, found[one]) for one in wanted if one in found]
 
     def _figures(self, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:

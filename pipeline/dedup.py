@@ -8,7 +8,9 @@ levels, so that a red and a blue disc are two pictures.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,6 +18,7 @@ from PIL import Image
 MAX_BITS = 3
 MAX_LEVELS = 10
 _MIN_SIGNS = 4  # a flat picture has no look to compare
+_SMALL = 64  # rows of a group that are compared with each other
 
 
 def key(data: bytes) -> str:
@@ -32,40 +35,138 @@ def look(image: Image.Image) -> str:
     return signs.tobytes().hex() + mean.tobytes().hex()
 
 
-class NearDuplicates:
-    """Looks seen so far, each with what was said of it. Any two hashes within 3 bits agree on at
-    least one of four 16-bit bands (pigeonhole).
+class Looks(NamedTuple):
+    """Pictures as they are compared."""
+
+    signs: np.ndarray
+    """uint64 [n]"""
+    colours: np.ndarray
+    """uint8 [n, 3]"""
+
+    def __getitem__(self, rows: np.ndarray) -> Looks:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Looks(self.signs[rows], self.colours[rows])
+
+    @property
+    def telling(self) -> np.ndarray:
+        """bool [n]: whether there is enough of a picture to compare."""
+        ones = np.bitwise_count(self.signs)
+        return (ones >= _MIN_SIGNS) & (ones <= 64 - _MIN_SIGNS)
+
+
+def parsed(looks: bytes | bytearray) -> Looks:
+    """What `look` gave of some pictures, 11 bytes each, as columns."""
+    table = np.frombuffer(bytes(looks), np.uint8).reshape(-1, 11)
+    signs = np.ascontiguousarray(table[:, :8]).view(">u8").astype(np.uint64)[:, 0]
+    return Looks(signs, table[:, 8:])
+
+
+def alike(one: Looks, other: Looks) -> np.ndarray:
+    """Whether pictures look the same, pair by pair; of one picture and of many."""
+    bits = np.bitwise_count(one.signs ^ other.signs)
+    levels = np.abs(one.colours.astype(np.int16) - other.colours).max(1)
+    return (bits <= MAX_BITS) & (levels <= MAX_LEVELS) & one.telling & other.telling
+
+
+class Neighbours:
+    """Which pictures look the same. `of[row]` is the number of a row's look, -1 where it tells
+    nothing; `neighbours[number]` are the numbers of the looks that are like it, itself included.
     """
 
-    def __init__(self) -> None:
-        self._bands: defaultdict[tuple[int, int], dict[tuple[int, bytes, str], None]]
-        self._bands = defaultdict(dict)
+    def __init__(self, looks: Looks):
+        rows = np.flatnonzero(looks.telling)
+        some = looks[rows]
+        colour = some.colours.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+        order = np.lexsort((colour, some.signs))
+        new = _changes(some.signs[order], colour[order])
+        self.of = np.full(len(looks.signs), -1)
+        self.of[rows[order]] = np.cumsum(new) - 1
+        one, other = _pairs(some[order[new]])
+        alone = np.arange(np.count_nonzero(new))
+        both, beside = np.concatenate([one, other, alone]), np.concatenate([other, one, alone])
+        order = np.argsort(both, kind="stable")
+        self._others = beside[order]
+        self._ends = np.searchsorted(both[order], np.arange(len(alone) + 1))
 
-    def like(self, look: str) -> set[str]:
-        """What was said of those that look the same."""
-        signs, colour = _parsed(look)
-        return {
-            said
-            for band in _bands(signs)
-            for other, other_colour, said in self._bands[band]
-            if (signs ^ other).bit_count() <= MAX_BITS and _close(colour, other_colour)
-        }
+    def __len__(self) -> int:
+        return len(self._ends) - 1
 
-    def add(self, look: str, said: str = "") -> None:
-        signs, colour = _parsed(look)
-        for band in _bands(signs):
-            self._bands[band][signs, colour, said] = None
-
-
-def _parsed(look: str) -> tuple[int, bytes]:
-    return int(look[:16], 16), bytes.fromhex(look[16:])
+    def __getitem__(self, number: int) -> list[int]:
+        return self._others[self._ends[number] : self._ends[number + 1]].tolist()
 
 
-def _bands(signs: int) -> list[tuple[int, int]]:
-    if not _MIN_SIGNS <= signs.bit_count() <= 64 - _MIN_SIGNS:
-        return []
-    return [(band, signs >> 16 * band & 0xFFFF) for band in range(MAX_BITS + 1)]
+def _pairs(looks: Looks) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs that look the same, the lesser row first, of distinct looks sorted by their signs.
+
+    Hashes are compared first, each once, then the looks that have two such hashes, by colour.
+    """
+    starts = np.flatnonzero(_changes(looks.signs))
+    signs = looks.signs[starts]
+    count = np.diff(starts, append=len(looks.signs))
+    codes = _search(signs, np.arange(len(signs)), np.zeros(len(signs), np.int64), np.arange(64))
+    one, other = codes // max(len(signs), 1), codes % max(len(signs), 1)
+    several = np.flatnonzero(count > 1)
+    sets = np.concatenate([one, several, other])  # the rows of a hash, once for each of its pairs
+    group = np.concatenate([np.arange(len(one) + len(several)), np.arange(len(one))])
+    ends = np.cumsum(count[sets])
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - count[sets], count[sets])
+    rows, group = np.repeat(starts[sets], count[sets]) + within, np.repeat(group, count[sets])
+    red = looks.colours[rows, 0].astype(np.int16)
+    order = np.lexsort((red, group))
+    rows, group, red = rows[order], group[order], red[order]
+    found = [np.empty(0, np.int64)]
+    for at, beside in _following(group):
+        near = red[beside] - red[at] <= MAX_LEVELS
+        least, most = np.sort([rows[at[near]], rows[beside[near]]], axis=0)
+        found.append((least * len(looks.signs) + most)[alike(looks[least], looks[most])])
+        if not near.any():
+            break
+    codes = np.unique(np.concatenate(found))
+    return codes // max(len(looks.signs), 1), codes % max(len(looks.signs), 1)
 
 
-def _close(one: bytes, other: bytes) -> bool:
-    return all(abs(a - b) <= MAX_LEVELS for a, b in zip(one, other, strict=True))
+def _search(signs: np.ndarray, rows: np.ndarray, group: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Pairs of hashes within `MAX_BITS` of each other in groups of rows that agree on all but some
+    bits, as `row * len(signs) + other row` with the lesser row first.
+
+    Of four parts of those bits one is equal (pigeonhole). So each part splits the groups, and those
+    that are still large are searched again by the bits that are left.
+    """
+    found = [np.empty(0, np.int64)]
+    for part in np.array_split(bits, MAX_BITS + 1):
+        value = np.zeros(len(rows), np.uint64)
+        for bit in part:
+            value = value << np.uint64(1) | signs[rows] >> np.uint64(bit) & np.uint64(1)
+        order = np.lexsort((value, group))
+        ordered, label = rows[order], np.cumsum(_changes(group[order], value[order])) - 1
+        large = np.bincount(label, minlength=1)[label] > _SMALL
+        if len(bits) < 4 * (MAX_BITS + 1):
+            large[:] = False
+        some = ordered[~large]
+        for at, beside in _following(label[~large]):
+            one, other = some[at], some[beside]
+            near = np.bitwise_count(signs[one] ^ signs[other]) <= MAX_BITS
+            least, most = np.sort([one[near], other[near]], axis=0)
+            found.append(least * len(signs) + most)
+        if large.any():
+            rest = np.setdiff1d(bits, part)
+            found.append(_search(signs, ordered[large], label[large], rest))
+    return np.unique(np.concatenate(found))
+
+
+def _following(group: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions, and those 1, 2, ... behind them in the same group, where equal ones stand
+    together."""
+    at = np.arange(len(group))
+    for apart in itertools.count(1):
+        at = at[: np.searchsorted(at, len(group) - apart)]
+        at = at[group[at] == group[at + apart]]
+        if not len(at):
+            return
+        yield at, at + apart
+
+
+def _changes(*columns: np.ndarray) -> np.ndarray:
+    """Where a row differs from the one before it; true for the first."""
+    changed = np.ones(len(columns[0]), bool)
+    changed[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return changed

@@ -70,6 +70,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_PLACES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+_OBJECT = re.compile(" <[^<>]* object at 0x[0-9a-f]+>")  # another one in every run
 _MAX_ICC_BYTES = 4 << 20
 _MAX_JPEG_SIDE = 65_500  # libjpeg reads 65,535 and writes less
 
@@ -126,7 +127,8 @@ def decode(data: bytes, policy: DecodePolicy | None = None) -> tuple[Image.Image
         except MemoryError:
             raise Rejected("too_large", "out of memory while decoding") from None
         except Exception as error:  # OSError, ValueError, SyntaxError, struct.error and others
-            raise Rejected(_why(data, name, error), f"{type(error).__name__}: {error}") from None
+            said = _OBJECT.sub("", f"{type(error).__name__}: {error}")
+            raise Rejected(_why(data, name, error), said) from None
 
 
 def buckets(side: int, *, multiple: int, max_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:

@@ -57,6 +57,8 @@ class Manifest:
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
     """Source URL -> the fingerprint its listing had."""
     rules: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    inputs: str = ""
+    """Names the table of what became of each row, by what it says: inputs/{inputs}.parquet."""
     redacted: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What was taken out of it later: the `digest` it had, the `keys`, whether it has `expired`."""
 

@@ -7,15 +7,20 @@ decided of a shard stands while the rules stand: growth drops nothing that was k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import sys
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from . import filters, shards, storage
 from .filters import SelectionRules
 from .manifest import Manifest, Shard, fingerprint
+from .rows import Positions, names_of, names_of_keys
 
-_COLUMNS = ["key", "captions", "original_width", "original_height", "aspect", "look"]
+_COLUMNS = ["captions", "original_width", "original_height", "aspect"]
 
 ModelScores = Callable[[str], Mapping[str, Any]]
 """A shard's name -> an array for each score, row by row those of the shard."""
@@ -24,7 +29,7 @@ ModelScores = Callable[[str], Mapping[str, Any]]
 def select(
     dataset: str,
     stored: Sequence[Shard],
-    met: Mapping[str, int],
+    met: Positions,
     rules: SelectionRules,
     scores: ModelScores,
     decided: Collection[str] = (),
@@ -34,52 +39,94 @@ def select(
     `met` says of each key when its picture was first met: of two that look the same, the earlier
     one stays. `decided` names the shards whose selection stands.
     """
-    from . import dedup
-
     here = Manifest(dataset, 0, None, tuple(stored))
-    alike = dedup.NearDuplicates() if rules.near_duplicates != "keep" else None
-    candidates: list[tuple[int, Shard, int, dict[str, Any]]] = []
-    for shard in stored:
+    each, reasons = rules.rules(), dict[int, dict[int, str]]()
+    looks = _Looks(dataset) if rules.near_duplicates != "keep" else None
+    for number, shard in enumerate(stored):
+        if shard.name in decided:
+            if looks:
+                out = here.dropped(shard)
+                looks.add(number, shard, [row for row in range(shard.samples) if row not in out])
+            continue
+        left = reasons.setdefault(number, {})
         rows = _scored(dataset, shard, rules, scores)
-        if shard.name not in decided:
-            candidates += [(met[it["key"]], shard, row, it) for row, it in enumerate(rows)]
-        elif alike:
-            dropped = here.dropped(shard)
-            for row, it in enumerate(rows):
-                if row not in dropped:
-                    alike.add(it["look"], shard.split)
-    each, reasons = rules.rules(), dict[str, dict[int, str]]()
-    for _, shard, row, it in sorted(candidates, key=lambda it: it[0]):
-        reason = filters.first_reason(each, it)
-        if alike and not reason:
-            reason = _look_alike(alike.like(it["look"]), shard.split, rules.near_duplicates)
-            if not reason:
-                alike.add(it["look"], shard.split)
-        if reason:
-            reasons.setdefault(shard.name, {})[row] = reason
+        for row, it in enumerate(rows):
+            if reason := filters.first_reason(each, it):
+                left[row] = reason
+        if looks:
+            looks.add(number, shard, [row for row in range(len(rows)) if row not in left], met)
+    if looks:
+        for number, row, reason in looks.left_out(rules.near_duplicates):
+            reasons[number][row] = reason
     return tuple(
-        it if it.name in decided else publish_selection(dataset, it, reasons.get(it.name, {}))
-        for it in stored
+        publish_selection(dataset, it, reasons[number]) if number in reasons else it
+        for number, it in enumerate(stored)
     )
 
 
-def dropped_keys(version: Manifest) -> dict[str, str]:
-    """Key -> reason of all stored samples that a version leaves out."""
-    found: dict[str, str] = {}
+def left_out(version: Manifest) -> tuple[np.ndarray, list[str]]:
+    """(names of the keys, reasons) of all stored samples that a version leaves out."""
+    names, reasons = bytearray(), list[str]()
     for shard in version.shards:
         if dropped := version.dropped(shard):
             keys = shards.read_table(version.dataset, shard.name, ["key"])["key"].to_pylist()
-            found |= {keys[row]: reason for row, reason in dropped.items()}
-    return found
+            names += bytes.fromhex("".join(keys[row] for row in dropped))
+            reasons += map(sys.intern, dropped.values())
+    return names_of(names), reasons
 
 
-def _look_alike(splits: set[str], own: str, rule: str) -> str | None:
-    if not splits:
-        return None
-    if rule == "drop":
-        return "near_duplicate"
-    # One of two that look the same would be learnt, and the other would ask for it.
-    return "other_split" if splits != {own} else None
+class _Looks:
+    """Samples that may look the same as one another, a few dozen bytes of each."""
+
+    def __init__(self, dataset: str):
+        self.dataset = dataset
+        self.look = bytearray()
+        self.shard: array[int] = array("q")
+        self.row: array[int] = array("q")
+        self.met: array[int] = array("q")
+        self.splits: list[str] = []
+
+    def add(
+        self, number: int, shard: Shard, rows: Sequence[int], met: Positions | None = None
+    ) -> None:
+        """Some rows of a shard; without `met`, such as stay whatever is like them."""
+        if not rows:
+            return
+        table = shards.read_table(self.dataset, shard.name, ["key", "look"]).take(rows)
+        self.look += bytes.fromhex("".join(table["look"].to_pylist()))
+        self.shard.extend([number] * len(rows))
+        self.row.extend(rows)
+        keys = table["key"].to_pylist()
+        self.met.extend(met(names_of_keys(keys)).tolist() if met else [-1] * len(rows))
+        self.splits += [shard.split] * (number + 1 - len(self.splits))
+
+    def left_out(self, rule: str) -> Iterator[tuple[int, int, str]]:
+        """(number of the shard, row, reason) of those that go: in the order in which they were met,
+        each one that looks the same as one that stays.
+        """
+        from . import dedup
+
+        met = np.array(self.met)
+        neighbours = dedup.Neighbours(dedup.parsed(self.look))
+        staying = [0] * len(neighbours)  # a bit for each split in which such a look stays
+        bits = {split: 1 << at for at, split in enumerate(dict.fromkeys(self.splits))}
+        order: list[int] = np.argsort(met, kind="stable").tolist()
+        for at in order:
+            look = int(neighbours.of[at])
+            if look < 0:
+                continue
+            shard = self.shard[at]
+            own = bits[self.splits[shard]]
+            seen = 0
+            for other in neighbours[look] if met[at] >= 0 else ():
+                seen |= staying[other]
+            # One of two that look the same would be learnt, and the other would ask for it.
+            if rule == "drop" and seen:
+                yield shard, self.row[at], "near_duplicate"
+            elif rule == "apart" and seen & ~own:
+                yield shard, self.row[at], "other_split"
+            else:
+                staying[look] |= own
 
 
 def _scored(

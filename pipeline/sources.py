@@ -101,6 +101,8 @@ class Row:
     flags: tuple[str, ...] = ()
     sha256: str | None = None
     """What the picture's file is expected to hash to."""
+    others: tuple[tuple[str, str | None], ...] = ()
+    """(pair, name) of each caption after the first, which has those above."""
 
 
 class Source(Protocol):
@@ -313,12 +315,13 @@ class _Listed:
             for name, text in attributes.items()
             if name != "sha256"
         }
-        pair, name, style = clean[0] if clean else "", None, label.get(self.options.style_field)
-        if clean and style and not styled:
-            name, pair = clean[0], f"{clean[0]}|{style}"
+        clean = list(dict.fromkeys(clean))
+        style = None if styled else label.get(self.options.style_field)
+        pairs = [(f"{text}|{style}", text) if style else (text, None) for text in clean]
+        (pair, name), *others = pairs or [("", None)]
+        if style:
             template = self.options.caption_template
             clean = [template.format(caption=text, style=style) for text in clean]
-        clean = list(dict.fromkeys(clean))
         expected = attributes.get("sha256", "").lower()
         said = fingerprint([clean, pair, name, label, problem, expected])
         return Row(
@@ -329,6 +332,7 @@ class _Listed:
             image=image,
             pair=pair,
             name=name,
+            others=tuple(others),
             label=label or None,
             problem=problem,
             flags=tuple(sorted(set(noted))),

@@ -212,7 +212,7 @@ def draft(folder: str) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
     is removed. `NoRoom` where the disk is full.
     """
     place = local_path(folder) or "." if is_local(folder) else tempfile.gettempdir()
-    with contextlib.ExitStack() as after, _room(place):  # which looks before the draft is removed
+    with contextlib.ExitStack() as after, room(place):  # which looks before the draft is removed
         if is_local(folder):
             os.makedirs(place, exist_ok=True)
             own = _hidden(os.path.join(place, "draft"))
@@ -231,6 +231,16 @@ def draft(folder: str) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
                 publish_file(hidden, url)
 
             yield file, publish
+
+
+def unnamed(folder: str) -> IO[bytes]:
+    """A file to write and read that has no name: on the disk of a local folder, else where
+    temporary files go. It is gone when it is closed, and when the process dies.
+    """
+    place = local_path(folder) if is_local(folder) else None
+    if place:
+        os.makedirs(place, exist_ok=True)
+    return tempfile.TemporaryFile(dir=place)
 
 
 @contextlib.contextmanager
@@ -487,8 +497,8 @@ class _Reader(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _room(place: str) -> Generator[None]:
-    """A full disk, whoever noticed it, becomes `NoRoom`."""
+def room(place: str) -> Generator[None]:
+    """A full disk, whoever noticed it, becomes `NoRoom`; `place` is a local path on it."""
     try:
         yield
     except NoRoom:

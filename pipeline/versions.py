@@ -18,7 +18,7 @@ from typing import Any
 from . import storage
 from .carry import carry
 from .manifest import Manifest, Shard, blocked, latest, publish, read, versions
-from .outcomes import count, read_outcomes, write_outcomes
+from .outcomes import batch_of, has_table, read_batches, table_name, writing
 
 _KEY = re.compile("[0-9a-f]{32}")
 _OF_SHARD = re.compile(r"([a-z]+-[0-9a-f]{16})(?:[-.].*)?")
@@ -134,7 +134,6 @@ def compact(dataset: str) -> Manifest:
         after = replace(
             before, version=before.version + 1, parent=before.version, shards=tuple(shards)
         )
-        write_outcomes(after, read_outcomes(before))
         publish(after)
         return after
 
@@ -190,19 +189,29 @@ class _Without:
                 shards.append(shard)
             elif other:
                 shards.append(_selected(version, shard, other, order, gone))
-        outcomes = _outcomes(version)
+        stated = {"inputs": version.inputs, "counts": version.counts}
+        if has_table(version):
+            with writing(self.dataset) as (table, publish_table):
+                for batch in read_batches(version):
+                    table.add(self._struck(batch, held))
+                if held:
+                    stated = {"inputs": publish_table(), "counts": table.counts}
+        if held:
+            keys = sorted(held.union(version.redacted.get("keys", ())))
+            said = {**version.redacted, "digest": version.digest, "keys": keys}
+            _rewrite(replace(version, shards=tuple(shards), redacted=said, **stated))
+        return held
+
+    def _struck(self, batch: Any, held: set[str]) -> Any:
+        """Rows of the table, those of the keys as removed; `held` learns of them."""
+        if self.keys.isdisjoint(batch["key"].to_pylist()):
+            return batch
+        outcomes = batch.to_pylist()
         for it in outcomes:
             if it["key"] in self.keys and it["outcome"] != "rejected":
                 held.add(it["key"])
                 it |= {"outcome": "rejected", "reason": "removed", "detail": "", "split": ""}
-        if held:
-            keys = sorted(held.union(version.redacted.get("keys", ())))
-            said = {**version.redacted, "digest": version.digest, "keys": keys}
-            if outcomes:
-                write_outcomes(version, outcomes)
-            counts = count(outcomes) if outcomes else version.counts
-            _rewrite(replace(version, shards=tuple(shards), counts=counts, redacted=said))
-        return held
+        return batch_of(outcomes)
 
     def _shard(self, shard: Shard) -> tuple[Shard | None, list[str]]:
         """(the shard without the keys, None where nothing is left; the keys it holds)."""
@@ -237,10 +246,6 @@ def _selected(
     return publish_selection(version.dataset, after, reasons)
 
 
-def _outcomes(version: Manifest) -> list[dict[str, Any]]:
-    return [] if version.redacted.get("expired") else read_outcomes(version)
-
-
 def _rewrite(version: Manifest) -> None:
     storage.publish_json(version.url("versions", f"{version.version:06d}.json"), version.stated())
 
@@ -248,7 +253,6 @@ def _rewrite(version: Manifest) -> None:
 def _follow(newest: Manifest) -> Manifest:
     """A version like the redacted one, with a digest of its own."""
     following = replace(newest, version=newest.version + 1, parent=newest.version, redacted={})
-    write_outcomes(following, read_outcomes(newest))
     publish(following)
     return following
 
@@ -257,8 +261,7 @@ def _follow(newest: Manifest) -> Manifest:
 
 
 def _collect(dataset: str, expiring: Collection[int] = (), dry_run: bool = False) -> Garbage:
-    kept = [read(dataset, number) for number in versions(dataset) if number not in expiring]
-    needed = _needed(kept)
+    needed = _needed([read(dataset, number) for number in versions(dataset)], expiring)
     found = {
         path: int(stamp.partition("-")[0])
         for path, stamp in storage.list_stamps(dataset).items()
@@ -282,17 +285,22 @@ def _sweep(dataset: str) -> None:
             storage.sweep(storage.join(dataset, folder, name))
 
 
-def _needed(kept: Collection[Manifest]) -> Callable[[str], bool]:
-    """Whether a file below the data set is one that a version reads, or not ours to judge."""
+def _needed(all: Collection[Manifest], expiring: Collection[int]) -> Callable[[str], bool]:
+    """Whether a file below the data set is one that a version reads, or not ours to judge. What
+    became of its rows is known of an expired version too: models learnt from it.
+    """
+    kept = [version for version in all if version.version not in expiring]
     shards = {shard.name for version in kept for shard in version.shards}
     selections = {f"{shard.name}-{shard.selection}" for version in kept for shard in version.shards}
-    inputs = {f"{version.version:06d}" for version in kept if not version.redacted.get("expired")}
+    inputs = {table_name(version) for version in all}
 
     def needed(path: str) -> bool:
         folder, _, rest = path.partition("/")
         name = rest.rpartition("/")[2]
         if folder == "inputs":
-            return name.partition(".")[0] in inputs
+            return name in inputs
+        if folder == "staging":
+            return storage.is_local(kept[0].dataset)  # what runs there left, and nobody cleared
         if folder == "selections":
             return name.partition(".")[0] in selections
         if folder not in ("shards", "tables", "encodings", "scores"):

@@ -4,6 +4,7 @@ import hashlib
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pipeline import dedup
@@ -30,38 +31,63 @@ def test_signs_follow_the_brightness():
     assert dedup.look(Image.fromarray(rising[:, ::-1].copy()))[:16] == "0" * 16
 
 
+def looks(*texts):
+    return dedup.parsed(bytes.fromhex("".join(texts)))
+
+
+def like(neighbours, row):
+    """The rows that look like a row."""
+    number = int(neighbours.of[row])
+    return set(np.flatnonzero(np.isin(neighbours.of, neighbours[number])).tolist()) - {row}
+
+
 def test_versions_of_a_picture_are_found_and_others_are_not():
-    seen = dedup.NearDuplicates()
     pictures = [smooth(seed) for seed in range(60)]
-    for index, picture in enumerate(pictures):
-        assert seen.like(dedup.look(picture)) == set()
-        seen.add(dedup.look(picture), f"p{index}")
-    found = 0
-    for index, picture in enumerate(pictures):
+    again = []
+    for picture in pictures:
         out = io.BytesIO()
         picture.resize((50, 50)).save(out, "JPEG", quality=80)
-        again = seen.like(dedup.look(Image.open(out)))
-        assert again <= {f"p{index}"}
-        found += len(again)
-    assert found >= 55
+        again.append(Image.open(out))
+    neighbours = dedup.Neighbours(looks(*map(dedup.look, [*pictures, *again])))
+    assert all(like(neighbours, row) <= {row + 60} for row in range(60))
+    assert sum(like(neighbours, row) == {row + 60} for row in range(60)) >= 55
 
 
 def test_pictures_within_three_bits_and_ten_levels_look_alike():
-    seen = dedup.NearDuplicates()
     signs = 0x00FF00FF00FF00FF
     look = lambda bits, red=100: f"{signs ^ bits:016x}{red:02x}6464"
-    seen.add(look(0), "first")
-    assert seen.like(look(0b111)) == {"first"}
-    assert seen.like(look(0b1111)) == set()
-    assert seen.like(look(0, red=120)) == set()
-    assert seen.like(look(0, red=110)) == {"first"}
-    assert seen.like(look(1 | 1 << 20 | 1 << 40)) == {"first"}  # spread over three bands
-    seen.add(look(0b1111), "second")
-    assert seen.like(look(0b11)) == {"first", "second"}
+    spread = 1 | 1 << 20 | 1 << 40
+    some = [look(0), look(0b111), look(0b1111), look(0, 120), look(0, 110), look(spread)]
+    found = like(dedup.Neighbours(looks(*some)), 0)
+    assert found == {1, 4, 5}
+    assert dedup.alike(looks(some[0]), looks(*some)).tolist() == [1, 1, 0, 0, 1, 1]
 
 
 def test_flat_pictures_are_never_near_duplicates():
-    seen = dedup.NearDuplicates()
     flat = dedup.look(Image.new("RGB", (32, 32), "white"))
-    seen.add(flat, "a")
-    assert seen.like(flat) == set()
+    assert dedup.Neighbours(looks(flat, flat)).of.tolist() == [-1, -1]
+    assert not dedup.alike(looks(flat), looks(flat)).any()
+    assert len(dedup.Neighbours(looks())) == 0
+
+
+@pytest.mark.parametrize("kind", ["spread", "crowded", "one hash", "sparse"])
+def test_all_that_look_alike_are_found(kind, monkeypatch):
+    """Against comparing all with all, where groups are split to the last bit and where not."""
+    rng, count = np.random.default_rng(0), 700
+    signs = {
+        "spread": rng.integers(0, 1 << 63, count, dtype=np.uint64),
+        "crowded": rng.integers(0, 1 << 9, count, dtype=np.uint64) * np.uint64(0x0201000840100021),
+        "one hash": np.full(count, 0x00FF00FF00FF00FF, np.uint64),
+        "sparse": np.packbits(rng.random((count, 64)) < 0.1, axis=1)
+        .view(">u8")
+        .astype(np.uint64)[:, 0],
+    }[kind]
+    signs[count // 2 :: 2] = signs[: count // 4] ^ np.uint64(1 << 17)
+    table = dedup.Looks(signs, rng.integers(90, 120, (count, 3)).astype(np.uint8))
+    for small in (1, 64):
+        monkeypatch.setattr(dedup, "_SMALL", small)
+        neighbours = dedup.Neighbours(table)
+        for row in range(count):
+            wanted = set(np.flatnonzero(dedup.alike(table[np.array([row])], table)).tolist())
+            found = like(neighbours, row) | {row} if neighbours.of[row] >= 0 else set()
+            assert found == wanted, row

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from pipeline import ingest as ingesting
-from pipeline import manifest, shards, storage
+from pipeline import manifest, shards, storage, units
 from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
 from pipeline.sources import SourceOptions
@@ -78,7 +78,7 @@ def samples(dataset, version):
 def inputs(version):
     import pyarrow.parquet as pq
 
-    return pq.read_table(version.url("inputs", f"{version.version:06d}.parquet")).to_pylist()
+    return pq.read_table(version.url("inputs", f"{version.inputs}.parquet")).to_pylist()
 
 
 def check_sums(result):
@@ -303,9 +303,9 @@ def test_growth_reads_only_what_is_new(tmp_path, monkeypatch):
     url, dataset = source(tmp_path / "in", plain(20)), str(tmp_path / "out")
     first = ingest([url], dataset, IngestRules(min_heldout=5))
     fetched = []
-    fetch = ingesting.fetch_image
+    fetch = units.fetch_image
     monkeypatch.setattr(
-        ingesting, "fetch_image", lambda image, most: fetched.append(image) or fetch(image, most)
+        units, "fetch_image", lambda image, most: fetched.append(image) or fetch(image, most)
     )
     source(tmp_path / "in", plain(31))
     second = ingest([url], dataset, IngestRules(min_heldout=5))
@@ -493,7 +493,7 @@ def test_credentials_that_expire_end_the_run_and_reject_nothing(tmp_path):
 
 def test_a_source_named_twice_is_refused(tmp_path):
     url = source(tmp_path / "in", plain(3))
-    with pytest.raises(ValueError, match="listed twice"):
+    with pytest.raises(ValueError, match="named twice; name each source once"):
         ingest([url, url + "/"], str(tmp_path / "out"))
 
 

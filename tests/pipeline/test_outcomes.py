@@ -2,13 +2,19 @@
 
 import io
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import outcomes
 from pipeline.ingest import IngestRules, ingest
-from pipeline.outcomes import count, explain, read_outcomes
+from pipeline.manifest import Manifest, latest
+from pipeline.outcomes import batch_of, count, explain, read_batches, read_outcomes
+
+_TEXTS = ("id", "stamp", "source", "outcome", "reason", "detail", "key", "split")
 
 
 @pytest.fixture
@@ -59,12 +65,37 @@ def test_what_was_never_seen_is_said(dataset, tmp_path):
 
 def test_sums_of_a_row_without_an_outcome_are_refused():
     with pytest.raises(AssertionError, match="without an outcome"):
-        count([{"outcome": "lost", "reason": "", "flags": []}])
+        count([batch_of([dict.fromkeys(_TEXTS, "") | {"outcome": "lost", "flags": []}])])
 
 
 def test_the_table_holds_every_row(dataset):
-    from pipeline.manifest import latest
-
     last = latest(dataset)
     assert last is not None
-    assert count(read_outcomes(last)) == dict(last.counts)
+    assert count(read_batches(last)) == dict(last.counts)
+
+
+def test_a_table_is_the_same_however_its_rows_came(tmp_path, monkeypatch):
+    monkeypatch.setattr(outcomes, "_GROUP", 7)
+    row = dict.fromkeys(_TEXTS, "") | {"outcome": "kept", "flags": ["alpha"]}
+    rows = [{**row, "id": f"{number}"} for number in range(45)]
+    names = []
+    for size in (1, 6, 7, 20, 45):
+        with outcomes.writing(str(tmp_path)) as (table, publish):
+            for start in range(0, 45, size):
+                table.add(batch_of(rows[start : start + size]))
+            names.append(publish())
+            assert table.counts == {
+                "seen": 45, "kept": 45, "filtered": 0, "rejected": 0, "duplicate": 0,
+                "flag:alpha": 45,
+            }  # fmt: skip
+    assert set(os.listdir(tmp_path / "inputs")) == {f"{names[0]}.parquet"}
+    assert len(set(names)) == 1
+    assert outcomes.read_outcomes(Manifest(str(tmp_path), 1, None, (), inputs=names[0])) == rows
+
+
+def test_tables_named_by_their_version_are_still_read(dataset):
+    last = latest(dataset)
+    assert last is not None
+    rows, old = read_outcomes(last), replace(last, inputs="")
+    os.rename(last.url("inputs", f"{last.inputs}.parquet"), last.url("inputs", "000002.parquet"))
+    assert read_outcomes(old) == rows

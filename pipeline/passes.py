@@ -1,0 +1,629 @@
+"""The passes of an ingest that has something to do.
+
+    list     the rows that were not met before
+    pass 1   fetch, decode, hash and stage their pictures, in parallel units of many rows
+    decide   once, in source order: duplicates, splits, which sample goes into which shard
+    pass 2   write the shards, in parallel, one unit each
+    select   which of all stored samples the version is made of (see `select`)
+
+Units commit their results under staging/ by what is in them, the decision depends on the rows
+alone, and the version manifest comes last: a killed run that is run again ends with the bytes of an
+undisturbed one. A row is known by its id and stamp; growth reads what is new and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from . import filters, storage
+from .decide import (
+    HELDOUT,
+    KEPT,
+    KNOWN,
+    OUTCOMES,
+    SAME_PICTURE,
+    SPLITS,
+    TRAIN,
+    UNSEEN,
+    Decision,
+    Holding,
+    decide,
+    duplicates,
+    first_holding,
+    join,
+    of_split,
+    uniform,
+)
+from .download import DownloadRules, is_remote
+from .execute import Executor, run
+from .ingest import (
+    CODE,
+    FOLDERS,
+    IngestResult,
+    IngestRules,
+    Progress,
+    Scorers,
+    alike,
+    clean,
+    described,
+    selects_alike,
+)
+from .manifest import Manifest, Shard, blocked, fingerprint, publish
+from .outcomes import STORED, batch_of, read_batches, restated, writing
+from .rows import Lines, Positions, names_of, names_of_keys, row_name
+from .select import left_out, select
+from .sources import Row, Source
+from .units import captioner, reader, result_url, writer
+
+_MAY_CHANGE = ("unreachable", "private_address")
+"""Reasons that speak of the network between us and a picture, not of the picture."""
+
+_HOLDING = ("heldout_share", "unseen_share", "min_heldout")
+"""Rules that decide what is held out. While they stand, no pair moves to another split."""
+
+_FEW = 16
+"""Of fewer new rows than this, as many may be rejected as of so many: one broken file that was
+added alone stops nobody."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What the version that a run adds to knows of its rows."""
+
+    known: Positions
+    """By id and stamp; those that were out of reach are not known."""
+    unreached: frozenset[bytes]
+    stored: np.ndarray
+    """Names of the keys of which the shards hold the picture, in the order they were met."""
+    rows: int = 0
+
+    @classmethod
+    def of(cls, base: Manifest | None) -> _Past:
+        known, stored, unreached, count = bytearray(), bytearray(), set[bytes](), 0
+        columns = ["id", "stamp", "outcome", "reason", "key"]
+        for batch in read_batches(base, columns) if base else ():
+            count += len(batch)
+            for row, stamp, outcome, reason, key in zip(
+                *(batch[name].to_pylist() for name in columns), strict=True
+            ):
+                # What the web did not give last time it may give now: such rows are new again.
+                if reason in _MAY_CHANGE:
+                    unreached.add(row_name(row, stamp))
+                else:
+                    known += row_name(row, stamp)
+                if outcome in STORED:
+                    stored += bytes.fromhex(key)
+        return cls(Positions(names_of(known)), frozenset(unreached), names_of(stored), count)
+
+
+class _Rows:
+    """The new rows of a run, in source order."""
+
+    def __init__(self, dataset: str):
+        self.said = Lines(dataset)
+        """[id, stamp, number of the source, captions, label, flags, hashes of other captions]"""
+        self.asked = Lines(dataset)
+        """What a reader is told of it: [image, stamp, problem, sha256]."""
+        self.found = Lines(dataset)
+        """What a reader made of it."""
+        self.place, self.unseen = array("d"), array("d")
+        """Hashes of its pair, and of its name."""
+        self.web, self.again = array("b"), array("b")
+        """Whether it is fetched from the web; whether it was out of reach in the last version."""
+        self.unit = array("q")
+        """Number of the unit that staged its picture."""
+        self.keys = bytearray()
+        self.rejected, self.wanted = array("b"), array("b")
+        """Whether it cannot be used; whether the rules about files choose it."""
+        self.length = array("q")
+
+    def __len__(self) -> int:
+        return len(self.said)
+
+    def list(self, source: int, row: Row, again: bool) -> None:
+        others = [_hashes(pair, name) for pair, name in row.others]
+        place, unseen = _hashes(row.pair, row.name)
+        said = [row.id, row.stamp, source, row.captions, row.label, row.flags, others]
+        self.said.append(json.dumps(said).encode())
+        asked = [row.image, row.stamp, row.problem, row.sha256]
+        self.asked.append(json.dumps(asked).encode())
+        self.place.append(place)
+        self.unseen.append(unseen)
+        self.web.append(not row.problem and is_remote(row.image))
+        self.again.append(again)
+
+    def captions(self, number: int) -> list[tuple[str, float, float]]:
+        """Each with the hashes of its pair and of its name."""
+        texts, others = self.said[number][3], self.said[number][6]
+        return [
+            (text, place, unseen)
+            for text, (place, unseen) in zip(
+                texts, [(self.place[number], self.unseen[number]), *others], strict=True
+            )
+        ]
+
+    @property
+    def names(self) -> np.ndarray:
+        return names_of(self.keys)
+
+    def close(self) -> None:
+        for lines in (self.said, self.asked, self.found):
+            lines.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run that has something to do. `base` is the version it adds to, if any."""
+
+    dataset: str
+    rules: IngestRules
+    executor: Executor
+    progress: Progress | None
+    scorers: Scorers
+    parent: Manifest | None
+    base: Manifest | None
+    used: set[str] = field(default_factory=set[str])
+    """Files in staging that are this run's."""
+
+    def run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
+        with contextlib.ExitStack() as room:
+            if storage.is_local(self.dataset):
+                room.enter_context(storage.room(storage.local_path(self.dataset)))
+            return self._run(sources, prints)
+
+    def _run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
+        for folder in FOLDERS:
+            storage.sweep(storage.join(self.dataset, folder))
+        gone = blocked(self.dataset)
+        past, rows = _Past.of(self.base), _Rows(self.dataset)
+        with contextlib.closing(rows):
+            self._list(sources, past, rows)
+            if not rows and not past.rows:
+                raise ValueError(
+                    f"{', '.join(prints)}: no rows; wanted at least one picture with a caption"
+                )
+            if not rows and self.base and alike(self.base, prints, self.rules, self.scorers):
+                return IngestResult(self.base, self.base.counts, new=0, reused=True)
+            units = self._read(rows, prints)
+            self._check_rejected(rows)
+            known = Positions(past.stored)(rows.names) >= 0
+            rejected, wanted = np.array(rows.rejected, bool), np.array(rows.wanted, bool)
+            places, unseen = np.array(rows.place), np.array(rows.unseen)
+            outcome, first = duplicates(rows.names, rejected, known)
+            counted = wanted & (outcome == KEPT)
+            holding = self._holding(places[counted], unseen[counted])
+            splits = holding.splits(places, unseen)
+            decision = decide(outcome, first, splits, rows.captions, holding)
+            old = self._add_captions(rows, decision, holding)
+            written = self._write(rows, units, decision, holding)
+            met = Positions(np.concatenate([past.stored, rows.names[decision.outcome == KEPT]]))
+            shards = self._select(old, written, met)
+            return self._publish(sources, prints, past, rows, decision, holding, shards, gone)
+
+    def _list(self, sources: Sequence[Source], past: _Past, rows: _Rows) -> None:
+        """The rows that were not met before."""
+        listed = ((number, row) for number, source in enumerate(sources) for row in source.rows())
+        while some := list(itertools.islice(listed, 4096)):
+            names = [row_name(row.id, row.stamp) for _, row in some]
+            known = past.known(names_of(b"".join(names)))
+            for (number, row), name, at in zip(some, names, known.tolist(), strict=True):
+                if at < 0:
+                    rows.list(number, row, name in past.unreached)
+
+    # ---- pass 1 ----------------------------------------------------------------------------------
+
+    def _read(self, rows: _Rows, sources: Iterable[str]) -> list[str]:
+        """Read the pictures of all rows; the units that staged them."""
+        # A host that was named as a source may be on a private network; one in a table may not.
+        named = [urlsplit(url).hostname or "" for url in sources if is_remote(url)]
+        download = self.rules.download
+        download = replace(download, private_hosts=(*download.private_hosts, *named))
+        # few enough rows that the units balance over workers, enough that a unit outweighs its
+        # scheduling
+        size = min(512, max(32, -(-len(rows) // 64)))
+        parts = [(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        units = self._reading(rows.asked, parts, [any(rows.web[a:b]) for a, b in parts], download)
+        tried = set(storage.list_names(storage.join(self.dataset, "staging")))
+        self._pass_one(rows.asked, units, download)
+        # A run that ended before this one may have found the web out of reach: that is tried again,
+        # what it did get is not.
+        missed: dict[int, int] = {}
+        again = Lines(self.dataset)
+        for unit, (start, stop) in zip(units, parts, strict=True):
+            if f"{unit['unit']}.jsonl" in tried and any(rows.web[start:stop]):
+                for number, found in enumerate(self._results(unit), start):
+                    if json.loads(found).get("reason") in _MAY_CHANGE:
+                        missed[number] = len(again)
+                        again.append(json.dumps(rows.asked[number]).encode())
+        with contextlib.closing(again):
+            spans = [(at, min(at + 64, len(again))) for at in range(0, len(again), 64)]
+            more = self._reading(again, spans, [True] * len(spans), download, "again")
+            for unit in more:
+                url = result_url(self.dataset, unit["unit"], "jsonl")
+                if storage.exists(url) and any(
+                    json.loads(found).get("reason") in _MAY_CHANGE for found in self._results(unit)
+                ):
+                    storage.delete(url)
+            self._pass_one(again, more, download)
+        retried = [(at, found) for at, unit in enumerate(more) for found in self._results(unit)]
+        wanted = self.rules.rules_of_files()
+        for at, (unit, part) in enumerate(zip(units, parts, strict=True)):
+            lines = self._results(unit)
+            assert len(lines) == part[1] - part[0], unit
+            for number, found in enumerate(lines, part[0]):
+                of = at
+                if number in missed:
+                    of, found = retried[missed[number]]
+                    of += len(units)
+                self._take(rows, number, of, found, wanted)
+        return [unit["unit"] for unit in [*units, *more]]
+
+    def _reading(
+        self,
+        asked: Lines,
+        parts: Sequence[tuple[int, int]],
+        web: Sequence[bool],
+        download: DownloadRules,
+        *kind: str,
+    ) -> list[Record]:
+        gone, reading = sorted(blocked(self.dataset)), self.rules.reading()
+        units: list[Record] = []
+        for (start, stop), fetched in zip(parts, web, strict=True):
+            deciding = [*([download.deciding()] if fetched else []), *([gone] if gone else [])]
+            name = fingerprint([CODE, reading, asked.digest(start, stop), *deciding, *kind])
+            units.append({"unit": name, **asked.place(start, stop)})
+        return units
+
+    def _pass_one(self, asked: Lines, units: list[Record], download: DownloadRules) -> None:
+        if units:
+            lines = self._share(asked, "rows")
+            work = functools.partial(reader, self.dataset, self.rules.reading(), download, lines)
+            self.used.update(f"{unit['unit']}{end}" for unit in units for end in (".bin", ".jsonl"))
+            self._resume("read", work, units, "jsonl")
+
+    def _share(self, lines: Lines, kind: str) -> str:
+        """The URL under which workers read these lines."""
+        name = f"{kind}-{lines.digest(0, len(lines))}.lines"
+        self.used.add(name)
+        url = storage.join(self.dataset, "staging", name)
+        lines.publish(url)
+        return url
+
+    def _results(self, unit: Record) -> list[bytes]:
+        return storage.read_bytes(result_url(self.dataset, unit["unit"], "jsonl")).splitlines()
+
+    def _take(
+        self, rows: _Rows, number: int, unit: int, line: bytes, wanted: Sequence[filters.Rule]
+    ) -> None:
+        found, ok = json.loads(line), False
+        if not found.get("reason"):
+            scores = {**found["scores"], "caption": rows.said[number][3][0]}
+            ok = not filters.first_reason(wanted, scores)
+        rows.found.append(line)
+        rows.unit.append(unit)
+        rows.keys += bytes.fromhex(found.get("key", "0" * 32))
+        rows.rejected.append(bool(found.get("reason")))
+        rows.wanted.append(ok)
+        rows.length.append(found.get("length", 0))
+
+    # ---- the decision ----------------------------------------------------------------------------
+
+    def _holding(self, places: np.ndarray, unseen: np.ndarray) -> Holding:
+        """What is held out: as in the version before, unless the rules about it are others."""
+        rules = self.rules
+        before: Mapping[str, Any] = self.parent.rules if self.parent else {}
+        asked = {name: getattr(rules, name) for name in _HOLDING}
+        if "heldout_limit" in before and asked == {name: before.get(name) for name in _HOLDING}:
+            exceptions = tuple(before.get("heldout_exceptions", ()))
+            return Holding(before["heldout_limit"], exceptions, rules.unseen_share)
+        return first_holding(
+            places, unseen, rules.heldout_share, rules.unseen_share, rules.min_heldout
+        )
+
+    def _check_rejected(self, rows: _Rows) -> None:
+        """ValueError when too much was rejected."""
+        reasons: Counter[str] = Counter()
+        first, count = -1, len(rows)
+        for number in np.flatnonzero(np.array(rows.rejected, bool)).tolist():
+            reason = rows.found[number]["reason"]
+            if reason in _MAY_CHANGE and rows.again[number]:
+                count -= 1  # it was out of reach before, and is still
+            elif reason != "removed":
+                reasons[reason] += 1
+                first = number if first < 0 else first
+        if reasons.total() > self.rules.max_rejected_share * max(count, _FEW if self.base else 0):
+            found, row = rows.found[first], rows.said[first][0]
+            raise ValueError(
+                f"{reasons.total()} of {count} new rows were rejected "
+                f"({_listed(reasons)}), allowed is a share of {self.rules.max_rejected_share}; "
+                f"the first is {row} ({found['reason']}: {found['detail'] or '-'}); "
+                "mend the source or raise max_rejected_share"
+            )
+
+    # ---- pass 2 ----------------------------------------------------------------------------------
+
+    def _write(
+        self, rows: _Rows, staged: Sequence[str], decision: Decision, holding: Holding
+    ) -> list[Shard]:
+        """The new shards, split by split; what is not wanted now stands in shards of its own, which
+        nobody encodes or loads until it is.
+        """
+        kept = np.flatnonzero(decision.outcome == KEPT)
+        kept = kept[np.argsort(rows.names[kept], kind="stable")]
+        wanted, length = np.array(rows.wanted, bool), np.array(rows.length)
+        units: list[Record] = []
+        lines = Lines(self.dataset)
+        with contextlib.closing(lines):
+            for split, chosen in itertools.product((TRAIN, HELDOUT, UNSEEN), (True, False)):
+                mine = kept[(decision.split[kept] == split) & (wanted[kept] == chosen)]
+                shards = -(-len(mine) // self.rules.shard_samples)
+                size = int(length[mine].sum())
+                shards = min(len(mine), max(shards, -(-size // self.rules.shard_bytes)))
+                for index in range(shards):
+                    start = len(lines)
+                    some = slice(index * len(mine) // shards, (index + 1) * len(mine) // shards)
+                    for number in mine[some].tolist():
+                        sample = self._sample(rows, number, staged, decision, holding)
+                        lines.append(json.dumps(sample).encode())
+                    content = [CODE, SPLITS[split], lines.digest(start, len(lines))]
+                    place = {"split": SPLITS[split], **lines.place(start, len(lines))}
+                    units.append({"unit": fingerprint(content) + "-shard", **place})
+            if not units:
+                return []
+            work = functools.partial(writer, self.dataset, self._share(lines, "samples"))
+            return self._resume_shards(work, units)
+
+    def _sample(
+        self,
+        rows: _Rows,
+        number: int,
+        staged: Sequence[str],
+        decision: Decision,
+        holding: Holding,
+    ) -> Record:
+        """What pass 2 needs of a sample."""
+        (row, _, _, _, label, flags, _), found = rows.said[number], rows.found[number]
+        captions = decision.captions.get(number) or of_split(
+            rows.captions(number), int(decision.split[number]), holding
+        )
+        meta = {
+            "source": row,
+            "width": found["width"],
+            "height": found["height"],
+            "format": found["format"],
+            "flags": sorted({*flags, *found["flags"]}),
+            "scores": {**found["scores"], "caption_characters": len(captions[0])},
+        }
+        if label is not None:
+            meta["label"] = label
+        return {name: found[name] for name in ("key", "offset", "length", "ext")} | {
+            "staged": staged[rows.unit[number]],
+            "captions": captions,
+            "meta": meta,
+        }
+
+    def _add_captions(self, rows: _Rows, decision: Decision, holding: Holding) -> list[Shard]:
+        """The shards of the base version, those written anew that have a picture for which these
+        rows have another caption; what encoders made of the pictures goes along.
+        """
+        stored = list(self.base.shards) if self.base else []
+        again = np.flatnonzero(decision.outcome == KNOWN)
+        if not len(again):
+            return stored
+        from . import shards
+
+        again = again[np.argsort(rows.names[again], kind="stable")]
+        names = rows.names[again]
+        units: dict[str, Record] = {}
+        for shard in stored:
+            keys = shards.read_table(self.dataset, shard.name, ["key"])["key"].to_pylist()
+            start, stop = (
+                np.searchsorted(names, names_of_keys(keys), side) for side in ("left", "right")
+            )
+            hit = np.flatnonzero(start < stop).tolist()
+            if not hit:
+                continue
+            table = shards.read_table(self.dataset, shard.name, ["captions"])["captions"]
+            split, more = SPLITS.index(shard.split), dict[str, list[str]]()
+            for at in hit:
+                before = table[at].as_py()
+                captions = list(before)
+                for number in again[start[at] : stop[at]].tolist():
+                    decision.split[number] = split
+                    outcome = join(captions, rows.captions(number), split, holding)
+                    decision.outcome[number] = KNOWN if outcome == SAME_PICTURE else outcome
+                if len(captions) > len(before):
+                    more[keys[at]] = captions[len(before) :]
+            if more:
+                unit = {"shard": shard.name, "split": shard.split, "captions": more}
+                name = fingerprint([CODE, unit]) + "-shard"
+                units[shard.name] = {"unit": name, **unit}
+        work = functools.partial(captioner, self.dataset)
+        made = dict(zip(units, self._resume_shards(work, list(units.values())), strict=True))
+        return [made.get(shard.name, shard) for shard in stored]
+
+    # ---- the selection ---------------------------------------------------------------------------
+
+    def _select(
+        self, old: Sequence[Shard], written: Sequence[Shard], met: Positions
+    ) -> tuple[Shard, ...]:
+        """All shards with what is left out of them."""
+        decided = {shard.name for shard in self.base.shards} if self.base else set[str]()
+        stands = self.base is not None and selects_alike(self.base, self.rules, self.scorers)
+        if self.scorers.specs:
+            from .score import score
+
+            progress = self.progress
+            score(
+                self.dataset, (*old, *written), self.scorers.specs, self.scorers.build,
+                self.executor, progress and functools.partial(progress, "score"),
+            )  # fmt: skip
+        return select(
+            self.dataset, (*old, *written), met, self.rules, self._scores,
+            decided=decided if stands else (),
+        )  # fmt: skip
+
+    def _scores(self, shard: str) -> Mapping[str, Any]:
+        from .score import read_scores
+
+        return read_scores(self.dataset, shard, [*self.scorers.fingerprints.values()])
+
+    # ---- the version -----------------------------------------------------------------------------
+
+    def _publish(
+        self,
+        sources: Sequence[Source],
+        prints: Mapping[str, str],
+        past: _Past,
+        rows: _Rows,
+        decision: Decision,
+        holding: Holding,
+        shards: tuple[Shard, ...],
+        gone: Mapping[str, Any],
+    ) -> IngestResult:
+        names, reasons = left_out(Manifest(self.dataset, 0, None, shards))
+        dropped = Positions(names), np.array([*reasons, ""], object)
+        new = 0
+        with writing(self.dataset) as (table, publish_table):
+            for batch in read_batches(self.base) if self.base else ():
+                table.add(restated(self._still_past(batch, past, rows), *dropped))
+            numbers = iter(range(len(rows)))
+            while some := list(itertools.islice(numbers, 8192)):
+                batch = batch_of(self._outcome(rows, it, sources, decision) for it in some)
+                batch = restated(batch, *dropped)
+                new += sum(it == "kept" for it in batch["outcome"].to_pylist())
+                table.add(batch)
+            counts = table.counts
+            if not counts["kept"]:
+                details = {name: it for name, it in counts.items() if ":" in name}
+                said = Counter(n for n in details if not n.startswith("flag:"))
+                said = Counter({name: details[name] for name in said})
+                raise ValueError(
+                    f"none of {counts['seen']} rows was kept ({_listed(said)}); "
+                    "look at the sources and the rules"
+                )
+            inputs = publish_table()
+        manifest = Manifest(
+            dataset=self.dataset,
+            version=self.parent.version + 1 if self.parent else 1,
+            parent=self.base.version if self.base else None,
+            shards=shards,
+            counts=counts,
+            sources={**(self.base.sources if self.base else {}), **prints},
+            rules={
+                **described(self.rules),
+                "scorers": self.scorers.fingerprints,
+                **holding.stated(),
+            },
+            inputs=inputs,
+        )
+        self._check_undisturbed(manifest, gone)
+        publish(manifest)
+        self._clean()
+        return IngestResult(manifest, counts, new, reused=False)
+
+    def _outcome(
+        self, rows: _Rows, number: int, sources: Sequence[Source], decision: Decision
+    ) -> Record:
+        (row, stamp, source, _, _, flags, _), found = rows.said[number], rows.found[number]
+        outcome, reason = OUTCOMES[int(decision.outcome[number])]
+        return {
+            "id": row,
+            "stamp": stamp,
+            "source": sources[int(source)].url,
+            "outcome": outcome,
+            "reason": found.get("reason", "") or reason,
+            "detail": found.get("detail", ""),
+            "key": found.get("key", ""),
+            "split": SPLITS[decision.split[number]],
+            "flags": sorted({*flags, *found.get("flags", ())}),
+        }
+
+    def _still_past(self, batch: Any, past: _Past, rows: _Rows) -> Any:
+        """Without the rows that were out of reach and are new again."""
+        if not past.unreached or not any(rows.again):
+            return batch
+        again = {
+            row_name(*rows.said[number][:2])
+            for number in np.flatnonzero(np.array(rows.again, bool)).tolist()
+        }
+        return batch.filter(
+            [
+                reason not in _MAY_CHANGE or row_name(row, stamp) not in again
+                for row, stamp, reason in zip(
+                    *(batch[name].to_pylist() for name in ("id", "stamp", "reason")), strict=True
+                )
+            ]
+        )
+
+    def _check_undisturbed(self, manifest: Manifest, gone: Mapping[str, Any]) -> None:
+        """No take-down and no deletion meanwhile, where no lock can keep them out."""
+        if storage.is_local(self.dataset):
+            return
+        there = set(storage.list_names(storage.join(self.dataset, "shards")))
+        lost = [shard.name for shard in manifest.shards if f"{shard.name}.tar" not in there]
+        if lost or blocked(self.dataset).keys() != gone.keys():
+            raise ValueError(
+                f"{self.dataset}: pictures or shards ({len(lost)}) were taken away while this run "
+                "went on; nothing was published, run it again"
+            )
+
+    def _clean(self) -> None:
+        clean(self.dataset)
+        if not storage.is_local(self.dataset):
+            for name in self.used:
+                storage.delete(storage.join(self.dataset, "staging", name))
+
+    # ---- units -----------------------------------------------------------------------------------
+
+    def _resume(
+        self, stage: str, factory: Any, units: list[Record], kind: str
+    ) -> dict[str, Record]:
+        """Have all units done; what those that an earlier, killed run left gave."""
+        staging = storage.join(self.dataset, "staging")
+        present = set(storage.list_names(staging))
+        todo = [unit for unit in units if f"{unit['unit']}.{kind}" not in present]
+        past, progress = len(units) - len(todo), self.progress
+        fresh = run(
+            factory,
+            todo,
+            executor=self.executor,
+            keep=False,
+            progress=progress and (lambda done, _: progress(stage, past + done, len(units))),
+        )
+        return {unit["unit"]: result for unit, result in zip(todo, fresh, strict=True)}
+
+    def _resume_shards(self, factory: Any, units: list[Record]) -> list[Shard]:
+        self.used.update(f"{unit['unit']}.json" for unit in units)
+        done = self._resume("write", factory, units, "json")
+        return [
+            Shard(
+                **(
+                    done.get(unit["unit"])
+                    or storage.read_json(result_url(self.dataset, unit["unit"], "json"))
+                )["shard"]
+            )
+            for unit in units
+        ]
+
+
+def _hashes(pair: str, name: str | None) -> tuple[float, float]:
+    """Of a pair and of a name; 1 for no name."""
+    return uniform("heldout", pair), 1.0 if name is None else uniform("unseen", name)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())

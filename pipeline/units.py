@@ -1,0 +1,185 @@
+"""What workers do for an ingest, a unit at a time: read pictures, write shards, add captions.
+
+A unit is a name and a place in a file of lines. What it makes is staged or published under names
+that its content decides, and its result comes last: units may be done twice, and a killed run goes
+on with those that have no result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from . import storage
+from .download import Downloader, DownloadRules, is_remote
+from .manifest import blocked
+from .outcomes import Rejected
+from .rows import read_lines
+from .sources import Damaged, OverLong, fetch_image, release
+
+Record = dict[str, Any]
+
+
+def reader(
+    dataset: str, reading: dict[str, Any], download: DownloadRules, lines: str
+) -> Callable[[Record], Record]:
+    """Pass 1 over one unit: pictures into staging/{unit}.bin, what each is into a line of
+    {unit}.jsonl. The unit's lines are [image, stamp, problem, sha256] of its rows.
+    """
+    from . import dedup, images
+
+    gone = blocked(dataset)
+    max_side = reading["max_side"]
+    policy = images.DecodePolicy(
+        background=tuple(reading["background"]),
+        max_pixels=reading["max_pixels"],
+        max_bytes=reading["max_bytes"],
+        animated=reading["animated"],
+        # from 1 to 2 times the side, 39.5 to 42.9 dB (JPEG's own loss in it) from Lanczos alone
+        draft_side=max_side,
+    )
+
+    def fetched(image: str) -> bytes:
+        try:
+            return fetch_image(image, policy.max_bytes)
+        except OverLong as error:
+            raise Rejected("too_many_bytes", str(error)) from None
+        except PermissionError as error:
+            # Of a store it speaks of our credentials, which may have expired, not of a picture.
+            if not storage.is_local(image):
+                raise
+            raise Rejected("unreadable", str(error)) from None
+        except (FileNotFoundError, IsADirectoryError, Damaged) as error:
+            raise Rejected("unreadable", str(error)) from None
+
+    def read(
+        row: tuple[str, str, str | None, str | None],
+        answers: Iterator[bytes | Rejected],
+        stage: Callable[[bytes], int],
+        found: dict[str, Any],
+    ) -> None:
+        url, _, problem, sha256 = row
+        if problem:
+            raise Rejected(problem, url)
+        data = next(answers) if is_remote(url) else fetched(url)
+        if isinstance(data, Rejected):
+            raise data
+        found["key"] = dedup.key(data)
+        if found["key"] in gone:
+            raise Rejected("removed", "taken down, and may not come back")
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise Rejected("hash_mismatch", f"wanted sha256 {sha256}")
+        image, info = images.decode(data, policy)
+        width, height = info["width"], info["height"]
+        image, stored, ext = images.store(image, data, info, max_side)
+        found |= {
+            "offset": stage(stored),
+            "length": len(stored),
+            "ext": ext,
+            "width": image.width,
+            "height": image.height,
+            "format": info["format"],
+            "flags": info["flags"],
+            "scores": {
+                "original_width": width,
+                "original_height": height,
+                "aspect": round(max(width, height) / min(width, height), 4),
+                "look": dedup.look(image),
+            },
+        }
+
+    def work(unit: dict[str, Any]) -> dict[str, Any]:
+        rows = list(read_lines(lines, unit["offset"], unit["length"]))
+        results: list[dict[str, Any]] = []
+        remote = [image for image, _, problem, _ in rows if not problem and is_remote(image)]
+        with (
+            contextlib.ExitStack() as after,
+            Downloader(download, policy.max_bytes) as downloader,
+            contextlib.closing(downloader.all(remote)) as answers,
+            storage.publishing(storage.join(dataset, "staging", f"{unit['unit']}.bin")) as file,
+        ):
+            after.callback(release)
+
+            def stage(data: bytes) -> int:
+                offset = file.tell()
+                file.write(data)
+                return offset
+
+            for row in rows:
+                results.append(found := {})
+                try:
+                    read(row, answers, stage, found)
+                except Rejected as rejected:
+                    found |= {"reason": rejected.reason, "detail": rejected.detail}
+        text = "".join(json.dumps(found) + "\n" for found in results)
+        storage.publish_bytes(result_url(dataset, unit["unit"], "jsonl"), text.encode())
+        return {}
+
+    return work
+
+
+def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
+    """Pass 2 over one unit: a shard from staged pictures. The unit's lines are its samples."""
+    from . import shards
+
+    def pictures(samples: list[Record]) -> dict[str, bytes]:
+        wanted: dict[str, list[Record]] = {}
+        for it in samples:
+            wanted.setdefault(it["staged"], []).append(it)
+        found: dict[str, bytes] = {}
+        for staged, some in wanted.items():
+            url = storage.join(dataset, "staging", f"{staged}.bin")
+            ranges = [(it["offset"], it["length"]) for it in some]
+            found |= zip((it["key"] for it in some), storage.read_ranges(url, ranges), strict=True)
+        return found
+
+    def stored(samples: Iterator[Record]) -> Iterator[shards.ShardSample]:
+        # a shard of photographs need not fit in memory
+        while some := list(itertools.islice(samples, 128)):
+            data = pictures(some)
+            for it in some:
+                captions = tuple(it["captions"])
+                yield shards.ShardSample(
+                    it["key"], data[it["key"]], it["ext"], captions, it["meta"]
+                )
+
+    def work(unit: Record) -> Record:
+        samples = read_lines(lines, unit["offset"], unit["length"])
+        shard = shards.write_shard(stored(samples), dataset, unit["split"])
+        return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
+
+    return work
+
+
+def captioner(dataset: str) -> Callable[[Record], Record]:
+    """One unit: a shard written anew with more captions."""
+    from . import shards
+    from .carry import carry
+
+    def work(unit: Record) -> Record:
+        more, old = unit["captions"], unit["shard"]
+        keys = shards.read_table(dataset, old, ["key"])["key"].to_pylist()
+        samples = (
+            replace(it, captions=(*it.captions, *more.get(it.key, ())))
+            for it in shards.read_shard(storage.join(dataset, "shards", f"{old}.tar"))
+        )
+        shard = shards.write_shard(samples, dataset, unit["split"])
+        carry(dataset, shard, {key: (old, row) for row, key in enumerate(keys)})
+        return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
+
+    return work
+
+
+def _commit(dataset: str, unit: str, result: Record) -> Record:
+    storage.publish_bytes(result_url(dataset, unit, "json"), json.dumps(result).encode())
+    return result
+
+
+def result_url(dataset: str, unit: str, kind: str) -> str:
+    """Where the result of a unit is: "jsonl" of those that read, "json" of those that write."""
+    return storage.join(dataset, "staging", f"{unit}.{kind}")
