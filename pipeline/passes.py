@@ -86,13 +86,16 @@ class _Past:
     known: Positions
     """By id and stamp; those that were out of reach are not known."""
     unreached: frozenset[bytes]
+    missing: frozenset[str]
+    """Ids of rows whose file was not there."""
     stored: np.ndarray
     """Names of the keys of which the shards hold the picture, in the order they were met."""
     rows: int = 0
 
     @classmethod
     def of(cls, base: Manifest | None) -> _Past:
-        known, stored, unreached, count = bytearray(), bytearray(), set[bytes](), 0
+        known, stored, unreached, missing = bytearray(), bytearray(), set[bytes](), set[str]()
+        count = 0
         columns = ["id", "stamp", "outcome", "reason", "key"]
         for batch in read_batches(base, columns) if base else ():
             count += len(batch)
@@ -104,9 +107,17 @@ class _Past:
                     unreached.add(row_name(row, stamp))
                 else:
                     known += row_name(row, stamp)
+                if reason == "missing_file":
+                    missing.add(row)
                 if outcome in STORED:
                     stored += bytes.fromhex(key)
-        return cls(Positions(names_of(known)), frozenset(unreached), names_of(stored), count)
+        return cls(
+            Positions(names_of(known)),
+            frozenset(unreached),
+            frozenset(missing),
+            names_of(stored),
+            count,
+        )
 
 
 class _Rows:
@@ -123,6 +134,8 @@ class _Rows:
         """Hashes of its pair, and of its name."""
         self.web, self.again = array("b"), array("b")
         """Whether it is fetched from the web; whether it was out of reach in the last version."""
+        self.come = set[str]()
+        """Ids of those whose file was not there in the last version."""
         self.unit = array("q")
         """Number of the unit that staged its picture."""
         self.keys = bytearray()
@@ -211,7 +224,7 @@ class Run:
             written = self._write(rows, units, decision, holding)
             met = Positions(np.concatenate([past.stored, rows.names[decision.outcome == KEPT]]))
             shards = self._select(old, written, met)
-            return self._publish(sources, prints, past, rows, decision, holding, shards, gone)
+            return self._publish(sources, prints, rows, decision, holding, shards, gone)
 
     def _list(self, sources: Sequence[Source], past: _Past, rows: _Rows) -> None:
         """The rows that were not met before."""
@@ -222,6 +235,8 @@ class Run:
             for (number, row), name, at in zip(some, names, known.tolist(), strict=True):
                 if at < 0:
                     rows.list(number, row, name in past.unreached)
+                    if row.id in past.missing:
+                        rows.come.add(row.id)
 
     # ---- pass 1 ----------------------------------------------------------------------------------
 
@@ -487,7 +502,6 @@ class Run:
         self,
         sources: Sequence[Source],
         prints: Mapping[str, str],
-        past: _Past,
         rows: _Rows,
         decision: Decision,
         holding: Holding,
@@ -499,7 +513,7 @@ class Run:
         new = 0
         with writing(self.dataset) as (table, publish_table):
             for batch in read_batches(self.base) if self.base else ():
-                table.add(restated(self._still_past(batch, past, rows), *dropped))
+                table.add(restated(self._still_past(batch, rows), *dropped))
             numbers = iter(range(len(rows)))
             while some := list(itertools.islice(numbers, 8192)):
                 batch = batch_of(self._outcome(rows, it, sources, decision) for it in some)
@@ -552,22 +566,22 @@ class Run:
             "flags": sorted({*flags, *found.get("flags", ())}),
         }
 
-    def _still_past(self, batch: Any, past: _Past, rows: _Rows) -> Any:
-        """Without the rows that were out of reach and are new again."""
-        if not past.unreached or not any(rows.again):
-            return batch
+    def _still_past(self, batch: Any, rows: _Rows) -> Any:
+        """Without the rows that were out of reach or not there, and are new again."""
         again = {
             row_name(*rows.said[number][:2])
             for number in np.flatnonzero(np.array(rows.again, bool)).tolist()
         }
-        return batch.filter(
-            [
-                reason not in _MAY_CHANGE or row_name(row, stamp) not in again
-                for row, stamp, reason in zip(
-                    *(batch[name].to_pylist() for name in ("id", "stamp", "reason")), strict=True
-                )
-            ]
-        )
+        if not again and not rows.come:
+            return batch
+
+        def stands(row: str, stamp: str, reason: str) -> bool:
+            if reason in _MAY_CHANGE:
+                return row_name(row, stamp) not in again
+            return reason != "missing_file" or row not in rows.come
+
+        columns = (batch[name].to_pylist() for name in ("id", "stamp", "reason"))
+        return batch.filter([stands(*it) for it in zip(*columns, strict=True)])
 
     def _check_undisturbed(self, manifest: Manifest, gone: Mapping[str, Any]) -> None:
         """No take-down and no deletion meanwhile, where no lock can keep them out."""

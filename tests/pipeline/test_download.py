@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipeline import download as downloads
 from pipeline import ingest as ingesting
+from pipeline import storage
 from pipeline.download import Downloader, DownloadRules, is_public, is_remote
 from pipeline.ingest import IngestRules, ingest
 from pipeline.outcomes import Rejected
@@ -419,6 +420,41 @@ def test_what_could_not_be_reached_is_tried_again(tmp_path, server):
         Handler.down = False
     server.pictures = away
     assert ingest([source], dataset, named).counts["kept"] == 3
+
+
+def test_a_run_cut_short_fetches_again_only_what_was_out_of_reach(tmp_path, server, monkeypatch):
+    """One dead link in every unit: what the others gave is kept all the same."""
+    server.pictures = {f"{i}.png": picture(i) for i in range(128)}
+    rows = [{"url": server.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(128)]
+    for place in (3, 40, 70, 100):
+        rows[place]["url"] = f"http://127.0.0.1:1/{place}.png"
+    source, dataset = table(tmp_path, rows), str(tmp_path / "dataset")
+    rules = IngestRules(
+        download=DownloadRules(private_hosts=("127.0.0.1",), retries=0), heldout_share=0
+    )
+    write, done = storage.publish_bytes, []
+
+    def cut(url, data):
+        write(url, data)
+        if url.endswith(".jsonl"):
+            done.append(url)
+            if len(done) == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "publish_bytes", cut)
+    with pytest.raises(KeyboardInterrupt):
+        ingest([source], dataset, rules)
+    monkeypatch.setattr(storage, "publish_bytes", write)
+    assert len(server.asked) == 3 * 31
+    server.pictures["late.png"] = picture(200)
+    server.asked.clear()
+    result = ingest([source], dataset, rules)
+    assert len(server.asked) == 31
+    assert result.counts["kept"] == 124
+    assert result.counts["rejected:unreachable"] == 4
+    again = ingest([source], str(tmp_path / "undisturbed"), rules)
+    assert again.manifest.digest == result.manifest.digest
+    assert again.manifest.inputs == result.manifest.inputs
 
 
 def test_urls_that_stay_dead_do_not_stop_the_growth(tmp_path, server):

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import dedup, manifest, outcomes, passes, shards, storage, units
 from pipeline import ingest as ingesting
-from pipeline import manifest, shards, storage, units
 from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
 from pipeline.sources import SourceOptions
@@ -489,6 +489,125 @@ def test_credentials_that_expire_end_the_run_and_reject_nothing(tmp_path):
     with pytest.raises(OSError, match="token has expired"):
         ingest(["expiring://expiring"], str(tmp_path / "out"))
     assert manifest.versions(str(tmp_path / "out")) == []
+
+
+def test_one_broken_file_that_is_added_alone_stops_nobody(tmp_path):
+    rows, dataset = plain(20), str(tmp_path / "out")
+    ingest([source(tmp_path / "in", rows)], dataset, IngestRules())
+    more = ingest(
+        [source(tmp_path / "in", [*rows, ("broken.png", b"", {"caption": "none"})])], dataset
+    )
+    assert (more.new, more.counts["rejected:not_image"]) == (0, 1)
+    many = [(f"broken{i}.png", b"%d" % i, {"caption": "none"}) for i in range(20)]
+    with pytest.raises(ValueError, match="20 of 21 new rows were rejected"):
+        ingest(
+            [source(tmp_path / "in", [*rows, *many, ("21.png", picture(21), {"caption": "21"})])],
+            dataset,
+        )
+
+
+def test_what_is_held_out_stays_so_when_pictures_are_stored_otherwise(tmp_path):
+    rows, dataset = plain(40), str(tmp_path / "out")
+
+    def heldout(count, **rules):
+        url = source(tmp_path / "in", rows[:count])
+        version = ingest([url], dataset, IngestRules(near_duplicates="keep", **rules)).manifest
+        rows_of = outcomes.read_outcomes(version)
+        return {it["id"] for it in rows_of if it["split"] == "heldout"}, version
+
+    first, _ = heldout(40)
+    assert len(first) == 10  # a small start holds out a quarter
+    rows += plain(400)[40:]
+    grown, _ = heldout(400)
+    assert first <= grown
+    assert len(grown - first) < 0.2 * 360
+    otherwise, anew = heldout(400, max_side=12)
+    assert anew.parent is None
+    assert otherwise == grown
+    assert heldout(400, max_side=12, heldout_share=0.5)[0] != grown
+
+
+def test_a_caption_that_is_held_out_is_not_learnt_beside_another(tmp_path):
+    """Of several captions those of another split than the first one's go."""
+    rng, folder = random.Random(0), tmp_path / "in"
+    folder.mkdir()
+    names = [f"caption {i}" for i in range(60)]
+    with open(folder / "captions.jsonl", "w") as file:
+        for number in range(60):
+            (folder / f"{number}.png").write_bytes(picture(number))
+            said = {"file": f"{number}.png", "caption": rng.sample(names, 4)}
+            file.write(json.dumps(said) + "\n")
+    rules = IngestRules(heldout_share=0.3, near_duplicates="keep")
+    version = ingest([str(folder)], str(tmp_path / "out"), rules).manifest
+    found = {"train": set(), "heldout": set()}
+    for shard in version.shards:
+        for it in shards.read_table(version.dataset, shard.name, ["captions"]).to_pylist():
+            found[shard.split] |= set(it["captions"])
+    assert not found["train"] & found["heldout"]
+    assert len(found["train"] | found["heldout"]) > 50
+
+
+@pytest.mark.parametrize("moment", ["_check_undisturbed", "_clean"])
+def test_two_runs_where_nothing_locks_harm_nobody(tmp_path, monkeypatch, moment):
+    """One wins the version, the other says so and builds on it; no shard that is listed goes."""
+    dataset = f"memory://two-{moment}/data"
+    one, other = source(tmp_path / "one", plain(12)), source(tmp_path / "two", plain(12, 12))
+    once, meet = [], getattr(passes.Run, moment)
+
+    def meeting(self, *given):
+        if not once:
+            once.append(True)
+            ingest([other], dataset, KILL_RULES)
+        return meet(self, *given)
+
+    monkeypatch.setattr(passes.Run, moment, meeting)
+    if moment == "_clean":  # the other began when this one had published
+        ingest([one], dataset, KILL_RULES)
+    else:
+        with pytest.raises(ValueError, match="published meanwhile by another run"):
+            ingest([one], dataset, KILL_RULES)
+        ingest([one], dataset, KILL_RULES)
+    last = manifest.latest(dataset)
+    assert (last.version, last.counts["kept"]) == (2, 24)
+    for number in (1, 2):
+        version = manifest.read(dataset, number)
+        assert outcomes.count(outcomes.read_batches(version)) == dict(version.counts)
+        for shard in version.shards:
+            assert storage.exists(version.url("shards", f"{shard.name}.tar"))
+    assert not storage.list_names(f"{dataset}/staging")
+
+
+def test_a_take_down_meanwhile_keeps_a_version_from_being_published(tmp_path, monkeypatch):
+    dataset = "memory://taken/data"
+    url = source(tmp_path / "in", plain(6))
+    check = passes.Run._check_undisturbed
+    gone = {dedup.key(picture(3)): {"reason": "asked", "time": ""}}
+
+    def meanwhile(self, *given):
+        if not storage.exists(f"{dataset}/blocked.json"):
+            storage.publish_json(f"{dataset}/blocked.json", gone)
+        return check(self, *given)
+
+    monkeypatch.setattr(passes.Run, "_check_undisturbed", meanwhile)
+    with pytest.raises(ValueError, match="taken away while this run went on"):
+        ingest([url], dataset, KILL_RULES)
+    assert ingest([url], dataset, KILL_RULES).counts["rejected:removed"] == 1
+
+
+def test_a_missing_file_is_looked_for_again(tmp_path):
+    (tmp_path / "files").mkdir()
+    table = tmp_path / "table.jsonl"
+    for number in range(4):
+        (tmp_path / "files" / f"{number}.png").write_bytes(picture(number))
+    rows = [{"file": f"files/{number}.png", "caption": f"{number}"} for number in range(5)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = str(tmp_path / "out")
+    first = ingest([str(table)], dataset, IngestRules())
+    assert first.counts["rejected:missing_file"] == 1
+    assert ingest([str(table)], dataset, IngestRules()).reused
+    (tmp_path / "files" / "4.png").write_bytes(picture(4))
+    found = ingest([str(table)], dataset, IngestRules())
+    assert (found.new, found.counts["seen"], found.counts["rejected"]) == (1, 5, 0)
 
 
 def test_a_source_named_twice_is_refused(tmp_path):
