@@ -20,6 +20,7 @@ from PIL import Image
 
 from pipeline import dedup, manifest, outcomes, passes, shards, storage, units
 from pipeline import ingest as ingesting
+from pipeline import versions as removing
 from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
 from pipeline.sources import SourceOptions
@@ -574,7 +575,9 @@ def test_two_runs_where_nothing_locks_harm_nobody(tmp_path, monkeypatch, moment)
         assert outcomes.count(outcomes.read_batches(version)) == dict(version.counts)
         for shard in version.shards:
             assert storage.exists(version.url("shards", f"{shard.name}.tar"))
+    removing.gc(dataset)  # clears away what the one that was refused had staged
     assert not storage.list_names(f"{dataset}/staging")
+    assert manifest.latest(dataset) == last
 
 
 def test_a_take_down_meanwhile_keeps_a_version_from_being_published(tmp_path, monkeypatch):
