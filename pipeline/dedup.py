@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from . import images
+
 MAX_BITS = 3
 MAX_LEVELS = 10
 _MIN_SIGNS = 4  # a flat picture has no look to compare
@@ -28,7 +30,7 @@ def key(data: bytes) -> str:
 
 def look(image: Image.Image) -> str:
     """22 hex characters: the 64-bit difference hash, then the mean colour (3 bytes)."""
-    small = np.asarray(image.resize((9, 8), Image.Resampling.BOX), dtype=np.float32)  # [8, 9, 3]
+    small = np.asarray(images.resized(image, (9, 8), "box"), dtype=np.float32)  # [8, 9, 3]
     grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
     signs = np.packbits(grey[:, 1:] > grey[:, :-1] + 0.5)  # half a level of slack: flat stays flat
     mean = (small.mean((0, 1)) + 0.5).astype(np.uint8)

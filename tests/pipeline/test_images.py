@@ -469,3 +469,18 @@ def test_fuzzed_files_never_do_more_than_be_rejected(count):
 def test_rejected_details_are_text():
     assert Rejected("x", "\udcff" * 300).detail == "\\udcff" * 200
     assert images.Rejected("x").reason == "x"
+
+
+@pytest.mark.parametrize("size", [(384, 256), (97, 61), (9, 8), (700, 500)])
+def test_resizing_is_that_of_pillow(size):
+    """The fast library against the one whose filters are the measure: a level or so, also where the
+    box ends within a pixel.
+    """
+    coarse = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    image = Image.fromarray(coarse).resize((425, 284), Image.Resampling.BICUBIC)
+    box = (0.5, 0.0, 425.0, 283.5)
+    for kind, filter in (("lanczos3", "LANCZOS"), ("box", "BOX")):
+        found = np.asarray(images.resized(image, size, kind, box), int)
+        wanted = np.asarray(image.resize(size, Image.Resampling[filter], box=box), int)
+        assert np.mean(np.abs(found - wanted)) < 0.3
+        assert np.mean(np.abs(found - wanted) > 2) < 0.002
