@@ -188,6 +188,8 @@ class Run:
     scorers: Scorers
     parent: Manifest | None
     base: Manifest | None
+    holding: Holding | None = None
+    """What is held out, where that is known beforehand."""
     used: set[str] = field(default_factory=set[str])
     """Files in staging that are this run's."""
 
@@ -338,6 +340,8 @@ class Run:
 
     def _holding(self, places: np.ndarray, unseen: np.ndarray) -> Holding:
         """What is held out: as in the version before, unless the rules about it are others."""
+        if self.holding:
+            return self.holding
         rules = self.rules
         before: Mapping[str, Any] = self.parent.rules if self.parent else {}
         asked = {name: getattr(rules, name) for name in _HOLDING}
