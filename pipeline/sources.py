@@ -33,6 +33,7 @@ from . import storage
 from .download import is_remote
 from .filters import clean_caption
 from .manifest import fingerprint
+from .storage import Damaged
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 TABLES = ("csv", "tsv", "jsonl", "parquet")
@@ -265,10 +266,6 @@ def release() -> None:
     """Let go of the parquet that was read last: it may change before it is read again."""
     while _last:
         _last.pop().close()
-
-
-class Damaged(OSError):
-    """A file that cannot be read, and will not be."""
 
 
 class OverLong(OSError):

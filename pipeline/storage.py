@@ -41,6 +41,10 @@ class NoRoom(OSError):
     """A full disk: which, and what is left of it."""
 
 
+class Damaged(OSError):
+    """A file that cannot be read, and will not be."""
+
+
 def is_local(url: str) -> bool:
     """Whether the URL is a path of this machine (`x`, `/x`, `file:///x`)."""
     return "://" not in url or url.startswith("file://")
@@ -114,10 +118,15 @@ def open_read(url: str) -> IO[bytes]:
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The pieces `(offset, length)` of one file, in the order asked."""
+    """The pieces `(offset, length)` of one file, in the order asked, each of that length.
+
+    `Damaged` where the file ends before; OSError where a server sends more than it was asked for.
+    """
     if is_local(url):
         with open(local_path(url), "rb") as file:
-            return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
+            found = [os.pread(file.fileno(), length, offset) for offset, length in ranges]
+        _check_lengths(url, ranges, found)
+        return found
     pieces: dict[int, bytes] = {}
 
     def missing(files: Any, path: str) -> None:
@@ -133,7 +142,9 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
             raise failed[0]
 
     _ask(url, missing)
-    return [pieces[number] for number in range(len(ranges))]
+    found = [pieces[number] for number in range(len(ranges))]
+    _check_lengths(url, ranges, found)
+    return found
 
 
 def read_json(url: str) -> Any:
@@ -404,6 +415,21 @@ def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
     raise AssertionError
 
 
+def _check_lengths(url: str, ranges: Sequence[tuple[int, int]], found: Sequence[bytes]) -> None:
+    for (offset, length), piece in zip(ranges, found, strict=True):
+        if len(piece) == length:
+            continue
+        said = f"from byte {offset:,} on: got {len(piece):,} bytes, wanted {length:,}"
+        if len(piece) < length:
+            raise Damaged(errno.EIO, f"{said}; the file is cut, copy it anew", url)
+        raise OSError(  # of the whole file, most likely: a picture would be anything
+            errno.EIO,
+            f"{said}; the server ignores Range: copy the file here, or serve it by one that knows "
+            "partial answers (nginx, an object store; not python -m http.server)",
+            url,
+        )
+
+
 def _upload(files: Any, size: int, method: str, *args: Any, **options: Any) -> None:
     """`pipe_file` or `put_file` with a deadline: clients of S3 wait for ever until they may write.
 
@@ -519,7 +545,8 @@ def _stamp(status: os.stat_result) -> str:
 
 
 def _remote_stamp(info: Mapping[str, Any]) -> str:
-    times = ("ETag", "etag", "md5", "mtime", "LastModified", "created")
+    times = ("ETag", "etag", "md5", "mtime", "LastModified", "Last-Modified", "last_modified")
+    times += ("created",)
     time = next((info[name] for name in times if info.get(name)), "")
     return f"{info['size']}-{time.timestamp() if isinstance(time, datetime) else time}"
 

@@ -595,3 +595,11 @@ def test_pictures_inside_a_parquet(tmp_path, layout):
     with pytest.raises(Damaged):
         [fetch(row) for row in listed[:2]]
     release()
+
+
+def test_a_tar_that_was_cut_since_it_was_listed_is_damaged(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [("a.txt", b"words"), ("a.png", picture())])
+    (row,) = rows(path)
+    os.truncate(path, 1600)
+    with pytest.raises(Damaged, match=rf"got 64 bytes, wanted {len(picture())}"):
+        fetch(row)

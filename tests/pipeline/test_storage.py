@@ -35,6 +35,8 @@ def test_what_is_written_is_read(root):
     assert storage.list_names(storage.join(root, "a")) == ["b.bin", "c.json"]
     assert storage.list_names(storage.join(root, "nowhere")) == []
     assert storage.read_ranges(url, [(1, 2), (0, 1)]) == [b"wo", b"t"]
+    with pytest.raises(storage.Damaged, match="from byte 1 on: got 2 bytes, wanted 3; .*b.bin"):
+        storage.read_ranges(url, [(0, 1), (1, 3)])
     with storage.open_read(url) as file:
         assert file.read(2) == b"tw"
     storage.delete(storage.join(root, "a"))
