@@ -447,10 +447,19 @@ class _Sample:
     captions: list[str] = field(default_factory=list[str])
     attributes: dict[str, str] = field(default_factory=dict[str, str])
     styled: bool = False
+    parts: dict[str, _Sample] = field(default_factory=dict[str, "_Sample"])
+    """What goes on after the key and a dot, by that longer name: `a.seg` of `a`."""
 
     @property
     def complete(self) -> bool:
         return not self.problem and bool(self.image and self.captions)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it has, by name at least, a picture and words, as a mask has not."""
+        return not self.extensions.isdisjoint(PICTURES) and (
+            "txt" in self.extensions or bool(self.captions)
+        )
 
 
 @dataclass(frozen=True)
@@ -480,33 +489,46 @@ class _Tars(_Listed):
             file.seek(0)
             for member in _members(file, size, url):
                 if member is None:
-                    if sample is None or sample.complete:  # whole ones stay, the break is a row
-                        if sample:
-                            yield sample
-                        sample = _Sample("@end")
-                    sample.problem = sample.problem or "truncated"
-                    break
-                key, extension = _split_name(member.name, sample.key if sample else None)
+                    whole = self._closed(sample, closed, url) if sample else []
+                    if all(it.complete for it in whole):  # they stay, the break is a row
+                        whole.append(_Sample("@end"))
+                    for it in whole:
+                        it.problem = it.problem or (None if it.complete else "truncated")
+                    yield from whole
+                    return
+                key, stem, extension = _split_name(member.name, sample.key if sample else None)
                 if member.isdir() or posixpath.basename(key).startswith((".", "__")):
                     continue
                 if sample is None or key != sample.key:
-                    if key in closed:
-                        raise ValueError(
-                            f"{url}, member {member.name}: the members of sample {key} "
-                            "do not stand together; write the tar again, sorted by name"
-                        )
                     if sample:
-                        yield sample
+                        yield from self._closed(sample, closed, url)
+                    if key in closed:
+                        raise _apart(url, member.name, key)
                     sample = _Sample(key)
                     closed.add(key)
-                if extension in sample.extensions:
+                part = sample if stem == key else sample.parts.setdefault(stem, _Sample(stem))
+                if extension in part.extensions:
                     raise ValueError(
                         f"{url}, member {member.name}: it is there twice; write the tar again"
                     )
-                sample.extensions.add(extension)
-                self._take(sample, member, extension, file, size, url)
+                part.extensions.add(extension)
+                self._take(part, member, extension, file, size, url)
         if sample:
-            yield sample
+            yield from self._closed(sample, closed, url)
+
+    def _closed(self, sample: _Sample, closed: set[str], url: str) -> list[_Sample]:
+        """The sample, then those of its parts that are samples of their own."""
+        whole = [sample]
+        for part in sample.parts.values():
+            if not part.stands_alone:
+                sample.flags.add("member_refused")
+                sample.problem = sample.problem or part.problem
+            elif part.key in closed:
+                raise _apart(url, f"{part.key}.*", part.key)
+            else:
+                closed.add(part.key)
+                whole.append(part)
+        return whole
 
     def _take(
         self,
@@ -761,18 +783,26 @@ def _caption_bytes(options: SourceOptions) -> int:
     return 16 * options.max_caption_characters  # beyond that, cleaning keeps nothing
 
 
-def _split_name(name: str, current: str | None) -> tuple[str, str]:
-    """(key, extension) of a tar member: cut at the last dot, unless the first opens a known key.
+def _split_name(name: str, current: str | None) -> tuple[str, str, str]:
+    """(key, stem, extension) of a tar member: the stem ends at the last dot, and so does the key,
+    unless the first dot ends a known one.
 
     So `a.seg.png` after `a.jpg` belongs to `a`, while `v1.5.cat.jpg` and `v1.6.dog.jpg` are two
     samples, which webdataset, cutting at the first dot, makes one.
     """
     folder, base = posixpath.split(name)
     first, _, rest = base.partition(".")
-    if current is not None and "." in rest and posixpath.join(folder, first) == current:
-        return current, rest.lower()
     stem, _, extension = base.rpartition(".")
-    return posixpath.join(folder, stem or base), extension.lower()
+    stem = posixpath.join(folder, stem or base)
+    within = current is not None and "." in rest and posixpath.join(folder, first) == current
+    return current if within and current else stem, stem, extension.lower()
+
+
+def _apart(url: str, member: str, key: str) -> ValueError:
+    return ValueError(
+        f"{url}, member {member}: the members of sample {key} do not stand together; "
+        "write the tar again, sorted by name"
+    )
 
 
 def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo | None]:

@@ -603,3 +603,63 @@ def test_a_tar_that_was_cut_since_it_was_listed_is_damaged(tmp_path):
     os.truncate(path, 1600)
     with pytest.raises(Damaged, match=rf"got 64 bytes, wanted {len(picture())}"):
         fetch(row)
+
+
+def test_samples_within_the_name_of_another_are_rows(tmp_path):
+    """`v1.5` begins like `v1`: its picture was lost, and a flag was all that told of it."""
+    path = tar_of(
+        tmp_path / "x.tar",
+        [
+            ("v1.jpg", picture(0)),
+            ("v1.txt", b"one"),
+            ("v1.5.jpg", picture(1)),
+            ("v1.5.txt", b"one and a half"),
+            ("v1.A.JPG", picture(2)),
+            ("v1.A.json", b'{"caption": "from json"}'),
+            ("v1.a.png", picture(3)),
+            ("v1.a.txt", b"another case"),
+            ("v1.seg.png", picture(4)),
+            ("v1.seg.json", b'{"classes": 3}'),
+            ("v1.note.txt", b"no caption of it"),
+            special("v1.link.jpg", tarfile.SYMTYPE, "v1.jpg"),
+            ("v1.link.txt", b"a link"),
+            ("v1..png", picture(5)),
+            ("v2.json", b'{"caption": "words alone"}'),
+            ("v2.5.jpg", picture(6)),
+            ("v2.5.txt", b"two and a half"),
+        ],
+    )
+    listed = {row.id.split("#")[1]: (row.captions, row.problem, row.flags) for row in rows(path)}
+    assert listed == {
+        "v1": (("one",), None, ("member_refused",)),
+        "v1.5": (("one and a half",), None, ()),
+        "v1.A": (("from json",), None, ()),
+        "v1.a": (("another case",), None, ()),
+        "v1.link": (("a link",), "not_a_file", ()),
+        "v2": (("words alone",), "incomplete", ()),
+        "v2.5": (("two and a half",), None, ()),
+    }
+    assert [fetch(row) for row in rows(path)[:4]] == [picture(seed) for seed in range(4)]
+    again = [("v1.5.png", b"1"), ("v1.5.txt", b"2"), ("v1.png", b"3"), ("v1.5.jpg", b"4")]
+    with pytest.raises(ValueError, match=r"sample v1\.5 do not stand together"):
+        rows(tar_of(tmp_path / "x.tar", [*again, ("v1.5.json", b'{"text": "x"}')]))
+    with pytest.raises(ValueError, match=r"v1\.5\.jpg: the members of sample v1\.5 do not stand"):
+        rows(tar_of(tmp_path / "x.tar", [again[2], *again[:2], ("w.png", b""), again[3]]))
+
+
+def test_cut_tars_keep_the_samples_within_a_name(tmp_path):
+    members = [
+        (f"v1{part}.{ext}", data)
+        for part in ("", ".5")
+        for ext, data in (("png", picture()), ("txt", b"words"))
+    ]
+    data = tar_of(tmp_path / "whole.tar", members).read_bytes()
+    cut = tmp_path / "cut.tar"
+    for length in range(512, len(data), 256):
+        cut.write_bytes(data[:length])
+        whole = [row for row in rows(cut) if row.problem is None]
+        assert [fetch(row) for row in whole] == [picture()] * len(whole)
+        if length >= 2048 + 1536 + 5:
+            assert [row.id.split("#")[1] for row in whole] == ["v1", "v1.5"]
+        else:
+            assert len(rows(cut)) - len(whole) <= 1
