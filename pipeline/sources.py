@@ -462,6 +462,10 @@ class _Sample:
         )
 
 
+class _NotATar(ValueError):
+    pass
+
+
 @dataclass(frozen=True)
 class _Tars(_Listed):
     """WebDataset and img2dataset tars, uncompressed: pictures by offset, texts when listed."""
@@ -469,17 +473,23 @@ class _Tars(_Listed):
     def rows(self) -> Iterator[Row]:
         for name, stamp in self.listing.items():
             url = storage.join(self.url, name) if name else self.url
-            for sample in self._samples(url):
-                yield self._row(
-                    f"{name}/{sample.key}" if name else sample.key,
-                    stamp,
-                    sample.image,
-                    sample.captions,
-                    sample.attributes,
-                    sample.problem or (None if sample.complete else "incomplete"),
-                    tuple(sample.flags),
-                    sample.styled,
-                )
+            try:
+                for sample in self._samples(url):
+                    yield self._row(
+                        f"{name}/{sample.key}" if name else sample.key,
+                        stamp,
+                        sample.image,
+                        sample.captions,
+                        sample.attributes,
+                        sample.problem or (None if sample.complete else "incomplete"),
+                        tuple(sample.flags),
+                        sample.styled,
+                    )
+            except _NotATar:
+                if not name:
+                    raise
+                # one of thousands: a download that failed leaves nothing, or a page that says so
+                yield self._row(f"{name}/@tar", stamp, url, [], {}, "not_a_tar")
 
     def _samples(self, url: str) -> Iterator[_Sample]:
         closed: set[str] = set()
@@ -811,7 +821,9 @@ def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo |
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
     except Exception as error:
         _raise_if_out_of_reach(error)
-        raise ValueError(f"{url}: not an uncompressed tar ({error!r})") from None
+        raise _NotATar(
+            f"{url}: not an uncompressed tar ({error!r}); fetch or write it again"
+        ) from None
     with tar:
         last = -1
         while True:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline import shapes, storage
+from pipeline.ingest import IngestRules, ingest
 from pipeline.shards import ShardSample, write_shard
 from pipeline.sources import Damaged, OverLong, SourceOptions, fetch, open_source, release
 
@@ -663,3 +664,23 @@ def test_cut_tars_keep_the_samples_within_a_name(tmp_path):
             assert [row.id.split("#")[1] for row in whole] == ["v1", "v1.5"]
         else:
             assert len(rows(cut)) - len(whole) <= 1
+
+
+def test_a_file_among_tars_that_is_none_is_a_row(tmp_path):
+    """What a broken download leaves: nothing, or a page that says so."""
+    tar_of(tmp_path / "0.tar", [("a.png", picture(0)), ("a.txt", b"a")])
+    (tmp_path / "1.tar").write_bytes(b"")
+    (tmp_path / "2.tar").write_bytes(b"<html>404</html>" * 100)
+    tar_of(tmp_path / "3.tar", [("a.png", picture(1)), ("a.txt", b"b")])
+    assert problems(tmp_path) == {
+        "0.tar/a": None,
+        "1.tar/@tar": "not_a_tar",
+        "2.tar/@tar": "not_a_tar",
+        "3.tar/a": None,
+    }
+    rules = IngestRules(heldout_share=0, min_heldout=0, min_side=1)
+    counts = ingest([str(tmp_path)], str(tmp_path / "set"), rules).counts
+    assert (counts["kept"], counts["rejected:not_a_tar"]) == (2, 2)
+    for name in ("1.tar", "2.tar"):
+        with pytest.raises(ValueError, match=rf"{name}: not an uncompressed tar"):
+            rows(tmp_path / name)
