@@ -17,16 +17,18 @@ def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dic
     from pipeline.ingest import ingest as read
 
     from .cluster import ray_session
-    from .recipe import ingest_rules
+    from .recipe import check_places, ingest_rules
 
+    executor = Executor(kind="ray")
     chosen = ingest_rules([f"max_side={side}", *rules])
     dataset = place(dataset)
+    check_places(executor, dataset, *sources)
     with ray_session(), meter("ingest") as progress:
         result = read(
             [_url(source) for source in sources],
             dataset,
             chosen,
-            Executor(kind="ray"),
+            executor,
             lambda stage, done, total: progress(done, total, stage),
         )
     counts = ", ".join(f"{what} {count}" for what, count in sorted(result.counts.items()))
