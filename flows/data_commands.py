@@ -45,7 +45,6 @@ def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dic
 
 def explain(dataset: str, what: str) -> dict[str, Any]:
     from pipeline import outcomes
-    from pipeline.filters import visible
 
     found = outcomes.explain(place(dataset), what)
     lines = []
@@ -55,7 +54,7 @@ def explain(dataset: str, what: str) -> dict[str, Any]:
         told = {"detail": it["detail"], "key": it["key"], "split": it["split"]}
         told |= {"shard": it["shard"], "flags": ", ".join(it["flags"])}
         lines += [f"  {name:<7} {value}" for name, value in told.items() if value]
-    return {"rows": found, "text": visible("\n".join(lines))}
+    return {"rows": found, "text": "\n".join(lines)}
 
 
 def show(dataset: str, version: int | None, out: str) -> dict[str, Any]:
