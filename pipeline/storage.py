@@ -31,6 +31,8 @@ from typing import IO, Any
 _HOST = socket.gethostname().replace(".", "-")
 _COUNTER = itertools.count()
 _S3 = ("s3://", "s3a://")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Scheme -> the extra of pyproject.toml with what reads it."""
 _TRIES = 8
 _LONGEST_WAIT = 32.0
 _CONNECT_SECONDS, _STALL_SECONDS = 5, 15
@@ -68,7 +70,12 @@ def filesystem(url: str) -> tuple[Any, str]:
             "retries": {"mode": "standard", "total_max_attempts": 1},
             **library.conf.get("s3", {}).get("config_kwargs", {}),
         }
-    files, path = library.url_to_fs(url, **options)
+    try:
+        files, path = library.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(url.split("://", 1)[0])
+        cure = f"; install darkroom[{extra}]" if extra else ""
+        raise ImportError(f"{url}: {error}{cure}") from None
     if url.startswith(_S3):
         files.retries = 1
     return files, path
