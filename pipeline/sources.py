@@ -538,7 +538,7 @@ class _Sample:
 
 
 class _NotATar(ValueError):
-    pass
+    """Not even the beginning of one."""
 
 
 @dataclass(frozen=True)
@@ -804,8 +804,8 @@ def _holds_bytes(kind: Any) -> bool:
     import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 
     pa: Any = pyarrow
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
     return kind in (pa.binary(), pa.large_binary())
 
 
