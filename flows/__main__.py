@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.filters import visible
+
 from . import commands, data_commands, doctor
 from .progress import say
 from .settings import prepare_environment
@@ -169,9 +171,9 @@ def main(arguments: list[str] | None = None) -> int:
         if as_json:
             answer(json.dumps(result, default=str))
         elif "text" in result:
-            answer(result["text"])
+            answer(visible(result["text"]))
     if "error" in result:
-        say(f"darkroom: {result['error']}")
+        say(visible(f"darkroom: {result['error']}"))  # it may quote what strangers wrote
     return code
 
 

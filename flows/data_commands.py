@@ -17,16 +17,18 @@ def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dic
     from pipeline.ingest import ingest as read
 
     from .cluster import ray_session
-    from .recipe import ingest_rules
+    from .recipe import check_places, ingest_rules
 
+    executor = Executor(kind="ray")
     chosen = ingest_rules([f"max_side={side}", *rules])
     dataset = place(dataset)
+    check_places(executor, dataset, *sources)
     with ray_session(), meter("ingest") as progress:
         result = read(
             [_url(source) for source in sources],
             dataset,
             chosen,
-            Executor(kind="ray"),
+            executor,
             lambda stage, done, total: progress(done, total, stage),
         )
     counts = ", ".join(f"{what} {count}" for what, count in sorted(result.counts.items()))
@@ -43,7 +45,6 @@ def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dic
 
 def explain(dataset: str, what: str) -> dict[str, Any]:
     from pipeline import outcomes
-    from pipeline.filters import visible
 
     found = outcomes.explain(place(dataset), what)
     lines = []
@@ -53,7 +54,7 @@ def explain(dataset: str, what: str) -> dict[str, Any]:
         told = {"detail": it["detail"], "key": it["key"], "split": it["split"]}
         told |= {"shard": it["shard"], "flags": ", ".join(it["flags"])}
         lines += [f"  {name:<7} {value}" for name, value in told.items() if value]
-    return {"rows": found, "text": visible("\n".join(lines))}
+    return {"rows": found, "text": "\n".join(lines)}
 
 
 def show(dataset: str, version: int | None, out: str) -> dict[str, Any]:

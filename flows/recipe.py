@@ -126,6 +126,11 @@ class Recipe(_Part):
     schedule: str = "0 3 * * *"
     """Cron line of the scheduled retraining."""
 
+    @model_validator(mode="after")
+    def _places(self) -> Recipe:
+        check_places(self.executor, self.data.dataset or "", *self.data.sources)
+        return self
+
     def stage(self, name: str) -> StageRecipe:
         if name not in self.stages:
             near = _nearest(name, self.stages)
@@ -155,6 +160,16 @@ class Recipe(_Part):
         for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
         return fingerprint(body)
+
+
+def check_places(executor: Executor, *urls: str) -> None:
+    """RecipeError where the executor's workers would not find what lies at a URL."""
+    here = [url for url in urls if url.startswith("memory://")]
+    if here and executor.kind == "ray":
+        raise RecipeError(
+            f"{here[0]}: each of Ray's workers has a memory of its own; "
+            "give a folder or an object store (s3://..., gs://...)"
+        )
 
 
 def learning(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,33 +6,40 @@ place. Foreign tars are read with plain tarfile headers: no member name becomes 
 followed, nothing is unpickled, no shell is started.
 
     folder/captions.jsonl               a picture's path and caption per line (`file`, `caption`)
-    folder/metadata.csv|.jsonl          imagefolder (`file_name`, `text`)
+    folder/metadata.csv|.jsonl          imagefolder (`file_name`, `text`); folder/train/... too
     folder/a.jpg + folder/a.txt         sidecar captions
     folder/*.tar, x.tar                 WebDataset and img2dataset shards
     x.csv|.tsv|.jsonl|.parquet          tables of paths or http(s) URLs with captions
     x.parquet                           with a column of pictures' bytes (Hugging Face's too)
+    folder/**/*.parquet                 or another kind of table, one kind alone
     shapes://?scenes=24000&seed=0&side=32&objects=1     drawn scenes
+
+Where a parquet has pictures' bytes in a column of a known name (`image`, `jpg`, `png`, ...), they
+are taken rather than the path or URL beside them, unless `file_field` names that: img2dataset's
+`jpg` is what it found at `url`. Names of folders (classes, splits) are neither captions nor splits.
 """
 
 from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import posixpath
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import IO, Any, Literal, Protocol, TypeGuard
+from typing import IO, Any, Literal, NamedTuple, Protocol, TypeGuard
 from urllib.parse import parse_qsl, quote, unquote
 
 from . import storage
 from .download import is_remote
 from .filters import clean_caption
 from .manifest import fingerprint
+from .storage import Damaged
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 TABLES = ("csv", "tsv", "jsonl", "parquet")
@@ -51,8 +58,8 @@ class SourceOptions:
 
     kind: Literal["source"] = "source"
     file_field: str = ""
-    """Column of the picture's path; empty: the first of file, file_name, path, image,
-    url."""
+    """Column of the picture's path or bytes; empty: a parquet's column of bytes, else the first of
+    file, file_name, path, image, url."""
     caption_field: str = ""
     """Column of the caption or captions; empty: the first of caption, text, captions."""
     root: str = ""
@@ -132,28 +139,74 @@ def open_source(url: str, *, options: SourceOptions | None = None) -> Source:
     url = storage.absolute(url)
     stamp = storage.stamp(url)
     if stamp is not None:
-        extension = url.rsplit(".", 1)[-1].lower()
+        extension = _extension(url)
         if extension in TABLES:
             root = storage.absolute(options.root or storage.parent(url))
-            return _Table(url, options, {"": stamp}, url, root)
+            return _Tables(url, options, {"": stamp}, (_Table("", root),))
         if extension == "tar":
             return _Tars(url, options, {"": stamp})
         raise ValueError(f"{url}: wanted a folder, a .tar or a table ({', '.join(TABLES)})")
     if not storage.exists(url):
         raise ValueError(f"{url}: no such file or folder")
-    listing = storage.list_stamps(url)
+    return _open_folder(url, options, storage.list_stamps(url))
+
+
+def _open_folder(url: str, options: SourceOptions, listing: Mapping[str, str]) -> Source:
     for name in _FOLDER_TABLES:
         if name in listing:
-            return _Table(url, options, listing, storage.join(url, name), url)
-    if any(name.endswith(".tar") for name in listing):
-        tars = {name: stamp for name, stamp in listing.items() if name.endswith(".tar")}
+            return _Tables(url, options, listing, (_Table(name, url),))
+    stems: dict[str, list[str]] = {}
+    for name in listing:
+        stems.setdefault(_extension(name), []).append(name.rpartition(".")[0])
+    if "tar" in stems:
+        tars = {name: stamp for name, stamp in listing.items() if _extension(name) == "tar"}
         return _Tars(url, options, tars)
-    if any(name.endswith(".txt") for name in listing):
+    pictures = [stem for extension in PICTURES for stem in stems.get(extension, ())]
+    captioned = not set(stems.get("txt", ())).isdisjoint(pictures)
+    own: dict[str, str] = {}
+    for known in _FOLDER_TABLES:
+        for name in listing:
+            folder, base = posixpath.split(name)
+            if base == known:
+                own.setdefault(folder, name)
+    if own and captioned:
+        raise ValueError(
+            f"{url}: found {next(iter(own.values()))}, and pictures each with a .txt beside it; "
+            "name the folders one by one"
+        )
+    if own:
+        tables = (_Table(own[it], storage.join(url, it), f"{own[it]}/") for it in sorted(own))
+        return _Tables(url, options, listing, tuple(tables))
+    kinds = [extension for extension in TABLES if extension in stems]
+    if captioned or ("txt" in stems and not kinds):
         return _Sidecar(url, options, listing)
+    if len(kinds) > 1:
+        counts = ", ".join(f"{len(stems[kind])} .{kind}" for kind in kinds)
+        raise ValueError(f"{url}: found {counts}; wanted tables of one kind: name those you mean")
+    if kinds:
+        names = [name for name in listing if _extension(name) == kinds[0]]
+        roots = [options.root or storage.parent(storage.join(url, name)) for name in names]
+        tables = (
+            _Table(name, storage.absolute(root), f"{name}/")
+            for name, root in zip(names, roots, strict=True)
+        )
+        return _Tables(url, options, listing, tuple(tables))
+    found = ", ".join(list(listing)[:5]) or "nothing"
+    if pictures:
+        raise ValueError(
+            f"{url}: found pictures without captions ({found}), and names of folders are none; put "
+            "a .txt with the caption beside each, or a metadata.csv with the columns file_name "
+            "and text into the folder"
+        )
     raise ValueError(
-        f"{url}: found {', '.join(list(listing)[:5]) or 'nothing'}; "
-        f"wanted {', '.join(_FOLDER_TABLES)}, tars, or pictures each with a .txt beside it"
+        f"{url}: found {found}; wanted {', '.join(_FOLDER_TABLES)}, tars, tables "
+        f"({', '.join(TABLES)}), or pictures each with a .txt beside it"
     )
+
+
+def _extension(name: str) -> str:
+    _, dot, extension = posixpath.basename(name).rpartition(".")
+    return extension.lower() if dot else ""
 
 
 def fetch(row: Row, max_bytes: int = 1 << 30) -> bytes:
@@ -269,10 +322,6 @@ def release() -> None:
         _last.pop().close()
 
 
-class Damaged(OSError):
-    """A file that cannot be read, and will not be."""
-
-
 class OverLong(OSError):
     """A file of more bytes than allowed."""
 
@@ -340,45 +389,68 @@ class _Listed:
         )
 
 
-@dataclass(frozen=True)
-class _Table(_Listed):
-    """Paths with captions: a folder's own table (its pictures are listed with it), or any table."""
+class _Table(NamedTuple):
+    """One table of a source."""
 
-    table: str
+    name: str
+    """In the listing."""
     root: str
+    """Where its paths start from."""
+    prefix: str = ""
+    """Of the names of its rows."""
+
+
+@dataclass(frozen=True)
+class _Tables(_Listed):
+    """Paths with captions: of any table, a folder's own, or all those below a folder, in the order
+    of their names. The pictures of a folder are listed with it."""
+
+    tables: tuple[_Table, ...]
 
     def rows(self) -> Iterator[Row]:
-        times: Counter[str] = Counter()
-        for place, fields in _read_table(self.table, self.options):
-            file = _field(fields, self.options.file_field, FILE_FIELDS, place)
+        for table in self.tables:
+            yield from self._rows(table)
+
+    def _rows(self, table: _Table) -> Iterator[Row]:
+        url = storage.join(self.url, table.name) if table.name else self.url
+        met: set[bytes] = set()  # hashes: a hundred million paths are many bytes
+        again: Counter[str] = Counter()
+        for place, fields in _read_table(url, self.options):
+            file = _file_field(fields, self.options, place)
             caption = _field(
                 fields, self.options.caption_field, CAPTION_FIELDS, place, wanted=False
             )
             said = fields.get(caption) if caption else None
             captions = _texts(said, f"{place}, column {caption!r}")
             path = fields[file]
-            if isinstance(path, _Embedded):
-                image, stamp, problem = path.reference(self.table), self.listing[""], None
-                path = path.name
-            elif isinstance(path, str) and path:
-                image, stamp, problem = self._resolve(path)
-            else:
-                raise ValueError(
-                    f"{place}, column {file!r}: got {path!r}, wanted the path of a picture"
-                )
             attributes = {
                 name: text
                 for name, text in fields.items()
                 if name not in (file, caption) and isinstance(text, str) and text
             }
-            member = path if not times[path] else f"{path}#{times[path]}"
-            times[path] += 1
+            if isinstance(path, _Embedded):
+                image, stamp, problem = path.reference(url), self.listing[table.name], None
+                member = path.name
+                if not attributes.keys().isdisjoint(FILE_FIELDS):
+                    attributes.pop("sha256", None)  # of the file there: img2dataset resizes it
+            elif isinstance(path, str) and path:
+                image, stamp, problem = self._resolve(path, table.root)
+                member = path
+                # where two paths have one hash, the second is named as if it were met again
+                digest = hashlib.blake2b(path.encode("utf-8", "surrogatepass"), digest_size=8)
+                if digest.digest() in met:
+                    again[path] += 1
+                    member = f"{path}#{again[path]}"
+                met.add(digest.digest())
+            else:
+                raise ValueError(
+                    f"{place}, column {file!r}: got {path!r}, wanted the path of a picture"
+                )
             problem = problem or (None if captions else "incomplete")
-            yield self._row(member, stamp, image, captions, attributes, problem)
+            yield self._row(table.prefix + member, stamp, image, captions, attributes, problem)
 
-    def _resolve(self, path: str) -> tuple[str, str, str | None]:
-        """(URL, stamp, problem) of a path in the table: it stays below the root, or on the web."""
-        root = self.root
+    def _resolve(self, path: str, root: str) -> tuple[str, str, str | None]:
+        """(URL, stamp, problem) of a path in a table: it stays below the root, or on the web."""
         if is_remote(path) and not path.startswith(f"{root}/"):
             return path, "", None
         if "://" in path or path.startswith("pipe:"):
@@ -394,8 +466,8 @@ class _Table(_Listed):
             inside = relative != ".." and not relative.startswith("../")
         if not inside or "\0" in path:
             return url, "", "unsafe_path"
-        if self.url == root:
-            known = self.listing.get(url[len(root) + 1 :])
+        if "" not in self.listing and url.startswith(f"{self.url}/"):
+            known = self.listing.get(url[len(self.url) + 1 :])
         elif is_remote(url):  # asked for by `download` alone
             return url, "", None
         else:  # a table that stands alone was not listed with its pictures
@@ -454,10 +526,23 @@ class _Sample:
     captions: list[str] = field(default_factory=list[str])
     attributes: dict[str, str] = field(default_factory=dict[str, str])
     styled: bool = False
+    parts: dict[str, _Sample] = field(default_factory=dict[str, "_Sample"])
+    """What goes on after the key and a dot, by that longer name: `a.seg` of `a`."""
 
     @property
     def complete(self) -> bool:
         return not self.problem and bool(self.image and self.captions)
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it has, by name at least, a picture and words, as a mask has not."""
+        return not self.extensions.isdisjoint(PICTURES) and (
+            "txt" in self.extensions or bool(self.captions)
+        )
+
+
+class _NotATar(ValueError):
+    """Not even the beginning of one."""
 
 
 @dataclass(frozen=True)
@@ -467,17 +552,23 @@ class _Tars(_Listed):
     def rows(self) -> Iterator[Row]:
         for name, stamp in self.listing.items():
             url = storage.join(self.url, name) if name else self.url
-            for sample in self._samples(url):
-                yield self._row(
-                    f"{name}/{sample.key}" if name else sample.key,
-                    stamp,
-                    sample.image,
-                    sample.captions,
-                    sample.attributes,
-                    sample.problem or (None if sample.complete else "incomplete"),
-                    tuple(sample.flags),
-                    sample.styled,
-                )
+            try:
+                for sample in self._samples(url):
+                    yield self._row(
+                        f"{name}/{sample.key}" if name else sample.key,
+                        stamp,
+                        sample.image,
+                        sample.captions,
+                        sample.attributes,
+                        sample.problem or (None if sample.complete else "incomplete"),
+                        tuple(sample.flags),
+                        sample.styled,
+                    )
+            except _NotATar:
+                if not name:
+                    raise
+                # one of thousands: a download that failed leaves nothing, or a page that says so
+                yield self._row(f"{name}/@tar", stamp, url, [], {}, "not_a_tar")
 
     def _samples(self, url: str) -> Iterator[_Sample]:
         closed: set[str] = set()
@@ -487,33 +578,46 @@ class _Tars(_Listed):
             file.seek(0)
             for member in _members(file, size, url):
                 if member is None:
-                    if sample is None or sample.complete:  # whole ones stay, the break is a row
-                        if sample:
-                            yield sample
-                        sample = _Sample("@end")
-                    sample.problem = sample.problem or "truncated"
-                    break
-                key, extension = _split_name(member.name, sample.key if sample else None)
+                    whole = self._closed(sample, closed, url) if sample else []
+                    if all(it.complete for it in whole):  # they stay, the break is a row
+                        whole.append(_Sample("@end"))
+                    for it in whole:
+                        it.problem = it.problem or (None if it.complete else "truncated")
+                    yield from whole
+                    return
+                key, stem, extension = _split_name(member.name, sample.key if sample else None)
                 if member.isdir() or posixpath.basename(key).startswith((".", "__")):
                     continue
                 if sample is None or key != sample.key:
-                    if key in closed:
-                        raise ValueError(
-                            f"{url}, member {member.name}: the members of sample {key} "
-                            "do not stand together; write the tar again, sorted by name"
-                        )
                     if sample:
-                        yield sample
+                        yield from self._closed(sample, closed, url)
+                    if key in closed:
+                        raise _apart(url, member.name, key)
                     sample = _Sample(key)
                     closed.add(key)
-                if extension in sample.extensions:
+                part = sample if stem == key else sample.parts.setdefault(stem, _Sample(stem))
+                if extension in part.extensions:
                     raise ValueError(
                         f"{url}, member {member.name}: it is there twice; write the tar again"
                     )
-                sample.extensions.add(extension)
-                self._take(sample, member, extension, file, size, url)
+                part.extensions.add(extension)
+                self._take(part, member, extension, file, size, url)
         if sample:
-            yield sample
+            yield from self._closed(sample, closed, url)
+
+    def _closed(self, sample: _Sample, closed: set[str], url: str) -> list[_Sample]:
+        """The sample, then those of its parts that are samples of their own."""
+        whole = [sample]
+        for part in sample.parts.values():
+            if not part.stands_alone:
+                sample.flags.add("member_refused")
+                sample.problem = sample.problem or part.problem
+            elif part.key in closed:
+                raise _apart(url, f"{part.key}.*", part.key)
+            else:
+                closed.add(part.key)
+                whole.append(part)
+        return whole
 
     def _take(
         self,
@@ -614,7 +718,7 @@ class _Shapes:
 
 def _read_table(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place for messages, fields) of each row of a table."""
-    extension = url.rsplit(".", 1)[-1].lower()
+    extension = _extension(url)
     if extension == "jsonl":
         with storage.open_read(url) as file:
             for number, line in enumerate(file, start=1):
@@ -637,6 +741,7 @@ def _read_table(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[st
             reader = csv.reader(text, delimiter=tabs, strict=True)
             try:
                 names = next(reader, None) or []
+                _check_names(filter(None, names), f"{url}, line {reader.line_num}")
                 for values in filter(None, reader):
                     place = f"{url}, line {reader.line_num}"
                     if len(values) != len(names):
@@ -670,19 +775,15 @@ def _parquet_rows(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[
     parquet: Any = pq
     with storage.open_read(url) as file:
         table = parquet.ParquetFile(file)
-        columns: dict[str, Any] = {column.name: column.type for column in table.schema_arrow}
         place = f"{url}, schema"
-        file_name = _field(columns, options.file_field, FILE_FIELDS, place)
+        _check_names(table.schema_arrow.names, place)
+        columns: dict[str, Any] = {column.name: column.type for column in table.schema_arrow}
+        file_name = options.file_field or _bytes_field(columns)
+        file_name = _field(columns, file_name, FILE_FIELDS, place)
         caption = _field(columns, options.caption_field, CAPTION_FIELDS, place)
         texts = (pa.string(), pa.large_string())
         wanted = {name for name, kind in columns.items() if kind in texts} | {file_name, caption}
-        kind = columns[file_name]
-        binary = (pa.binary(), pa.large_binary())
-        held = kind in binary or (
-            pa.types.is_struct(kind)
-            and kind.get_field_index("bytes") >= 0
-            and kind.field("bytes").type in binary
-        )
+        held = _holds_bytes(columns[file_name])
         wanted -= {file_name} if held else set()  # listing reads no picture
         number = 0
         for group in range(table.num_row_groups):
@@ -700,6 +801,22 @@ def _parquet_rows(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[
                         fields[file_name] = _Embedded(group, row, file_name, f"row {number}")
                     yield place, fields
                     number, row = number + 1, row + 1
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether a column of this type holds pictures: bytes, or Hugging Face's struct with bytes."""
+    import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+    pa: Any = pyarrow
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return kind in (pa.binary(), pa.large_binary())
+
+
+def _bytes_field(columns: Mapping[str, Any]) -> str:
+    """The column of pictures that is known by its name, or ""."""
+    known = (name for name in (*FILE_FIELDS, *PICTURES) if name in columns)
+    return next((name for name in known if _holds_bytes(columns[name])), "")
 
 
 def _fields_of(batch: Any) -> list[dict[str, Any]]:
@@ -725,6 +842,19 @@ def _decoded(value: Any) -> Any:
     if isinstance(value, list):
         return [_decoded(it) for it in _listed(value)]
     return _text(value) if isinstance(value, bytes) else value
+
+
+def _check_names(names: Iterable[str], place: str) -> None:
+    """ValueError for a column that is there twice: one of the two would be lost."""
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise ValueError(f"{place}: column {twice[0]!r} is there twice; rename or drop one")
+
+
+def _file_field(fields: Mapping[str, Any], options: SourceOptions, place: str) -> str:
+    """The column of the picture's path, or that of its bytes."""
+    held = next((name for name, it in fields.items() if isinstance(it, _Embedded)), "")
+    return held or _field(fields, options.file_field, FILE_FIELDS, place)
 
 
 def _field(
@@ -768,18 +898,26 @@ def _caption_bytes(options: SourceOptions) -> int:
     return 16 * options.max_caption_characters  # beyond that, cleaning keeps nothing
 
 
-def _split_name(name: str, current: str | None) -> tuple[str, str]:
-    """(key, extension) of a tar member: cut at the last dot, unless the first opens a known key.
+def _split_name(name: str, current: str | None) -> tuple[str, str, str]:
+    """(key, stem, extension) of a tar member: the stem ends at the last dot, and so does the key,
+    unless the first dot ends a known one.
 
     So `a.seg.png` after `a.jpg` belongs to `a`, while `v1.5.cat.jpg` and `v1.6.dog.jpg` are two
     samples, which webdataset, cutting at the first dot, makes one.
     """
     folder, base = posixpath.split(name)
     first, _, rest = base.partition(".")
-    if current is not None and "." in rest and posixpath.join(folder, first) == current:
-        return current, rest.lower()
     stem, _, extension = base.rpartition(".")
-    return posixpath.join(folder, stem or base), extension.lower()
+    stem = posixpath.join(folder, stem or base)
+    within = current is not None and "." in rest and posixpath.join(folder, first) == current
+    return current if within and current else stem, stem, extension.lower()
+
+
+def _apart(url: str, member: str, key: str) -> ValueError:
+    return ValueError(
+        f"{url}, member {member}: the members of sample {key} do not stand together; "
+        "write the tar again, sorted by name"
+    )
 
 
 def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo | None]:
@@ -788,7 +926,9 @@ def _members(file: IO[bytes], size: int, url: str) -> Iterator[tarfile.TarInfo |
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - closed below
     except Exception as error:
         _raise_if_out_of_reach(error)
-        raise ValueError(f"{url}: not an uncompressed tar ({error!r})") from None
+        raise _NotATar(
+            f"{url}: not an uncompressed tar ({error!r}); fetch or write it again"
+        ) from None
     with tar:
         last = -1
         while True:

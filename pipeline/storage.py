@@ -31,6 +31,8 @@ from typing import IO, Any
 _HOST = socket.gethostname().replace(".", "-")
 _COUNTER = itertools.count()
 _S3 = ("s3://", "s3a://")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+"""Scheme -> the extra of pyproject.toml with what reads it."""
 _TRIES = 8
 _LONGEST_WAIT = 32.0
 _CONNECT_SECONDS, _STALL_SECONDS = 5, 15
@@ -39,6 +41,10 @@ _SLOWEST_UPLOAD = 1 << 18  # bytes per second
 
 class NoRoom(OSError):
     """A full disk: which, and what is left of it."""
+
+
+class Damaged(OSError):
+    """A file that cannot be read, and will not be."""
 
 
 def is_local(url: str) -> bool:
@@ -64,7 +70,12 @@ def filesystem(url: str) -> tuple[Any, str]:
             "retries": {"mode": "standard", "total_max_attempts": 1},
             **library.conf.get("s3", {}).get("config_kwargs", {}),
         }
-    files, path = library.url_to_fs(url, **options)
+    try:
+        files, path = library.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(url.split("://", 1)[0])
+        cure = f"; install darkroom[{extra}]" if extra else ""
+        raise ImportError(f"{url}: {error}{cure}") from None
     if url.startswith(_S3):
         files.retries = 1
     return files, path
@@ -114,10 +125,15 @@ def open_read(url: str) -> IO[bytes]:
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """The pieces `(offset, length)` of one file, in the order asked."""
+    """The pieces `(offset, length)` of one file, in the order asked, each of that length.
+
+    `Damaged` where the file ends before; OSError where a server sends more than it was asked for.
+    """
     if is_local(url):
         with open(local_path(url), "rb") as file:
-            return [os.pread(file.fileno(), length, offset) for offset, length in ranges]
+            found = [os.pread(file.fileno(), length, offset) for offset, length in ranges]
+        _check_lengths(url, ranges, found)
+        return found
     pieces: dict[int, bytes] = {}
 
     def missing(files: Any, path: str) -> None:
@@ -133,7 +149,9 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
             raise failed[0]
 
     _ask(url, missing)
-    return [pieces[number] for number in range(len(ranges))]
+    found = [pieces[number] for number in range(len(ranges))]
+    _check_lengths(url, ranges, found)
+    return found
 
 
 def read_json(url: str) -> Any:
@@ -414,6 +432,21 @@ def _ask(url: str, question: Callable[[Any, str], Any]) -> Any:
     raise AssertionError
 
 
+def _check_lengths(url: str, ranges: Sequence[tuple[int, int]], found: Sequence[bytes]) -> None:
+    for (offset, length), piece in zip(ranges, found, strict=True):
+        if len(piece) == length:
+            continue
+        said = f"from byte {offset:,} on: got {len(piece):,} bytes, wanted {length:,}"
+        if len(piece) < length:
+            raise Damaged(errno.EIO, f"{said}; the file is cut, copy it anew", url)
+        raise OSError(  # of the whole file, most likely: a picture would be anything
+            errno.EIO,
+            f"{said}; the server ignores Range: copy the file here, or serve it by one that knows "
+            "partial answers (nginx, an object store; not python -m http.server)",
+            url,
+        )
+
+
 def _upload(files: Any, size: int, method: str, *args: Any, **options: Any) -> None:
     """`pipe_file` or `put_file` with a deadline: clients of S3 wait for ever until they may write.
 
@@ -529,7 +562,8 @@ def _stamp(status: os.stat_result) -> str:
 
 
 def _remote_stamp(info: Mapping[str, Any]) -> str:
-    times = ("ETag", "etag", "md5", "mtime", "LastModified", "created")
+    times = ("ETag", "etag", "md5", "mtime", "LastModified", "Last-Modified", "last_modified")
+    times += ("created",)
     time = next((info[name] for name in times if info.get(name)), "")
     return f"{info['size']}-{time.timestamp() if isinstance(time, datetime) else time}"
 

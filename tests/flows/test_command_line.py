@@ -43,6 +43,9 @@ def test_status_of_an_empty_home(tmp_path):
         (["rollback", "shapes"], "was ever promoted"),
         (["compare", "shapes"], "two models or more"),
         (["compare", "shapes", "shapes?steps="], "expected MODEL?key=value"),
+        (["ingest", "shapes://?scenes=4", "--dataset", "memory://x"], "memory://x: each of Ray's"),
+        (["ingest", "memory://in", "--dataset", "x"], "memory://in: each of Ray's workers has a"),
+        (["run", "shapes", "data.dataset=memory://x"], "memory://x: each of Ray's workers"),
     ],
 )
 def test_bad_usage_is_exit_code_2_and_says_why(tmp_path, words, told):
@@ -56,6 +59,17 @@ def test_an_input_of_no_data_set_cannot_be_explained(tmp_path):
     done = darkroom(tmp_path, "explain", "nothing", "a.png")
     assert done.returncode == 1
     assert "no data set there" in done.stderr
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+def test_what_an_input_says_is_no_order_to_the_terminal(tmp_path, json_too):
+    """The error quotes the header of a table: escape sequences in it are seen, not obeyed."""
+    (tmp_path / "t.csv").write_text("\x1b[31m\x1b]0;owned\x07,\x9b2J\na.png,x\n")
+    words = ["ingest", str(tmp_path / "t.csv"), "--dataset", str(tmp_path / "set"), *json_too]
+    done = darkroom(tmp_path, *words)
+    assert done.returncode == 1
+    assert "found columns \u241b[31m\u241b]0;owned\u2407, \ufffd2J" in done.stderr
+    assert not {"\x1b", "\x07", "\x9b"} & {*done.stderr, *done.stdout}
 
 
 def test_show_writes_a_page_about_a_data_set(tmp_path):

@@ -41,6 +41,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.open = self.most = 0
         self.guard = threading.Lock()
         self.pictures: dict[str, bytes] = {}
+        self.patience = threading.Event()
 
     def handle_error(self, request, client_address):
         pass  # clients that hang up are what is tested
@@ -96,6 +97,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif name == "slow-good":
             time.sleep(0.05)
             self.answer(200, BODY)
+        elif name == "patient":
+            self.answer(200 if server.patience.wait(25) else 404, BODY)
         elif name == "busy":
             server.busy -= 1
             self.answer(503 if server.busy >= 0 else 200, BODY, Retry_After="7")
@@ -305,6 +308,43 @@ def test_many_at_a_time_in_order_and_no_more_than_allowed(server):
         assert it.reason == "http_status" if i % 5 == 0 else it == BODY
     assert 2 <= server.most <= 4
     assert sorted(server.asked) == sorted(url.split(str(server.server_port))[1] for url in urls)
+
+
+@pytest.mark.parametrize(("most_bytes", "least", "most"), [(1 << 20, 60, 60), (2500, 4, 6)])
+def test_one_that_is_slow_does_not_hold_up_the_others(server, monkeypatch, most_bytes, least, most):
+    """All the others may come before the first of 4 at a time, or those whose bytes are more than
+    allowed: three of them, and the two that were under way by then."""
+    monkeypatch.setattr(downloads, "_AHEAD_BYTES", most_bytes)
+    rules = DownloadRules(private_hosts=("127.0.0.1",), concurrency=4, retries=0)
+    urls = [server.url(f"/{'good' if i else 'patient'}?{i}") for i in range(60)]
+    counts: list[int] = []
+
+    def let_go():
+        deadline = time.monotonic() + 20
+        while len(server.asked) < least and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # for those that should not be asked
+        counts.append(len(server.asked))
+        server.patience.set()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    with Downloader(rules) as get:
+        assert [*get.all(urls)] == [BODY] * 60
+    thread.join()
+    assert least <= counts[0] <= most
+    assert len(server.asked) == 60
+    assert server.most <= 4
+
+
+def test_who_stops_asking_waits_for_no_more_than_is_under_way(server, monkeypatch):
+    monkeypatch.setattr(downloads, "_AHEAD_BYTES", 0)
+    rules = DownloadRules(private_hosts=("127.0.0.1",), concurrency=4)
+    with Downloader(rules) as get:
+        answers = get.all(server.url(f"/good?{i}") for i in range(60))
+        assert next(answers) == BODY
+        answers.close()
+    assert len(server.asked) < 10
 
 
 def test_what_is_asked_for_is_written_in_ascii():

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from dataclasses import asdict
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline import shapes, storage
+from pipeline.ingest import IngestRules, ingest
 from pipeline.shards import ShardSample, write_shard
 from pipeline.sources import Damaged, OverLong, SourceOptions, fetch, open_source, release
 
@@ -32,6 +34,7 @@ def rows(url, **options):
 
 
 def folder_of(path, lines, pictures=("a.png", "deep/b.png"), name="captions.jsonl"):
+    path.mkdir(exist_ok=True)
     for index, file in enumerate(pictures):
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).write_bytes(picture(index))
@@ -242,6 +245,168 @@ def test_an_expected_hash_comes_along(tmp_path):
     (row,) = rows(tmp_path)
     assert row.sha256 == digest
     assert row.label is None
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    """The last one won, and nobody was told."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "t.csv").write_text("file,caption,,caption,\na.png,one,,two,\n")
+    with pytest.raises(ValueError, match=r"t\.csv, line 1: column 'caption' is there twice"):
+        rows(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("file,caption,,\na.png,one,,\n")
+    assert rows(tmp_path / "t.csv")[0].captions == ("one",), "columns without a name are no names"
+    table = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["file", "caption", "file"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"t\.parquet, schema: column 'file' is there twice"):
+        rows(tmp_path / "t.parquet")
+
+
+def test_a_large_table_is_not_held_in_memory(tmp_path):
+    """Of the paths met so far only hashes are kept."""
+    count, long = 4000, "x" * 5000
+    with (tmp_path / "t.csv").open("w") as file:
+        file.write("url,caption\n")
+        for number in (*range(count), 0, 0):
+            file.write(f"http://a.b/{number}{long},words\n")
+    tracemalloc.start()
+    try:
+        ids = [hash(row.id) for row in open_source(str(tmp_path / "t.csv")).rows()]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(ids)) == count + 2
+    assert peak < count * len(long) / 4, f"{peak / 1e6:.1f} MB"
+    first = f"{tmp_path}/t.csv#http://a.b/0{long}"
+    assert [hash(first), hash(f"{first}#1"), hash(f"{first}#2")] == [ids[0], *ids[-2:]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_folder_of_tables(tmp_path, kind):
+    """As Hugging Face lays them out; the order is that of the names."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("a data set")
+    (tmp_path / "LICENSE.txt").write_text("free")
+    for number in range(3):
+        (tmp_path / "data" / f"{number}.png").write_bytes(picture(number))
+
+    def write(name, number):
+        records = [{"file": f"{number}.png", "caption": f"picture {number} of {name}"}] * 2
+        file = tmp_path / "data" / f"{name}.{kind}"
+        if kind == "parquet":
+            parquet(file, {key: [it[key] for it in records] for key in records[0]})
+        elif kind == "jsonl":
+            file.write_text("".join(json.dumps(it) + "\n" for it in records))
+        else:
+            lines = [",".join(it.values()) + "\n" for it in records]
+            file.write_text("".join(["file,caption\n", *lines]))
+
+    write("train-1", 1)
+    write("test", 0)
+    listed = rows(tmp_path)
+    assert [(row.id.split("#", 1)[1], row.captions, row.problem) for row in listed] == [
+        (f"data/{name}.{kind}/{number}.png{again}", (f"picture {number} of {name}",), None)
+        for name, number in (("test", 0), ("train-1", 1))
+        for again in ("", "#1")
+    ]
+    assert [fetch(row) for row in listed[::2]] == [picture(0), picture(1)]
+    before = open_source(str(tmp_path)).fingerprint()
+    write("train-2", 2)
+    assert open_source(str(tmp_path)).fingerprint() != before
+    assert rows(tmp_path)[:4] == listed, "what grows leaves the others as they were"
+    (tmp_path / "data" / "1.png").write_bytes(b"another")
+    assert [a == b for a, b in zip(rows(tmp_path), listed, strict=False)] == [True] * 2 + [
+        False
+    ] * 2
+
+
+def test_tables_of_two_kinds_in_a_folder_are_refused(tmp_path):
+    for name in ("a.csv", "b.csv", "c.parquet"):
+        (tmp_path / name).write_text("file,caption\n")
+    with pytest.raises(ValueError, match=r"found 2 \.csv, 1 \.parquet; wanted tables of one kind"):
+        open_source(str(tmp_path))
+    (tmp_path / "c.parquet").unlink()
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.txt").write_text("sidecars come first: img2dataset puts its tables beside them")
+    assert [row.id.split("#")[1] for row in rows(tmp_path)] == ["a.png"]
+
+
+def test_pictures_in_a_folder_of_parquets(tmp_path):
+    """What img2dataset writes: the picture it found, beside its URL and the hash it had there."""
+    import pyarrow as pa
+
+    for number in range(2):
+        parquet(
+            tmp_path / f"0000{number}.parquet",
+            {
+                "url": ["http://a.b/c.png", "http://a.b/gone.png"],
+                "caption": [f"one of {number}", f"two of {number}"],
+                "status": ["success", "failed_to_download"],
+                "sha256": ["0" * 64, None],
+                "jpg": pa.array([picture(number), None], pa.binary()),
+            },
+        )
+        (tmp_path / f"0000{number}_stats.json").write_text("{}")
+    listed = rows(tmp_path)
+    assert [(row.id.split("#", 1)[1], row.captions[0], row.sha256) for row in listed] == [
+        ("00000.parquet/row 0", "one of 0", None),
+        ("00000.parquet/row 1", "two of 0", None),
+        ("00001.parquet/row 0", "one of 1", None),
+        ("00001.parquet/row 1", "two of 1", None),
+    ]
+    assert listed[0].label == {"url": "http://a.b/c.png", "status": "success"}
+    assert [fetch(row) for row in listed[::2]] == [picture(0), picture(1)]
+    with pytest.raises(FileNotFoundError, match="has no bytes"):
+        fetch(listed[1])
+    (named, *_) = rows(tmp_path, file_field="url")
+    assert (named.image, named.sha256) == ("http://a.b/c.png", "0" * 64)
+    release()
+
+
+def test_bytes_come_before_paths_in_a_parquet(tmp_path):
+    import pyarrow as pa
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    image = pa.array([{"bytes": picture(1), "path": "a.png"}], kind)
+    columns = {"file_name": ["train/a.png"], "mask": [picture(2)], "image": image, "text": ["x"]}
+    parquet(tmp_path / "t.parquet", columns)
+    (row,) = rows(tmp_path / "t.parquet")
+    assert (fetch(row), row.label) == (picture(1), {"file_name": "train/a.png"})
+    release()
+    (row,) = rows(tmp_path / "t.parquet", file_field="mask")
+    assert fetch(row) == picture(2)
+    release()
+    with pytest.raises(ValueError, match="schema: found columns file_name, mask, image, text"):
+        rows(tmp_path / "t.parquet", file_field="picture")
+
+
+def test_imagefolder_in_splits(tmp_path):
+    """Hugging Face's train/metadata.csv and test/metadata.jsonl: paths start from each."""
+    folder_of(tmp_path / "train", ["file_name,text\na.png,a\ndeep/b.png,b\n"], name="metadata.csv")
+    lines = [{"file_name": "a.png", "text": "c"}, {"file_name": "../train/a.png", "text": "d"}]
+    folder_of(tmp_path / "test", lines, pictures=("a.png",), name="metadata.jsonl")
+    (tmp_path / "train" / "notes.txt").write_text("beside no picture")
+    listed = {row.id.split("#")[1]: (row.captions, row.problem) for row in rows(tmp_path)}
+    assert listed == {
+        "test/metadata.jsonl/a.png": (("c",), None),
+        "test/metadata.jsonl/../train/a.png": (("d",), "unsafe_path"),
+        "train/metadata.csv/a.png": (("a",), None),
+        "train/metadata.csv/deep/b.png": (("b",), None),
+    }
+    assert fetch(rows(tmp_path)[-1]) == picture(1)
+    (tmp_path / "train" / "a.txt").write_text("another caption")
+    with pytest.raises(ValueError, match=r"metadata\..*and pictures each with a .txt beside it"):
+        open_source(str(tmp_path))
+
+
+def test_class_folders_are_refused_and_told_what_to_do(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture())
+    said = r"pictures without captions \(cat/1\.png, dog/1\.png\), and names of folders.*metadata"
+    with pytest.raises(ValueError, match=said):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -550,6 +715,16 @@ def test_a_remote_folder_is_a_source():
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     storage.publish_bytes("memory://remote/tars/0.tar", out.getvalue())
+    for number in range(2):
+        table = b'{"file": "%d.png", "caption": "z"}' % number
+        storage.publish_bytes(f"memory://remote/tables/train/{number}.jsonl", table)
+    storage.publish_bytes("memory://remote/tables/train/1.png", picture(2))
+    absent, row = rows("memory://remote/tables")
+    assert (absent.problem, absent.id) == (
+        "missing_file",
+        "memory://remote/tables#train/0.jsonl/0.png",
+    )
+    assert (row.captions, row.problem, fetch(row)) == (("z",), None, picture(2))
     (row,) = rows("memory://remote/pictures")
     assert (row.captions, row.problem, fetch(row)) == (("x",), None, picture())
     (row,) = rows("memory://remote/tars")
@@ -595,3 +770,91 @@ def test_pictures_inside_a_parquet(tmp_path, layout):
     with pytest.raises(Damaged):
         [fetch(row) for row in listed[:2]]
     release()
+
+
+def test_a_tar_that_was_cut_since_it_was_listed_is_damaged(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [("a.txt", b"words"), ("a.png", picture())])
+    (row,) = rows(path)
+    os.truncate(path, 1600)
+    with pytest.raises(Damaged, match=rf"got 64 bytes, wanted {len(picture())}"):
+        fetch(row)
+
+
+def test_samples_within_the_name_of_another_are_rows(tmp_path):
+    """`v1.5` begins like `v1`: its picture was lost, and a flag was all that told of it."""
+    path = tar_of(
+        tmp_path / "x.tar",
+        [
+            ("v1.jpg", picture(0)),
+            ("v1.txt", b"one"),
+            ("v1.5.jpg", picture(1)),
+            ("v1.5.txt", b"one and a half"),
+            ("v1.A.JPG", picture(2)),
+            ("v1.A.json", b'{"caption": "from json"}'),
+            ("v1.a.png", picture(3)),
+            ("v1.a.txt", b"another case"),
+            ("v1.seg.png", picture(4)),
+            ("v1.seg.json", b'{"classes": 3}'),
+            ("v1.note.txt", b"no caption of it"),
+            special("v1.link.jpg", tarfile.SYMTYPE, "v1.jpg"),
+            ("v1.link.txt", b"a link"),
+            ("v1..png", picture(5)),
+            ("v2.json", b'{"caption": "words alone"}'),
+            ("v2.5.jpg", picture(6)),
+            ("v2.5.txt", b"two and a half"),
+        ],
+    )
+    listed = {row.id.split("#")[1]: (row.captions, row.problem, row.flags) for row in rows(path)}
+    assert listed == {
+        "v1": (("one",), None, ("member_refused",)),
+        "v1.5": (("one and a half",), None, ()),
+        "v1.A": (("from json",), None, ()),
+        "v1.a": (("another case",), None, ()),
+        "v1.link": (("a link",), "not_a_file", ()),
+        "v2": (("words alone",), "incomplete", ()),
+        "v2.5": (("two and a half",), None, ()),
+    }
+    assert [fetch(row) for row in rows(path)[:4]] == [picture(seed) for seed in range(4)]
+    again = [("v1.5.png", b"1"), ("v1.5.txt", b"2"), ("v1.png", b"3"), ("v1.5.jpg", b"4")]
+    with pytest.raises(ValueError, match=r"sample v1\.5 do not stand together"):
+        rows(tar_of(tmp_path / "x.tar", [*again, ("v1.5.json", b'{"text": "x"}')]))
+    with pytest.raises(ValueError, match=r"v1\.5\.jpg: the members of sample v1\.5 do not stand"):
+        rows(tar_of(tmp_path / "x.tar", [again[2], *again[:2], ("w.png", b""), again[3]]))
+
+
+def test_cut_tars_keep_the_samples_within_a_name(tmp_path):
+    members = [
+        (f"v1{part}.{ext}", data)
+        for part in ("", ".5")
+        for ext, data in (("png", picture()), ("txt", b"words"))
+    ]
+    data = tar_of(tmp_path / "whole.tar", members).read_bytes()
+    cut = tmp_path / "cut.tar"
+    for length in range(512, len(data), 256):
+        cut.write_bytes(data[:length])
+        whole = [row for row in rows(cut) if row.problem is None]
+        assert [fetch(row) for row in whole] == [picture()] * len(whole)
+        if length >= 2048 + 1536 + 5:
+            assert [row.id.split("#")[1] for row in whole] == ["v1", "v1.5"]
+        else:
+            assert len(rows(cut)) - len(whole) <= 1
+
+
+def test_a_file_among_tars_that_is_none_is_a_row(tmp_path):
+    """What a broken download leaves: nothing, or a page that says so."""
+    tar_of(tmp_path / "0.tar", [("a.png", picture(0)), ("a.txt", b"a")])
+    (tmp_path / "1.tar").write_bytes(b"")
+    (tmp_path / "2.tar").write_bytes(b"<html>404</html>" * 100)
+    tar_of(tmp_path / "3.tar", [("a.png", picture(1)), ("a.txt", b"b")])
+    assert problems(tmp_path) == {
+        "0.tar/a": None,
+        "1.tar/@tar": "not_a_tar",
+        "2.tar/@tar": "not_a_tar",
+        "3.tar/a": None,
+    }
+    rules = IngestRules(heldout_share=0, min_heldout=0, min_side=1)
+    counts = ingest([str(tmp_path)], str(tmp_path / "set"), rules).counts
+    assert (counts["kept"], counts["rejected:not_a_tar"]) == (2, 2)
+    for name in ("1.tar", "2.tar"):
+        with pytest.raises(ValueError, match=rf"{name}: not an uncompressed tar"):
+            rows(tmp_path / name)

@@ -1,15 +1,20 @@
 """What is published is whole; what exists is not created again; what a dead process left goes."""
 
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from pipeline import storage
+
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -35,6 +40,8 @@ def test_what_is_written_is_read(root):
     assert storage.list_names(storage.join(root, "a")) == ["b.bin", "c.json"]
     assert storage.list_names(storage.join(root, "nowhere")) == []
     assert storage.read_ranges(url, [(1, 2), (0, 1)]) == [b"wo", b"t"]
+    with pytest.raises(storage.Damaged, match="from byte 1 on: got 2 bytes, wanted 3; .*b.bin"):
+        storage.read_ranges(url, [(0, 1), (1, 3)])
     with storage.open_read(url) as file:
         assert file.read(2) == b"tw"
     storage.delete(storage.join(root, "a"))
@@ -133,6 +140,22 @@ def test_join_and_absolute(tmp_path, monkeypatch):
     assert storage.absolute("s3://b/d/") == "s3://b/d"
     assert storage.is_local("file:///x")
     assert not storage.is_local("memory://x")
+
+
+@pytest.mark.parametrize(
+    ("url", "library", "extra"),
+    [("gs://b/x", "gcsfs", "gcs"), ("s3://b/x", "s3fs", "s3"), ("az://b/x", "adlfs", None)],
+)
+def test_a_store_whose_driver_is_missing_names_what_to_install(monkeypatch, url, library, extra):
+    loaded = importlib.import_module("fsspec.registry")._registry
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(loaded, url.split(":")[0], raising=False)
+    said = f"^{url}: .*nstall {library} .*" + (rf"; install darkroom\[{extra}\]$" if extra else "")
+    with pytest.raises(ImportError, match=said):
+        storage.read_bytes(url)
+    if extra:
+        project = tomllib.loads(PROJECT.read_text())["project"]
+        assert any(it.startswith(library) for it in project["optional-dependencies"][extra])
 
 
 def test_only_the_dead_are_swept(tmp_path):

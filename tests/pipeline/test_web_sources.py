@@ -1,0 +1,173 @@
+"""Sources behind http://: tables, tars and parquets on a loopback server that may ignore Range."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import storage
+from pipeline.ingest import IngestRules, ingest
+from pipeline.outcomes import read_outcomes
+
+RULES = IngestRules(heldout_share=0, min_heldout=0)
+
+
+def picture(seed: int, format: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    Image.fromarray(coarse).resize((24, 24), Image.Resampling.BICUBIC).save(out, format)
+    return out.getvalue()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Files by path; without `ranges` every GET is answered with the whole file, as `python -m
+    http.server` does."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.ranges = True
+        self.changed = "Thu, 01 Jan 2026 00:00:00 GMT"
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        pass  # a client that has seen enough
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        data, first = self.server.files.get(self.path.lstrip("/")), 0
+        status, wanted = 200, self.headers.get("Range", "")
+        if data is None:
+            status, data = 404, b""
+        elif wanted and self.server.ranges:
+            start, _, end = wanted.removeprefix("bytes=").partition("-")
+            first, size = int(start), len(data)
+            status, data = 206, data[first : int(end) + 1]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Last-Modified", self.server.changed)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{size}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def web():
+    it = Server()
+    thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield it
+    it.shutdown()
+    it.server_close()
+    thread.join()
+
+
+def tar_of(members) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def parquet_of(columns) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out)
+    return out.getvalue()
+
+
+def outcomes(manifest) -> dict[str, tuple[str, str]]:
+    return {
+        it["id"].split("#", 1)[1]: (it["outcome"], it["reason"]) for it in read_outcomes(manifest)
+    }
+
+
+def kept(manifest) -> dict[bytes, tuple[str, ...]]:
+    from pipeline import shards
+
+    return {
+        sample.image: sample.captions
+        for shard in manifest.shards
+        for sample in shards.read_shard(manifest.url("shards", f"{shard.name}.tar"))
+    }
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_table_on_the_web_and_the_pictures_beside_it(web, tmp_path, kind, ranges):
+    """The host that was named may be on a private network; its pictures are downloaded."""
+    web.ranges = ranges
+    rows = [{"file": f"deep/{n}.png", "caption": f"picture {n}"} for n in range(4)]
+    rows[3]["file"] = f"http://localhost:{web.server_port}/data/deep/3.png"  # not what was named
+    web.files = {f"data/deep/{n}.png": picture(n) for n in range(4)}
+    lines = ["file,caption", *(f"{it['file']},{it['caption']}" for it in rows)]
+    text = "\n".join(lines if kind == "csv" else map(json.dumps, rows))
+    web.files[f"data/t.{kind}"] = text.encode()
+    version = ingest([f"{web.url}/data/t.{kind}"], str(tmp_path / "set"), RULES).manifest
+    assert kept(version) == {picture(n): (f"picture {n}",) for n in range(3)}
+    assert version.counts["rejected:private_address"] == 1
+    with pytest.raises(ValueError, match="no such file or folder"):
+        ingest([f"{web.url}/data/u.{kind}"], str(tmp_path / "set"), RULES)
+
+
+def test_pictures_inside_a_parquet_and_a_tar_on_the_web(web, tmp_path):
+    web.files["a.parquet"] = parquet_of({"image": [picture(0), picture(1)], "text": ["a", "b"]})
+    members = [("c.png", picture(2)), ("c.txt", b"c"), ("d.png", b"broken"), ("d.txt", b"d")]
+    web.files["b.tar"] = tar_of(members)
+    sources = [f"{web.url}/a.parquet", f"{web.url}/b.tar"]
+    version = ingest(sources, str(tmp_path / "set"), RULES).manifest
+    assert kept(version) == {picture(0): ("a",), picture(1): ("b",), picture(2): ("c",)}
+    assert outcomes(version)["d"] == ("rejected", "not_image")
+
+
+def test_a_tar_behind_a_server_without_ranges_ends_the_run_and_says_why(web, tmp_path):
+    """Every row got the whole tar, and was `not_image`."""
+    web.ranges = False
+    web.files["b.tar"] = tar_of([("a.png", picture(0)), ("a.txt", b"a")])
+    size = len(picture(0))
+    said = (
+        rf"got {len(web.files['b.tar']):,} bytes, wanted {size:,}.*ignores Range.*{web.url}/b\.tar"
+    )
+    with pytest.raises(OSError, match=said):
+        ingest([f"{web.url}/b.tar"], str(tmp_path / "set"), RULES)
+
+
+def test_a_table_on_the_web_that_changed_within_its_size_is_read_again(web, tmp_path):
+    web.files = {"t.csv": b"file,caption\na.png,one\n", "a.png": picture(0), "b.png": picture(1)}
+    source, dataset = f"{web.url}/t.csv", str(tmp_path / "set")
+    ingest([source], dataset, RULES)
+    assert ingest([source], dataset, RULES).reused
+    web.files["t.csv"] = b"file,caption\nb.png,two\n"
+    web.changed = "Fri, 02 Jan 2026 00:00:00 GMT"
+    assert ingest([source], dataset, RULES).new == 1
+
+
+@pytest.mark.parametrize("name", ["Last-Modified", "last_modified", "LastModified", "ETag"])
+def test_what_stores_say_about_time_is_in_the_stamp(name):
+    one, other = (storage._remote_stamp({"size": 3, name: it}) for it in ("one", "other"))
+    assert one != other
