@@ -51,6 +51,7 @@ class Gallery(http.server.ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 64  # of the usual 5 the others would knock again a second later
     host = "127.0.0.1"
 
     def __init__(self) -> None:
