@@ -4,12 +4,17 @@ in Prefect's UI.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_QUIET_SECONDS = 600.0
+"""Between two tries to reach a server that is away: Prefect's client gives up after a minute."""
+log = logging.getLogger(__name__)
 
 
 def say(text: str = "") -> None:
@@ -43,6 +48,7 @@ class Meter:
         self._shown = self.started
         self._artifact: Any = None
         self._artifact_shown = 0.0
+        self._quiet_until = 0.0
         self._bar = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -70,19 +76,30 @@ class Meter:
 
     def _tell_prefect(self, percent: float) -> None:
         """A progress artifact of the run we are in, if we are in one; every five seconds and at the
-        end.
+        end. A server that is away ends no work.
         """
         now = time.monotonic()
-        if (now - self._artifact_shown < 5 and percent < 100) or not _in_prefect():
+        if (now - self._artifact_shown < 5 and percent < 100) or now < self._quiet_until:
+            return
+        if not _in_prefect():
             return
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         self._artifact_shown = now
-        if self._artifact is None:
-            key = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-            self._artifact = create_progress_artifact(percent, key=key, description=self.title)
-        else:
-            update_progress_artifact(self._artifact, percent)
+        try:
+            if self._artifact is None:
+                key = re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+                self._artifact = create_progress_artifact(percent, key=key, description=self.title)
+            else:
+                update_progress_artifact(self._artifact, percent)
+        except Exception as error:  # of the network, of HTTP or of the server
+            self._quiet_until = time.monotonic() + _QUIET_SECONDS
+            log.warning(
+                "%s: Prefect's server is not told of progress for %s (%s); the work goes on",
+                self.title,
+                seconds(_QUIET_SECONDS),
+                f"{type(error).__name__}: {error}".splitlines()[0],
+            )
 
 
 @contextmanager

@@ -104,17 +104,26 @@ class Darkroom:
 
     @staticmethod
     @contextlib.contextmanager
-    def beside(words: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
-        """A process that runs as long as the block, and is killed with all that it started."""
+    def beside(
+        words: list[str], environment: Mapping[str, str], log: Path
+    ) -> Iterator[Callable[[], None]]:
+        """A process that runs as long as the block, and is killed with all that it started: at the
+        block's end, or when what is given is called.
+        """
         with log.open("wb") as out:
             it = subprocess.Popen(
                 words, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+            def kill() -> None:
+                if it.poll() is None:
+                    kill_tree(it.pid)
+                    it.wait()
+
             try:
-                yield
+                yield kill
             finally:
-                kill_tree(it.pid)
-                it.wait()
+                kill()
 
 
 def kill_tree(root: int) -> None:

@@ -1,11 +1,18 @@
 """Every command answers with one JSON object, and with the exit code that its outcome has."""
 
+import contextlib
+import functools
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from flows.recipe import ingest_rules
+from pipeline import manifest, storage
+from pipeline.ingest import ingest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -33,6 +40,39 @@ def test_ingest_counts_every_row_and_does_nothing_twice(darkroom, tmp_path):
     assert (again["reused"], again["new"]) == (["data"], 0)
     (told,) = darkroom("explain", str(tmp_path / "set"), "broken.png")["rows"]
     assert (told["outcome"], told["reason"], told["version"]) == ("rejected", "truncated", 1)
+
+
+def test_two_ingests_at_once_make_one_version(darkroom, tmp_path):
+    """Both have come to the lock before either may go on; the second finds what the first made."""
+    source, dataset = "shapes://?scenes=150&side=32", tmp_path / "set"
+    words = darkroom.command("ingest", source, "--dataset", str(dataset), "--json")
+    lock, logs = dataset / ".lock", [tmp_path / "one.log", tmp_path / "two.log"]
+
+    def holds_the_lock_or_waits(it: subprocess.Popen[str], log: Path) -> bool:
+        assert it.poll() is None, log.read_text()[-3000:]
+        names = Path(f"/proc/{it.pid}/fd").iterdir()
+        return any(os.readlink(name) == str(lock) for name in names)
+
+    with contextlib.ExitStack() as after:
+        both = []
+        with storage.lock(str(lock)):
+            for log in logs:  # one after the other: two starts of Ray at once take too long
+                out = after.enter_context(log.open("w"))
+                it = subprocess.Popen(
+                    words, stdout=subprocess.PIPE, stderr=out, text=True, env=darkroom.environment
+                )
+                both.append(after.enter_context(it))
+                after.callback(it.kill)
+                darkroom.until(functools.partial(holds_the_lock_or_waits, it, log), 120, log)
+        said = [it.communicate(timeout=180)[0] for it in both]
+    assert [it.returncode for it in both] == [0, 0], [log.read_text()[-2000:] for log in logs]
+    made, found = sorted(map(json.loads, said), key=lambda it: it["reused"])
+    assert (made["reused"], made["new"]) == ([], made["counts"]["kept"])
+    assert (found["reused"], found["new"]) == (["data"], 0)
+    assert made["digest"] == found["digest"]
+    assert manifest.versions(str(dataset)) == [1]
+    ingest([source], str(tmp_path / "alone"), ingest_rules(["max_side=512"]))
+    assert tree(dataset) == tree(tmp_path / "alone")
 
 
 def test_encode_and_train_find_what_is_done(darkroom, first):
@@ -100,3 +140,7 @@ def test_a_take_down_names_the_models_that_saw_the_picture(darkroom, first):
     assert darkroom("explain", before.dataset, key)["rows"][0]["reason"] == "removed"
     assert darkroom("gc", before.dataset)["files"] == []
     assert darkroom("compact", before.dataset)["version"] >= removed["version"]
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}

@@ -14,7 +14,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +54,26 @@ def flipped(data: bytes) -> bytes:
     return changed
 
 
-def endless() -> bytes:
-    """An animated WebP that says it is taller than a JPEG can be."""
+def ended(data: bytes) -> bytes:
+    """Two fifths of a picture are missing, and the end is said to be there: no decoder notices."""
+    changed = data[: len(data) * 6 // 10] + b"\xff\xd9"
+    before, after = (np.asarray(Image.open(io.BytesIO(it))) for it in (data, changed))
+    assert before.shape == after.shape
+    assert (before != after).any(-1).mean() > 0.2
+    return changed
+
+
+def animated(format: str) -> bytes:
+    """A red frame, then a blue one."""
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     out = io.BytesIO()
-    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:])
-    data = out.getvalue()
+    frames[0].save(out, format, save_all=True, append_images=frames[1:], lossless=True)
+    return out.getvalue()
+
+
+def endless() -> bytes:
+    """An animated WebP that says it is taller than a JPEG can be."""
+    data = animated("WEBP")
     assert data[12:16] == b"VP8X"
     return data[:27] + (70_000 - 1).to_bytes(3, "little") + data[30:]
 
@@ -85,6 +99,12 @@ class Case:
 CASES = {
     "empty.jpg": Case(1, b"", "rejected:not_image"),
     "page.jpg": Case(1, b"<html><title>404</title></html>", "rejected:not_image"),
+    "header.jpg": Case(2, JPEG[:20], "rejected:truncated"),
+    "cut.jpg": Case(2, JPEG[: len(JPEG) * 6 // 10], "rejected:truncated"),
+    "ended.jpg": Case(2, ended(JPEG), "kept:"),  # as in 5: what upstream said of it alone can tell
+    "ended-expected.jpg": Case(
+        2, ended(JPEG), "rejected:hash_mismatch", more=(("sha256", SHA256),)
+    ),
     "flipped.jpg": Case(5, flipped(JPEG), "kept:"),
     "expected.jpg": Case(
         5, flipped(JPEG) + b"!", "rejected:hash_mismatch", more=(("sha256", SHA256),)
@@ -140,6 +160,26 @@ def test_each_row_of_the_table(tmp_path, monkeypatch):
     }
     assert kept["zip.jpg"].image == JPEG
     assert not zipfile.is_zipfile(io.BytesIO(kept["zip.jpg"].image))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_of_animations_the_first_frame_or_nothing_as_the_rule_says(tmp_path, format):
+    folder, dataset = tmp_path / "in", str(tmp_path / "set")
+    folder.mkdir()
+    (folder / "moving.png").write_bytes(animated(format))
+    (folder / "still.png").write_bytes(picture(1))
+    for name in ("moving", "still"):
+        (folder / f"{name}.txt").write_text("a picture")
+    version = ingest([str(folder)], dataset, RULES).manifest
+    assert outcomes(version)["moving.png"]["flags"] == ["animated"]
+    shown = Image.open(io.BytesIO(stored(version)["moving.png"].image))
+    assert getattr(shown, "n_frames", 1) == 1
+    assert np.abs(np.asarray(shown.convert("RGB"), int) - (255, 0, 0)).max() <= 3
+    version = ingest([str(folder)], dataset, replace(RULES, animated="reject")).manifest
+    found = {name: (it["outcome"], it["reason"]) for name, it in outcomes(version).items()}
+    assert found == {"moving.png": ("rejected", "animated"), "still.png": ("kept", "")}
+    assert version.counts["rejected:animated"] == 1
+    assert stored(version).keys() == {"still.png"}
 
 
 # ---- captions, wherever they come from -----------------------------------------------------------

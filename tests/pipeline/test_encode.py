@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -325,18 +326,29 @@ def test_out_of_memory_halves_the_batch_for_good(tmp_path, spec, error):
     assert max(sizes[len(tried) :]) <= 2
 
 
-def test_a_row_that_alone_is_too_large_ends_the_run(tmp_path):
+@pytest.mark.parametrize("error", [no_memory, no_torch_memory, no_cuda_memory])
+@pytest.mark.parametrize(
+    ("spec", "where"), [(MEANS, ", rows from 0"), (WORDS, "")], ids=["images", "text"]
+)
+def test_a_row_that_alone_is_too_large_ends_the_run(tmp_path, spec, where, error):
     data, sizes = dataset(tmp_path), []
-    message = r"encoder means, shard train-\w+, rows from 0: not enough memory for a single row"
+    spec = replace(spec, options={"batch": 5})
+    message = rf"encoder {spec.name}, shard train-\w+{where}: not enough memory for a single row \("
     with pytest.raises(ValueError, match=message):
-        encode(data, [replace(MEANS, options={"batch": 5})], exhausting(0, no_memory, sizes), LOCAL)
-    assert sizes == [5, 2, 1]
+        encode(data, [spec], exhausting(0, error, sizes), LOCAL)
+    assert sizes == ([5, 2, 1] if spec.kind == "image" else [4, 2, 1])  # four captions are unique
+    assert not [name for name in files(data.dataset) if name.endswith("safetensors")]
+
+
+def test_an_error_that_is_not_about_memory_is_not_tried_again(tmp_path):
+    data, sizes = dataset(tmp_path), []
 
     def other_error():
         raise RuntimeError("the weights are gone")
 
     with pytest.raises(RuntimeError, match="the weights are gone"):
         encode(data, [MEANS], exhausting(0, other_error, sizes), LOCAL)
+    assert sizes == [3]
 
 
 def test_killed_before_any_of_its_files_a_shard_in_buckets_is_not_there_yet(tmp_path):
@@ -377,6 +389,38 @@ for count in itertools.count():
         encode(data, [REDS], build, LOCAL)
         assert files(data.dataset) == wanted  # nothing hidden is left over either
     assert partial == 2 * 3
+
+
+def test_two_runs_at_once_give_one_result(tmp_path):
+    """In lock-step: each batch is begun once the other is there, so both commit the same files."""
+    specs = [MEANS, WORDS, REDS, pixels_spec(4)]
+    alone, data = dataset(tmp_path / "alone"), dataset(tmp_path / "both")
+    encode(alone, specs, build, LOCAL)
+    together = multiprocessing.get_context("fork").Barrier(2, timeout=30)
+
+    def in_step(spec):
+        encoder = build(spec)
+
+        def stepping(rows):
+            together.wait()
+            return encoder(rows)
+
+        return stepping
+
+    def run():
+        if pid := os.fork():
+            return pid
+        try:
+            encode(data, specs, in_step, LOCAL)
+        except BaseException as error:
+            sys.stderr.write(f"{error!r}\n")
+            os._exit(1)
+        os._exit(0)
+
+    both = [run(), run()]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in both] == [0, 0]
+    assert files(data.dataset) == files(alone.dataset)  # nothing hidden is left over either
+    encode(data, specs, None, LOCAL)  # without encoders: there is nothing left to do
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])

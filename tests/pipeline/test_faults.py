@@ -15,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ import pytest
 from PIL import Image
 
 from pipeline import manifest, storage
+from pipeline.download import DownloadRules
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
@@ -177,6 +180,39 @@ def test_a_quota_is_a_clear_error_as_well(tmp_path, limit, where):
     assert hidden(dataset) == []
     ingest([source], dataset, RULES)
     ingest([source], str(tmp_path / "calm"), RULES)
+    assert tree(dataset) == tree(tmp_path / "calm")
+
+
+# ---- F1: a process that dies while it downloads --------------------------------------------------
+
+READS_A_TABLE = """
+import sys
+from pipeline.download import DownloadRules
+from pipeline.ingest import IngestRules, ingest
+download = DownloadRules(private_hosts=(sys.argv[3],))
+ingest([sys.argv[1]], sys.argv[2], IngestRules(shard_samples=24, min_heldout=8, download=download))
+"""
+
+
+def test_a_run_killed_while_downloading_asks_again_for_what_was_under_way_alone(tmp_path, gallery):
+    rows, unit = 112, 32
+    source, dataset = gallery.table(tmp_path / "table.jsonl", rows), tmp_path / "set"
+    rules = replace(RULES, download=DownloadRules(private_hosts=(gallery.host,)))
+    ingest([source], str(tmp_path / "calm"), rules)
+    assert gallery.taken() == [*range(rows)]
+    command = [sys.executable, "-c", READS_A_TABLE, source, str(dataset), gallery.host]
+    gallery.hold_after(2 * unit + 10)
+    killed = subprocess.Popen(command)
+    gallery.wait_until_held(30)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not whole(str(dataset))
+    gallery.release()
+    ingest([source], str(dataset), rules)
+    times = Counter(gallery.taken())
+    assert {times[number] for number in range(2 * unit)} == {1}, "these were committed"
+    assert {times[number] for number in range(2 * unit, 3 * unit)} == {1, 2}
+    assert {times[number] for number in range(3 * unit, rows)} == {1}
     assert tree(dataset) == tree(tmp_path / "calm")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
 import os
+import pickle
 import random
 import resource
 import signal
@@ -95,7 +98,7 @@ def lie_in_the_header(path: Path) -> None:
     data = file.read_bytes()
     file.write_bytes((2**40).to_bytes(8, "little") + data[8:])
     described = json.loads((path / "checkpoint.json").read_bytes())
-    described["sha256"] = checkpoint.hashlib.sha256(file.read_bytes()).hexdigest()
+    described["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (path / "checkpoint.json").write_text(json.dumps(described))
 
 
@@ -132,6 +135,67 @@ def test_a_damaged_newest_gives_way_to_the_one_before_and_says_so(tmp_path, capl
         assert same(latest(tmp_path), state(64))
     assert str(newest) in caplog.text
     assert "the one before" in caplog.text
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def pickled(thing: object) -> bytes:
+    return pickle.dumps(thing)
+
+
+def saved_by_torch(thing: object) -> bytes:
+    out = io.BytesIO()
+    torch.save(thing, out)
+    return out.getvalue()
+
+
+def run_it(data: bytes, folder: Path) -> None:
+    """What a careless reader would have done: it is hostile indeed."""
+    assert not folder.exists(), "it was run"
+    reader = torch.load if data.startswith(b"PK") else pickle.load
+    reader(io.BytesIO(data), **({"weights_only": False} if reader is torch.load else {}))
+    assert folder.exists()
+
+
+@pytest.mark.parametrize("made", [pickled, saved_by_torch])
+def test_a_pickle_in_place_of_the_tensors_is_refused_and_not_run(tmp_path, caplog, made):
+    """Whoever put it there has signed it as well."""
+    checkpoint.save(tmp_path / "run", state(64))
+    newest = checkpoint.save(tmp_path / "run", state(128))
+    data = made(Hostile(tmp_path / "owned"))
+    (newest / "state.safetensors").write_bytes(data)
+    described = json.loads((newest / "checkpoint.json").read_bytes())
+    described |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (newest / "checkpoint.json").write_text(json.dumps(described))
+    with pytest.raises(Damaged, match="SafetensorError"):
+        checkpoint.load(newest)
+    with caplog.at_level(logging.WARNING):
+        assert same(latest(tmp_path / "run"), state(64))
+    assert str(newest) in caplog.text
+    run_it(data, tmp_path / "owned")
+
+
+@pytest.mark.parametrize("made", [pickled, saved_by_torch])
+def test_pickles_beside_the_tensors_are_left_alone(tmp_path, made):
+    newest = checkpoint.save(tmp_path / "run", state(64))
+    data = made(Hostile(tmp_path / "owned"))
+    for name in ("state.pt", "state.pkl", "optimizer.pth", "data.pkl", ".metadata"):
+        (newest / name).write_bytes(data)
+        (newest.parent / name).write_bytes(data)
+    (newest.parent / "000000000128").mkdir()  # a newer one of nothing else
+    (newest.parent / "000000000128" / "state.pt").write_bytes(data)
+    assert same(latest(tmp_path / "run"), state(64))
+    checkpoint.save(tmp_path / "run", state(256))
+    assert same(latest(tmp_path / "run"), state(256))
+    run_it(data, tmp_path / "owned")
 
 
 def test_a_damaged_one_is_replaced_when_training_comes_there_again(tmp_path):
