@@ -159,7 +159,7 @@ class Recipe(_Part):
 
 def learning(training: Mapping[str, Any]) -> dict[str, Any]:
     """A training config without what may differ between machines."""
-    machine = ("workers", "threads", "checkpoint_images", "log_images")
+    machine = ("workers", "threads", "micro_batch", "checkpoint_images", "log_images")
     return {key: value for key, value in training.items() if key not in machine}
 
 

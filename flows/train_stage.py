@@ -38,9 +38,8 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
     begun = storage.join(output, results.JOB)
     if storage.exists(begun):
         job = Job.from_json(storage.read_json(begun))
-        machine = {
-            k: v for k, v in line.recipe.stage(name).training.items() if k in ("workers", "threads")
-        }
+        asked = line.recipe.stage(name).training
+        machine = {k: asked[k] for k in ("workers", "threads", "micro_batch") if k in asked}
         return replace(job, output=output, training=job.training | machine)
     stage = line.recipe.stage(name)
     parent = line.parent(name, data)

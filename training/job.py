@@ -92,6 +92,7 @@ def build(job: Job, world: World) -> tuple[Stage, Any, str]:
         seed=job.seed,
         worker=world.rank,
         workers=world.size,
+        micro_batches=job.training_config().micro_batches(world.size),
     )
     return stages.create(job.kind, job.config, job.inputs), loader, data.digest
 

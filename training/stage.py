@@ -28,6 +28,9 @@ class Stage(nn.Module):
     """
 
     kind: str = ""
+    compares_rows: bool = False
+    """Whether a row's loss depends on the other rows of the global batch: then it is not cut into
+    micro-batches."""
     seed: int = 0
     """The run's seed, set by the job: a stage draws noise from (seed, purpose,
     batch["position"])."""
