@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 TENSORS, DESCRIPTION = "state.safetensors", "checkpoint.json"
+POWER = "power"
+"""The part of a state that holds power-function averages."""
 _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -47,8 +49,8 @@ log = logging.getLogger(__name__)
 class TrainState:
     """All that training depends on besides its config and its data.
 
-    `tensors` has the names "weights/...", "ema/...", "optimizer/..." and refers to the live ones
-    until it is saved; `numbers` is JSON.
+    `tensors` has the names "weights/...", "ema/...", "power/...", "optimizer/..." and refers to
+    the live ones until it is saved; `numbers` is JSON.
     """
 
     tensors: dict[str, Tensor]
@@ -59,6 +61,11 @@ class TrainState:
     def averaged(self) -> dict[str, Tensor]:
         """The weights with averages in place of what is trained: what a finished stage is."""
         return self.part("weights") | self.part("ema")
+
+    def only(self, prefix: str, numbers: dict[str, Any]) -> TrainState:
+        """The state of one part alone, with other numbers."""
+        kept = {name: t for name, t in self.tensors.items() if name.startswith(f"{prefix}/")}
+        return TrainState(kept, self.step, self.images_seen, numbers)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below "prefix/", by the rest of their names."""
@@ -129,12 +136,12 @@ def visible(directory: str | os.PathLike[str]) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
 
 
-def prune(directory: str | os.PathLike[str], keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed writer left. For the one
-    writer only."""
+def prune(directory: str | os.PathLike[str], keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints (None: no whole one), and what a killed writer
+    left. For the one writer only."""
     directory = Path(directory)
-    paths = visible(directory)
-    for path in paths[: max(len(paths) - keep, 0)]:
+    paths = visible(directory) if keep is not None else []
+    for path in paths[: max(len(paths) - (keep or 0), 0)]:
         _hide(path)
     for path in directory.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -191,7 +198,13 @@ class Saver:
     interval.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], fingerprint: str = "", *, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        fingerprint: str = "",
+        *,
+        keep: int | None = 2,
+    ):
         self.directory, self.fingerprint, self.keep = Path(directory), fingerprint, keep
         self.saved_at: int | None = None
         self._snapshot: Snapshot | None = None
@@ -239,7 +252,7 @@ class Saver:
                 self.wait()
 
 
-def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: int) -> Path:
+def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: int | None) -> Path:
     final = directory / f"{snapshot.images_seen:012d}"
     hidden = directory / f".{final.name}.{secrets.token_hex(4)}"
     try:

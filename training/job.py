@@ -142,12 +142,16 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
 
     window = Window(state.numbers if state else {})
     with ExitStack() as stack:
-        history = saver = None
+        history = saver = snapshots = None
         if leads:
             history = results.History(output, state.images_seen if state else 0)
             stack.callback(history.close)
             saver = checkpoint.Saver(output / results.CHECKPOINTS, job.fingerprint)
             stack.enter_context(saver)
+            if config.ema_sigma_rel:
+                path = output / results.AVERAGES
+                snapshots = checkpoint.Saver(path, job.fingerprint, keep=None)
+                stack.enter_context(snapshots)
         watchdog = stack.enter_context(Watchdog(config.stall_seconds, end=world.restarts))
         interrupts = stack.enter_context(Interrupts())
         for progress in train(stage, loader, config, world, state):
@@ -162,6 +166,10 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                     on_progress(record)
             signalled = interrupts.received is not None
             stop = stop or signalled
+            if snapshots and (last or progress.passed(config.ema_snapshot_images)):
+                # Waits, because resuming from the next checkpoint does not come here again.
+                sigma_rel = {"sigma_rel": list(config.ema_sigma_rel)}
+                snapshots.save(progress.state.only(checkpoint.POWER, sigma_rel), wait=True)
             if saver and (last or stop or progress.passed(config.checkpoint_images)):
                 state = progress.state
                 state.numbers |= window.numbers()

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from pipeline.plan import dealt
 
-from .checkpoint import TrainState
-from .ema import Ema
+from .checkpoint import POWER, TrainState
+from .ema import Ema, PowerAverages, gamma
 from .optimizer import AdamWConfig, Optimizer, OptimizerConfig, gradient_norm
 from .stage import Stage, copy_exactly, distinct_tensors, seed_of, to_tensors
 
@@ -52,6 +52,13 @@ class TrainingConfig:
     ema_halflife_images: float = 10_000
     ema_ramp: float = 0.05
     """The EMA's halflife is at most this share of the images seen; 0: no ramp."""
+    ema_sigma_rel: tuple[float, ...] = ()
+    """Averages by power functions beside it (EDM2 has 0.05 and 0.1): from snapshots of two the
+    average of any length can be had afterwards (`training.posthoc`). Each takes as much memory as
+    the weights."""
+    ema_snapshot_images: int = 0
+    """Snapshots of them are kept this often, which 16 times in a training is enough for, and at the
+    end; 0: at the end only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast around the forward; weights, averages and optimizer state are fp32 always."""
     max_skipped: int = 3
@@ -94,6 +101,10 @@ class TrainingConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        for sigma_rel in self.ema_sigma_rel:
+            gamma(sigma_rel)  # refuses what has no profile
+        if len({f"{s:g}" for s in self.ema_sigma_rel}) < len(self.ema_sigma_rel):
+            raise ValueError(f"ema_sigma_rel must be different lengths, got {self.ema_sigma_rel}")
         if self.batch < self.workers:
             raise ValueError(
                 f"batch {self.batch} is smaller than workers {self.workers}: "
@@ -212,7 +223,8 @@ def train(
     device = next(stage.parameters()).device
     optimizer = Optimizer(config.optimizer, stage)
     ema = Ema(stage, config.ema_halflife_images, config.ema_ramp)
-    done = _restore(state, stage, ema, optimizer) if state else 0
+    powers = PowerAverages(stage, config.ema_sigma_rel)
+    done = _restore(state, stage, ema, powers, optimizer) if state else 0
     health = Health(config, device, state.numbers["skipped"] if state else 0, world)
     del state  # it is a second copy of everything
     if config.compile:
@@ -250,6 +262,7 @@ def train(
             optimizer.zero_grad()
             images_seen += config.batch
             ema.update(images_seen)
+            powers.update(images_seen)
 
             yield Progress(
                 step=step + 1,
@@ -263,7 +276,9 @@ def train(
                 seconds=time.perf_counter() - started,
                 data_wait_seconds=waited,
                 ema=ema,
-                capture=partial(_capture, stage, ema, optimizer, health, step + 1, images_seen),
+                capture=partial(
+                    _capture, stage, ema, powers, optimizer, health, step + 1, images_seen
+                ),
             )
 
 
@@ -379,11 +394,18 @@ def _seed(device: torch.device, *parts: int) -> None:
 
 
 def _capture(
-    stage: Stage, ema: Ema, optimizer: Optimizer, health: Health, step: int, images_seen: int
+    stage: Stage,
+    ema: Ema,
+    powers: PowerAverages,
+    optimizer: Optimizer,
+    health: Health,
+    step: int,
+    images_seen: int,
 ) -> TrainState:
     parts = {
         "weights": distinct_tensors(stage),
         "ema": ema.tensors(),
+        POWER: powers.tensors(),
         "optimizer": optimizer.tensors(),
     }
     tensors = {f"{part}/{n}": t.detach() for part, named in parts.items() for n, t in named.items()}
@@ -391,8 +413,11 @@ def _capture(
 
 
 @torch.no_grad()
-def _restore(state: TrainState, stage: Stage, ema: Ema, optimizer: Optimizer) -> int:
+def _restore(
+    state: TrainState, stage: Stage, ema: Ema, powers: PowerAverages, optimizer: Optimizer
+) -> int:
     copy_exactly(state.part("weights"), distinct_tensors(stage), "the checkpoint")
     ema.load(state.part("ema"), state.images_seen)
+    powers.load(state.part(POWER), state.images_seen)
     optimizer.load(state.part("optimizer"))
     return state.step

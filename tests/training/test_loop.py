@@ -379,6 +379,8 @@ def test_learning_rates(schedule, expected):
         ("ema_halflife_images", math.inf, "ema_halflife_images must be finite"),
         ("schedule", "step", "schedule must be one of constant, cosine, linear, got 'step'"),
         ("workers", 9, "batch 8 is smaller than workers 9"),
+        ("ema_sigma_rel", (0.05, 0.4), "sigma_rel must lie between 0 and 0.2887"),
+        ("ema_sigma_rel", (0.1, 0.1), "ema_sigma_rel must be different lengths"),
         ("micro_batch", -1, "micro_batch must be finite and not negative"),
     ],
 )
