@@ -160,6 +160,7 @@ class Recipe(_Part):
 def learning(training: Mapping[str, Any]) -> dict[str, Any]:
     """A training config without what may differ between machines."""
     machine = ("workers", "threads", "micro_batch", "checkpoint_images", "log_images")
+    machine += ("keep_last", "keep_best", "keep_images", "heldout_pictures")
     return {key: value for key, value in training.items() if key not in machine}
 
 

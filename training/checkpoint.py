@@ -31,6 +31,8 @@ from torch import Tensor
 TENSORS, DESCRIPTION = "state.safetensors", "checkpoint.json"
 POWER = "power"
 """The part of a state that holds power-function averages."""
+HELDOUT_LOSS = "heldout_loss"
+"""The name among a state's numbers of the mean loss of its averages on held-out samples."""
 _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -80,11 +82,58 @@ class Damaged(ValueError):
     """A checkpoint whose content is not what was written."""
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a newer one is there."""
+
+    last: int = 2
+    """So many of the newest: should one be damaged, there is the one before."""
+    best: bool = False
+    """Also the one of the least HELDOUT_LOSS among its numbers."""
+    images: int = 0
+    """Also the first one at or past each multiple of so many images; 0: none."""
+
+    def stay(self, paths: list[Path]) -> set[Path]:
+        """Those of `paths`, oldest first, that are kept. What was kept stays so."""
+        kept = set(paths[-self.last :])
+        if self.images:
+            firsts: dict[int, Path] = {}
+            for path in paths:
+                firsts.setdefault(int(path.name) // self.images, path)
+            firsts.pop(0, None)
+            kept |= set(firsts.values())
+        if self.best and (best := _best(paths)):
+            kept.add(best)
+        return kept
+
+
+KEEP_TWO = Retention()
+
+
+def best(directory: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the least held-out loss, the newest of several; None where none has one."""
+    return _best(visible(directory))
+
+
+def _best(paths: list[Path]) -> Path | None:
+    losses: dict[Path, float] = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged
+            loss = json.loads((path / DESCRIPTION).read_bytes())["numbers"].get(HELDOUT_LOSS)
+            if loss is not None:
+                losses[path] = float(loss)
+    return min(reversed(losses), key=lambda path: losses[path], default=None)
+
+
 def save(
-    directory: str | os.PathLike[str], state: TrainState, fingerprint: str = "", *, keep: int = 2
+    directory: str | os.PathLike[str],
+    state: TrainState,
+    fingerprint: str = "",
+    *,
+    keep: Retention | None = KEEP_TWO,
 ) -> Path:
-    """Write `state` as the newest checkpoint in `directory`, drop all but the last `keep`, and
-    return its path."""
+    """Write `state` as the newest checkpoint in `directory`, drop those that `keep` does not (None
+    keeps all), and return its path."""
     return _write(Path(directory), Snapshot(state), fingerprint, keep)
 
 
@@ -136,13 +185,16 @@ def visible(directory: str | os.PathLike[str]) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
 
 
-def prune(directory: str | os.PathLike[str], keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints (None: no whole one), and what a killed writer
-    left. For the one writer only."""
+def prune(directory: str | os.PathLike[str], keep: Retention | None) -> None:
+    """Remove the checkpoints that `keep` does not (None keeps all), and what a killed writer left.
+    For the one writer only."""
     directory = Path(directory)
-    paths = visible(directory) if keep is not None else []
-    for path in paths[: max(len(paths) - (keep or 0), 0)]:
-        _hide(path)
+    if keep is not None:
+        paths = visible(directory)
+        stay = keep.stay(paths)
+        for path in paths:
+            if path not in stay:
+                _hide(path)
     for path in directory.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -203,7 +255,7 @@ class Saver:
         directory: str | os.PathLike[str],
         fingerprint: str = "",
         *,
-        keep: int | None = 2,
+        keep: Retention | None = KEEP_TWO,
     ):
         self.directory, self.fingerprint, self.keep = Path(directory), fingerprint, keep
         self.saved_at: int | None = None
@@ -252,7 +304,7 @@ class Saver:
                 self.wait()
 
 
-def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: int | None) -> Path:
+def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: Retention | None) -> Path:
     final = directory / f"{snapshot.images_seen:012d}"
     hidden = directory / f".{final.name}.{secrets.token_hex(4)}"
     try:

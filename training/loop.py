@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.plan import dealt
 
-from .checkpoint import POWER, TrainState
+from .checkpoint import POWER, Retention, TrainState
 from .ema import Ema, PowerAverages, gamma
 from .optimizer import AdamWConfig, Optimizer, OptimizerConfig, gradient_norm
 from .stage import Stage, copy_exactly, distinct_tensors, seed_of, to_tensors
@@ -64,6 +64,15 @@ class TrainingConfig:
     max_skipped: int = 3
     """Updates in a row that may be skipped because the loss or a gradient is not finite."""
     checkpoint_images: int = 20_000
+    keep_last: int = 2
+    """The newest checkpoints that are kept: from the one before goes on whose newest is damaged."""
+    keep_best: bool = False
+    """Keep also the checkpoint of the least held-out loss."""
+    keep_images: int = 0
+    """Keep also the first checkpoint at or past each multiple of so many images; 0: none."""
+    heldout_pictures: int = 0
+    """Held-out samples, the same each time, on which the averages' loss is taken at every
+    checkpoint; 0: none."""
     log_images: int = 1_000
     preview_images: int = 0
     """Pictures are drawn this often; 0: at the end only."""
@@ -83,6 +92,7 @@ class TrainingConfig:
             "batch",
             "learning_rate",
             "checkpoint_images",
+            "keep_last",
             "log_images",
             "workers",
         )
@@ -101,6 +111,10 @@ class TrainingConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        if self.keep_best and not self.heldout_pictures:
+            raise ValueError(
+                "keep_best goes by the held-out loss: set heldout_pictures, to 1024 for example"
+            )
         for sigma_rel in self.ema_sigma_rel:
             gamma(sigma_rel)  # refuses what has no profile
         if len({f"{s:g}" for s in self.ema_sigma_rel}) < len(self.ema_sigma_rel):
@@ -116,6 +130,15 @@ class TrainingConfig:
                 f"{self.micro_batches(self.workers)}, too few for {self.workers} workers: lower it "
                 f"to {self.batch // self.workers} or less"
             )
+
+    @property
+    def rows_at_once(self) -> int:
+        """The most that a worker computes at once."""
+        return math.ceil(self.batch / self.micro_batches(self.workers))
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep_last, self.keep_best, self.keep_images)
 
     def micro_batches(self, workers: int) -> int:
         """Into how many micro-batches a global batch is cut; their sizes differ by at most one."""

@@ -52,6 +52,11 @@ class Stage(nn.Module):
         "measured"."""
         return {}
 
+    def heldout_loss(self, batch: Batch) -> Tensor:
+        """[rows]: by what a training's checkpoints are compared; a function of weights and batch
+        alone, taken in eval mode."""
+        return self(batch)["loss"]
+
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
         """Pictures that show where the training stands, uint8 [n, height, width, 3], or None."""
         return None

@@ -381,6 +381,8 @@ def test_learning_rates(schedule, expected):
         ("workers", 9, "batch 8 is smaller than workers 9"),
         ("ema_sigma_rel", (0.05, 0.4), "sigma_rel must lie between 0 and 0.2887"),
         ("ema_sigma_rel", (0.1, 0.1), "ema_sigma_rel must be different lengths"),
+        ("keep_last", 0, "keep_last must be greater than 0"),
+        ("keep_best", True, "keep_best goes by the held-out loss: set heldout_pictures"),
         ("micro_batch", -1, "micro_batch must be finite and not negative"),
     ],
 )
