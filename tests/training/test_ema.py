@@ -145,7 +145,7 @@ def test_lengths_that_no_profile_has_are_refused(sigma_rel):
         gamma(sigma_rel)
 
 
-def powers_of(module: nn.Module, weights, sigma_rel, batch: int = 1):
+def powers_of(module: nn.Linear, weights, sigma_rel, batch: int = 1):
     """Averages after each of the weights, one more batch of images seen each time."""
     averages = PowerAverages(module, sigma_rel)
     for step, weight in enumerate(weights):
