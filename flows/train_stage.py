@@ -20,6 +20,17 @@ from .cluster import ray_session
 from .line import Line
 from .progress import meter
 
+_CHANGEABLE = (
+    "workers",
+    "threads",
+    "micro_batch",
+    "keep_last",
+    "keep_best",
+    "keep_images",
+    "heldout_pictures",
+)
+"""What of a training may be another when it goes on."""
+
 
 def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
     """What a stage's batches are made of, beside captions."""
@@ -38,9 +49,8 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
     begun = storage.join(output, results.JOB)
     if storage.exists(begun):
         job = Job.from_json(storage.read_json(begun))
-        machine = {
-            k: v for k, v in line.recipe.stage(name).training.items() if k in ("workers", "threads")
-        }
+        asked = line.recipe.stage(name).training
+        machine = {key: asked[key] for key in _CHANGEABLE if key in asked}
         return replace(job, output=output, training=job.training | machine)
     stage = line.recipe.stage(name)
     parent = line.parent(name, data)

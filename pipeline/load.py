@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from . import shards, storage
 from .manifest import Manifest, Shard, fingerprint
-from .plan import BatchPlan, BucketedPlan, Plan, draw
+from .plan import BatchPlan, BucketedPlan, Plan, dealt, draw
 from .schema import BUCKET, CUT, Batch, Bucket, Encoding, Field, batch_fields, check
 
 KEY = Field("uint8", (None,))
@@ -142,7 +142,9 @@ class _Part(NamedTuple):
 class Loader:
     """Batches of the samples that every encoding holds, in the order of the plan.
 
-    A batch is this worker's share of a global batch. A picture shows one of its captions, drawn
+    A batch is this worker's share of a global batch, or, where that is cut into `micro_batches`,
+    one of those dealt to this worker: then what a batch holds, down to how far its captions are
+    padded, does not depend on the number of workers. A picture shows one of its captions, drawn
     from (seed, position): the same for all text encoders, another one from epoch to epoch; and so
     it is mirrored or not, where its encoders flip. With `captions` a batch also holds the lists
     `caption` and `label`, read from the dataset's tables. Where pictures are in buckets, all of a
@@ -163,10 +165,11 @@ class Loader:
         seed: int,
         worker: int = 0,
         workers: int = 1,
+        micro_batches: int = 0,
         captions: bool = True,
     ):
         self.dataset, self.seed, self.captions = manifest.dataset, seed, captions
-        self.worker, self.workers = worker, workers
+        self.worker, self.workers, self.micro_batches = worker, workers, micro_batches or workers
         self.encodings: tuple[Encoding, ...] = tuple(encodings)
         self.shards: tuple[Shard, ...] = manifest.split(*splits)
         if not self.shards:
@@ -193,6 +196,8 @@ class Loader:
             counts = tuple(map(len, kept))
             self.plan = BatchPlan(counts, fingerprint(selection), seed, global_batch)
         self.plan.slice(0, worker, workers)  # refuses more workers than rows
+        self.plan.slice(0, 0, self.micro_batches)
+        self._dealt = dealt(self.micro_batches, worker, workers)
         self._number(by_bucket)
         most = max(8, _OPEN_FILES // max(1, len(self.encodings)))
         self._open = lru_cache(most)(self._open_shard)
@@ -204,9 +209,9 @@ class Loader:
         """How many an epoch has: those of the splits, less what an encoder rejected."""
         return self.plan.samples
 
-    def batch(self, step: int) -> Batch:
-        """This worker's share of global batch `step`."""
-        rows, indices = self.plan.slice(step, self.worker, self.workers)
+    def batch(self, step: int, number: int = 0) -> Batch:
+        """This worker's share of global batch `step`: the `number`-th of its micro-batches."""
+        rows, indices = self.plan.slice(step, self._dealt[number], self.micro_batches)
         positions = step * self.plan.global_batch + rows
         turned = draw(self.seed, "flip", positions) < 0.5 if self._flips else None
         return self._gather(indices, positions, self.plan.epoch(step, int(rows[0])), turned)
@@ -239,15 +244,19 @@ class Loader:
         return tuple(sorted(each, key=lambda one: -one.samples))
 
     def batches(self, start_step: int = 0, prefetch: int = 2) -> Generator[Batch]:
-        """The batches from `start_step` on, without end; a thread makes `prefetch` ahead."""
+        """The batches from `start_step` on, without end; a thread makes `prefetch` ahead.
+
+        Of each global batch come all of this worker's micro-batches.
+        """
         steps = itertools.count(start_step)
+        turns = ((step, number) for step in steps for number in range(len(self._dealt)))
         if not prefetch:
-            yield from map(self.batch, steps)
+            yield from itertools.starmap(self.batch, turns)
         pool = ThreadPoolExecutor(1, "loader")
         try:
-            ahead = deque(pool.submit(self.batch, n) for n in itertools.islice(steps, prefetch))
-            for step in steps:
-                ahead.append(pool.submit(self.batch, step))
+            ahead = deque(pool.submit(self.batch, *it) for it in itertools.islice(turns, prefetch))
+            for turn in turns:
+                ahead.append(pool.submit(self.batch, *turn))
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -63,7 +63,8 @@ class BatchPlan:
         return (step * self.global_batch + row) // self.samples
 
     def slice(self, step: int, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of the global batch, their samples), both int64: the share of one of `workers`.
+        """(rows of the global batch, their samples), both int64: the share of one of `workers`, or
+        one of so many micro-batches.
 
         The shares follow each other and differ by at most one row, and every worker has one at
         every step.
@@ -226,6 +227,21 @@ class BucketedPlan:
 
 
 Plan = BatchPlan | BucketedPlan
+
+
+def dealt(micro_batches: int, worker: int, workers: int) -> range:
+    """Which of the micro-batches of a global batch one of `workers` computes.
+
+    They follow each other, and every worker has one at least and at most one more than another.
+    Micro-batch m of M holds the rows `slice(step, m, M)`, whoever computes it.
+    """
+    if not 0 <= worker < workers <= micro_batches:
+        raise ValueError(
+            f"worker {worker} of {workers} at {micro_batches} micro-batches in a global batch: "
+            "wanted 0 <= worker < workers <= micro-batches; choose smaller ones or fewer workers"
+        )
+    first, stop = (micro_batches * n // workers for n in (worker, worker + 1))
+    return range(first, stop)
 
 
 def _shuffler(digest: str, seed: int):

@@ -32,6 +32,7 @@ CORE = {
     "training.stage": SERVICES,
     "training.loop": SERVICES,
     "training.ema": SERVICES,
+    "training.posthoc": SERVICES,
     "training.optimizer": SERVICES,
     "training.checkpoint": SERVICES,
     "training.generator": SERVICES,

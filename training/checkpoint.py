@@ -29,6 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 TENSORS, DESCRIPTION = "state.safetensors", "checkpoint.json"
+POWER = "power"
+"""The part of a state that holds power-function averages."""
+HELDOUT_LOSS = "heldout_loss"
+"""The name among a state's numbers of the mean loss of its averages on held-out samples."""
 _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -47,8 +51,8 @@ log = logging.getLogger(__name__)
 class TrainState:
     """All that training depends on besides its config and its data.
 
-    `tensors` has the names "weights/...", "ema/...", "optimizer/..." and refers to the live ones
-    until it is saved; `numbers` is JSON.
+    `tensors` has the names "weights/...", "ema/...", "power/...", "optimizer/..." and refers to
+    the live ones until it is saved; `numbers` is JSON.
     """
 
     tensors: dict[str, Tensor]
@@ -59,6 +63,11 @@ class TrainState:
     def averaged(self) -> dict[str, Tensor]:
         """The weights with averages in place of what is trained: what a finished stage is."""
         return self.part("weights") | self.part("ema")
+
+    def only(self, prefix: str, numbers: dict[str, Any]) -> TrainState:
+        """The state of one part alone, with other numbers."""
+        kept = {name: t for name, t in self.tensors.items() if name.startswith(f"{prefix}/")}
+        return TrainState(kept, self.step, self.images_seen, numbers)
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below "prefix/", by the rest of their names."""
@@ -73,11 +82,58 @@ class Damaged(ValueError):
     """A checkpoint whose content is not what was written."""
 
 
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a newer one is there."""
+
+    last: int = 2
+    """So many of the newest: should one be damaged, there is the one before."""
+    best: bool = False
+    """Also the one of the least HELDOUT_LOSS among its numbers."""
+    images: int = 0
+    """Also the first one at or past each multiple of so many images; 0: none."""
+
+    def stay(self, paths: list[Path]) -> set[Path]:
+        """Those of `paths`, oldest first, that are kept. What was kept stays so."""
+        kept = set(paths[-self.last :])
+        if self.images:
+            firsts: dict[int, Path] = {}
+            for path in paths:
+                firsts.setdefault(int(path.name) // self.images, path)
+            firsts.pop(0, None)
+            kept |= set(firsts.values())
+        if self.best and (best := _best(paths)):
+            kept.add(best)
+        return kept
+
+
+KEEP_TWO = Retention()
+
+
+def best(directory: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the least held-out loss, the newest of several; None where none has one."""
+    return _best(visible(directory))
+
+
+def _best(paths: list[Path]) -> Path | None:
+    losses: dict[Path, float] = {}
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # damaged
+            loss = json.loads((path / DESCRIPTION).read_bytes())["numbers"].get(HELDOUT_LOSS)
+            if loss is not None:
+                losses[path] = float(loss)
+    return min(reversed(losses), key=lambda path: losses[path], default=None)
+
+
 def save(
-    directory: str | os.PathLike[str], state: TrainState, fingerprint: str = "", *, keep: int = 2
+    directory: str | os.PathLike[str],
+    state: TrainState,
+    fingerprint: str = "",
+    *,
+    keep: Retention | None = KEEP_TWO,
 ) -> Path:
-    """Write `state` as the newest checkpoint in `directory`, drop all but the last `keep`, and
-    return its path."""
+    """Write `state` as the newest checkpoint in `directory`, drop those that `keep` does not (None
+    keeps all), and return its path."""
     return _write(Path(directory), Snapshot(state), fingerprint, keep)
 
 
@@ -129,13 +185,16 @@ def visible(directory: str | os.PathLike[str]) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
 
 
-def prune(directory: str | os.PathLike[str], keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed writer left. For the one
-    writer only."""
+def prune(directory: str | os.PathLike[str], keep: Retention | None) -> None:
+    """Remove the checkpoints that `keep` does not (None keeps all), and what a killed writer left.
+    For the one writer only."""
     directory = Path(directory)
-    paths = visible(directory)
-    for path in paths[: max(len(paths) - keep, 0)]:
-        _hide(path)
+    if keep is not None:
+        paths = visible(directory)
+        stay = keep.stay(paths)
+        for path in paths:
+            if path not in stay:
+                _hide(path)
     for path in directory.glob(".*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -191,7 +250,13 @@ class Saver:
     interval.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], fingerprint: str = "", *, keep: int = 2):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        fingerprint: str = "",
+        *,
+        keep: Retention | None = KEEP_TWO,
+    ):
         self.directory, self.fingerprint, self.keep = Path(directory), fingerprint, keep
         self.saved_at: int | None = None
         self._snapshot: Snapshot | None = None
@@ -239,7 +304,7 @@ class Saver:
                 self.wait()
 
 
-def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: int) -> Path:
+def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: Retention | None) -> Path:
     final = directory / f"{snapshot.images_seen:012d}"
     hidden = directory / f".{final.name}.{secrets.token_hex(4)}"
     try:

@@ -127,6 +127,7 @@ class ClipStage(Stage):
     """Trains on `pixels` (uint8 [B, 3, side, side]) and `caption`; `model` is open_clip's CLIP."""
 
     kind = "clip"
+    compares_rows = True
 
     def __init__(self, config: ClipStageConfig, inputs: dict[str, str] | None = None):
         super().__init__(config)

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,11 @@ def of_process_group(
         torch.distributed.all_reduce(tensor)
         return tensor
 
+    def gather(value: Any) -> list[Any]:
+        values: list[Any] = [None] * size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def wrap(module: nn.Module) -> nn.Module:
         wrapped = nn.parallel.DistributedDataParallel(
             module,
@@ -168,10 +173,13 @@ def of_process_group(
         wrapped.broadcast_buffers = False  # at each step, that is: they are measured once
         return wrapped
 
+    def alone(wrapped: Any) -> AbstractContextManager[None]:
+        return wrapped.no_sync()
+
     def any_stops() -> bool:
         return bool(total(torch.tensor(float(stop()), device=device)) > 0)
 
-    return World(rank, size, device, wrap, total, any_stops, restarts=True)
+    return World(rank, size, device, wrap, alone, total, gather, any_stops, restarts=True)
 
 
 def _follow(stage_dir: str, on_progress: OnProgress) -> Callable[[], None]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import storage
 
-from . import checkpoint, results
+from . import checkpoint, measuring, results
 from .loop import Progress, TrainingConfig, World, train
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .supervision import Interrupts, Stopped, Watchdog
@@ -92,6 +92,7 @@ def build(job: Job, world: World) -> tuple[Stage, Any, str]:
         seed=job.seed,
         worker=world.rank,
         workers=world.size,
+        micro_batches=job.training_config().micro_batches(world.size),
     )
     return stages.create(job.kind, job.config, job.inputs), loader, data.digest
 
@@ -139,14 +140,26 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
     else:
         stage.prepare(loader)
 
+    unseen = measuring.heldout(loader) if leads and config.heldout_pictures else None
+    if leads and config.heldout_pictures and unseen is None:
+        raise ValueError(
+            f"heldout_pictures is {config.heldout_pictures}, but {job.dataset}, version "
+            f"{job.version}, has none that are held out and encoded: set it to 0 or ingest some"
+        )
     window = Window(state.numbers if state else {})
     with ExitStack() as stack:
-        history = saver = None
+        history = saver = snapshots = None
         if leads:
             history = results.History(output, state.images_seen if state else 0)
             stack.callback(history.close)
-            saver = checkpoint.Saver(output / results.CHECKPOINTS, job.fingerprint)
+            saver = checkpoint.Saver(
+                output / results.CHECKPOINTS, job.fingerprint, keep=config.retention
+            )
             stack.enter_context(saver)
+            if config.ema_sigma_rel:
+                path = output / results.AVERAGES
+                snapshots = checkpoint.Saver(path, job.fingerprint, keep=None)
+                stack.enter_context(snapshots)
         watchdog = stack.enter_context(Watchdog(config.stall_seconds, end=world.restarts))
         interrupts = stack.enter_context(Interrupts())
         for progress in train(stage, loader, config, world, state):
@@ -161,9 +174,16 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                     on_progress(record)
             signalled = interrupts.received is not None
             stop = stop or signalled
+            if snapshots and (last or progress.passed(config.ema_snapshot_images)):
+                # Waits, because resuming from the next checkpoint does not come here again.
+                sigma_rel = {"sigma_rel": list(config.ema_sigma_rel)}
+                snapshots.save(progress.state.only(checkpoint.POWER, sigma_rel), wait=True)
             if saver and (last or stop or progress.passed(config.checkpoint_images)):
                 state = progress.state
                 state.numbers |= window.numbers()
+                if unseen is not None and not stop:  # who was told to stop has seconds
+                    found = _heldout_loss(stage, unseen, config, progress)
+                    state.numbers[checkpoint.HELDOUT_LOSS] = found
                 saver.save(state, wait=last or stop)
             if signalled:
                 interrupts.deliver()
@@ -176,6 +196,15 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         return {}
     assert state is not None and state.step == config.steps
     return _commit(job, stage, loader, data_digest, state)
+
+
+def _heldout_loss(
+    stage: Stage, unseen: Any, config: TrainingConfig, progress: Progress
+) -> float | None:
+    with progress.ema.applied():
+        loss = measuring.heldout_loss(stage, unseen, config.heldout_pictures, config.rows_at_once)
+    log.info("%s: held-out loss %g at %d images", stage.kind, loss, progress.images_seen)
+    return _finite(loss)
 
 
 def _commit(
@@ -207,7 +236,8 @@ def _commit(
     }
     del described["output"]  # a directory may be moved
     storage.publish_json(str(output / results.STAGE), described)
-    checkpoint.prune(output / results.CHECKPOINTS, keep=1)
+    final = replace(job.training_config().retention, last=1)
+    checkpoint.prune(output / results.CHECKPOINTS, keep=final)
     done = results.committed(job.output)
     assert done is not None
     return done

@@ -1,9 +1,10 @@
 """The training loop: a generator, torch only. Its clock is images seen.
 
 It yields after each update; whoever iterates logs, saves and stops. Nothing in it waits for the
-device: what it yields are tensors. Every random number is a function of (seed, step, rank) or, in
-stages, of (seed, purpose, global position), so the state of a run is its weights, averages,
-optimizer state and a few integers.
+device: what it yields are tensors. A global batch is a number of micro-batches, dealt to the
+workers; their gradients are summed and divided by the count of all rows. Every random number is a
+function of (seed, step, micro-batch) or, in stages, of (seed, purpose, global position), so the
+state of a run is its weights, averages, optimizer state and a few integers.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import TrainState
-from .ema import Ema
+from pipeline.plan import dealt
+
+from .checkpoint import POWER, Retention, TrainState
+from .ema import Ema, PowerAverages, gamma
 from .optimizer import AdamWConfig, Optimizer, OptimizerConfig, gradient_norm
 from .stage import Stage, copy_exactly, distinct_tensors, seed_of, to_tensors
 
@@ -34,6 +37,10 @@ class TrainingConfig:
     images: int = 100_000
     batch: int = 64
     """Images per update, over all workers together."""
+    micro_batch: int = 0
+    """Images that a worker computes at once, at most: the gradients of several add up to that of
+    the batch. Then the micro-batches are the same for any number of workers, and so is dropout. 0:
+    a worker's whole share."""
     learning_rate: float = 1e-3
     """Of the whole batch; nothing scales it by workers or batch."""
     warmup_images: int = 0
@@ -45,11 +52,27 @@ class TrainingConfig:
     ema_halflife_images: float = 10_000
     ema_ramp: float = 0.05
     """The EMA's halflife is at most this share of the images seen; 0: no ramp."""
+    ema_sigma_rel: tuple[float, ...] = ()
+    """Averages by power functions beside it (EDM2 has 0.05 and 0.1): from snapshots of two the
+    average of any length can be had afterwards (`training.posthoc`). Each takes as much memory as
+    the weights."""
+    ema_snapshot_images: int = 0
+    """Snapshots of them are kept this often, which 16 times in a training is enough for, and at the
+    end; 0: at the end only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast around the forward; weights, averages and optimizer state are fp32 always."""
     max_skipped: int = 3
     """Updates in a row that may be skipped because the loss or a gradient is not finite."""
     checkpoint_images: int = 20_000
+    keep_last: int = 2
+    """The newest checkpoints that are kept: from the one before goes on whose newest is damaged."""
+    keep_best: bool = False
+    """Keep also the checkpoint of the least held-out loss."""
+    keep_images: int = 0
+    """Keep also the first checkpoint at or past each multiple of so many images; 0: none."""
+    heldout_pictures: int = 0
+    """Held-out samples, the same each time, on which the averages' loss is taken at every
+    checkpoint; 0: none."""
     log_images: int = 1_000
     preview_images: int = 0
     """Pictures are drawn this often; 0: at the end only."""
@@ -69,6 +92,7 @@ class TrainingConfig:
             "batch",
             "learning_rate",
             "checkpoint_images",
+            "keep_last",
             "log_images",
             "workers",
         )
@@ -87,11 +111,38 @@ class TrainingConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        if self.keep_best and not self.heldout_pictures:
+            raise ValueError(
+                "keep_best goes by the held-out loss: set heldout_pictures, to 1024 for example"
+            )
+        for sigma_rel in self.ema_sigma_rel:
+            gamma(sigma_rel)  # refuses what has no profile
+        if len({f"{s:g}" for s in self.ema_sigma_rel}) < len(self.ema_sigma_rel):
+            raise ValueError(f"ema_sigma_rel must be different lengths, got {self.ema_sigma_rel}")
         if self.batch < self.workers:
             raise ValueError(
                 f"batch {self.batch} is smaller than workers {self.workers}: "
                 "each worker needs an image per update"
             )
+        if self.micro_batches(self.workers) < self.workers:
+            raise ValueError(
+                f"micro_batch {self.micro_batch} cuts a batch of {self.batch} into "
+                f"{self.micro_batches(self.workers)}, too few for {self.workers} workers: lower it "
+                f"to {self.batch // self.workers} or less"
+            )
+
+    @property
+    def rows_at_once(self) -> int:
+        """The most that a worker computes at once."""
+        return math.ceil(self.batch / self.micro_batches(self.workers))
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(self.keep_last, self.keep_best, self.keep_images)
+
+    def micro_batches(self, workers: int) -> int:
+        """Into how many micro-batches a global batch is cut; their sizes differ by at most one."""
+        return math.ceil(self.batch / self.micro_batch) if self.micro_batch else workers
 
     @property
     def steps(self) -> int:
@@ -119,8 +170,12 @@ class World:
     device: torch.device | str = "cpu"
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     """Makes backward average the gradients over the workers."""
+    alone: Callable[[nn.Module], AbstractContextManager[Any]] = lambda module: nullcontext()
+    """Inside, forward and backward of a wrapped module leave the gradients with their worker."""
     sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """The sum of a tensor over the workers."""
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """A JSON value from each worker, by rank."""
     stop: Callable[[], bool] = lambda: False
     """Whether all of them are to stop; asked by all at each log point."""
     restarts: bool = False
@@ -183,14 +238,17 @@ def train(
 ) -> Generator[Progress, None, None]:
     """Train `stage` in place until `config.images`, from `state` on, and yield after each update.
 
-    Each worker's `loader` gives its rows of the same global batches. Raises Diverged.
+    Each worker's `loader` gives its micro-batches of the same global batches, one after another.
+    Raises Diverged; ValueError where `stage` or the workers do not go with the micro-batches.
     """
     world = world or World()
+    turns = _turns(stage, config, world)
     device = next(stage.parameters()).device
     optimizer = Optimizer(config.optimizer, stage)
     ema = Ema(stage, config.ema_halflife_images, config.ema_ramp)
-    done = _restore(state, stage, ema, optimizer) if state else 0
-    health = Health(config, device, state.numbers["skipped"] if state else 0)
+    powers = PowerAverages(stage, config.ema_sigma_rel)
+    done = _restore(state, stage, ema, powers, optimizer) if state else 0
+    health = Health(config, device, state.numbers["skipped"] if state else 0, world)
     del state  # it is a second copy of everything
     if config.compile:
         stage.compile()
@@ -201,24 +259,33 @@ def train(
         for step in range(done, config.steps):
             started = time.perf_counter()
             images_seen = step * config.batch
-            batch = next(batches)
-            waited = time.perf_counter() - started
-            _seed(device, config.seed, step, world.rank)
+            share, batch, waited = Share(), {}, 0.0
+            for turn in turns:
+                if turn.counts:
+                    asked = time.perf_counter()
+                    batch = next(batches)
+                    waited += time.perf_counter() - asked
+                _seed(device, config.seed, step, turn.number)
 
-            with autocast:
-                outputs = model(to_tensors(batch, device))
-            losses = outputs.pop("loss").float()
-            # Workers' gradients get averaged: times their number, this is the mean over all rows.
-            (losses.sum() * (world.size / config.batch)).backward()
+                with nullcontext() if turn.last else world.alone(model):
+                    with autocast:
+                        outputs = model(to_tensors(batch, device))
+                    losses = outputs.pop("loss").float()
+                    # Workers' gradients get averaged: times their number, this adds up to the mean
+                    # over all rows.
+                    (losses.sum() * (turn.counts * world.size / config.batch)).backward()
+                if turn.counts:
+                    share.add(batch.get("key", []), losses.detach(), outputs)
 
-            loss, metrics = _global_mean(losses.detach(), outputs, config.batch, world)
+            loss, metrics = share.global_mean(config, world)
             norm = gradient_norm(optimizer.parameters)
-            skip = health.check(step, batch.get("key", []), losses.detach(), loss + norm)
+            skip = health.check(step, share, loss + norm)
             rate = config.rate(images_seen)
             optimizer.step(rate, norm, config.max_grad_norm, skip)
             optimizer.zero_grad()
             images_seen += config.batch
             ema.update(images_seen)
+            powers.update(images_seen)
 
             yield Progress(
                 step=step + 1,
@@ -232,38 +299,103 @@ def train(
                 seconds=time.perf_counter() - started,
                 data_wait_seconds=waited,
                 ema=ema,
-                capture=partial(_capture, stage, ema, optimizer, health, step + 1, images_seen),
+                capture=partial(
+                    _capture, stage, ema, powers, optimizer, health, step + 1, images_seen
+                ),
             )
+
+
+class Turn(NamedTuple):
+    """What a worker does at one of the micro-batches of an update."""
+
+    number: int
+    """Which of the global batch's micro-batches."""
+    counts: bool
+    """False: a repetition of weight 0. Another worker has one more, and what the workers do
+    together (gathering a sharded weight) they must do as often."""
+    last: bool
+    """Whether the gradients are summed over the workers now."""
+
+
+def _turns(stage: Stage, config: TrainingConfig, world: World) -> list[Turn]:
+    if stage.compares_rows and config.micro_batch:
+        raise ValueError(
+            f"{stage.kind}: its loss compares the rows of a batch, so micro-batches "
+            f"would change it: set micro_batch to 0 (it is {config.micro_batch})"
+        )
+    parts = config.micro_batches(world.size)
+    own, most = dealt(parts, world.rank, world.size), -(-parts // world.size)
+    return [
+        Turn(own[min(n, len(own) - 1)], counts=n < len(own), last=n == most - 1)
+        for n in range(most)
+    ]
+
+
+class Share:
+    """What a worker's micro-batches came to, in one update."""
+
+    def __init__(self):
+        self.keys: list[str] = []
+        self.losses: list[Tensor] = []
+        self._metrics: list[dict[str, Tensor]] = []
+
+    def add(self, keys: list[str], losses: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.keys += keys
+        self.losses.append(losses)
+        self._metrics.append({name: value.detach() for name, value in metrics.items()})
+
+    def finite(self) -> list[bool]:
+        """Of each row, whether its loss is."""
+        return torch.cat(self.losses).isfinite().tolist()
+
+    def global_mean(self, config: TrainingConfig, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+        """Means over the global batch, by one reduction; metrics count by the rows behind them."""
+        if config.micro_batches(world.size) == 1:
+            return self.losses[0].mean(), self._metrics[0]
+        names = sorted(self._metrics[0])
+        first, *others = (
+            torch.stack([one.sum(), *(found[name].float() * len(one) for name in names)])
+            for one, found in zip(self.losses, self._metrics, strict=True)
+        )
+        loss, *means = (world.sum(sum(others, first)) / config.batch).unbind()
+        return loss, dict(zip(names, means, strict=True))
 
 
 class Health:
     """Counts the updates in a row that were not finite, on the device. The host looks at each one
     on a CPU, at every sixteenth on a GPU; meanwhile none of them is applied."""
 
-    def __init__(self, config: TrainingConfig, device: torch.device, streak: int):
+    def __init__(self, config: TrainingConfig, device: torch.device, streak: int, world: World):
         self.config, self.every = config, 1 if device.type == "cpu" else 16
+        self.world = world
         self.streak = torch.tensor(streak, device=device)
         self.worst = self.streak
-        # (keys, the rows' losses, whether skipped) of the batches that could be to blame
-        self.recent: deque[tuple[list[str], Tensor, Tensor]] = deque(
-            maxlen=self.every + config.max_skipped
-        )
+        # (the share, whether skipped) of the batches that could be to blame
+        self.recent: deque[tuple[Share, Tensor]] = deque(maxlen=self.every + config.max_skipped)
 
-    def check(self, step: int, keys: list[str], losses: Tensor, value: Tensor) -> Tensor:
-        """Whether to skip this update, a bool scalar; Diverged when too many were skipped."""
+    def check(self, step: int, share: Share, value: Tensor) -> Tensor:
+        """Whether to skip this update, a bool scalar; Diverged when too many were skipped.
+
+        `value` is the same on all workers, so all of them skip, or diverge, together.
+        """
         skip = ~torch.isfinite(value)
         self.streak = (self.streak + 1) * skip
         self.worst = torch.maximum(self.worst, self.streak)
-        self.recent.append((keys, losses, skip))
+        self.recent.append((share, skip))
         looking = step % self.every == 0 or step == self.config.steps - 1
         if looking and int(self.worst) > self.config.max_skipped:
             raise self._error(step)
         return skip
 
     def _error(self, step: int) -> Diverged:
-        batches = [(keys, torch.isfinite(losses)) for keys, losses, skip in self.recent if skip]
-        everyone = [key for keys, _ in batches for key in keys]
-        culprits = [k for keys, ok in batches for k, fine in zip(keys, ok.tolist()) if not fine]  # noqa: B905
+        own = [
+            list(zip(share.keys, share.finite()))  # noqa: B905 - a batch may have no keys
+            for share, skip in self.recent
+            if skip
+        ]
+        batches = zip(*self.world.gather(own), strict=True)
+        rows = [row for batch in batches for worker in batch for row in worker]
+        everyone, culprits = [key for key, _ in rows], [key for key, fine in rows if not fine]
         named, config = culprits or everyone, self.config
         more = f" and {len(named) - 16} more" if len(named) > 16 else ""
         return Diverged(
@@ -276,18 +408,6 @@ class Health:
         )
 
 
-def _global_mean(
-    losses: Tensor, outputs: dict[str, Tensor], batch: int, world: World
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Means over the global batch, by one reduction; metrics count by the rows behind them."""
-    if world.size == 1:
-        return losses.mean(), {name: value.detach() for name, value in outputs.items()}
-    names = sorted(outputs)
-    parts = [losses.sum(), *(outputs[name].detach().float() * len(losses) for name in names)]
-    loss, *metrics = (world.sum(torch.stack(parts)) / batch).unbind()
-    return loss, dict(zip(names, metrics, strict=True))
-
-
 def _seed(device: torch.device, *parts: int) -> None:
     """What is still drawn from torch's own generators (dropout) becomes a function of `parts`."""
     seed = seed_of(*parts)
@@ -297,11 +417,18 @@ def _seed(device: torch.device, *parts: int) -> None:
 
 
 def _capture(
-    stage: Stage, ema: Ema, optimizer: Optimizer, health: Health, step: int, images_seen: int
+    stage: Stage,
+    ema: Ema,
+    powers: PowerAverages,
+    optimizer: Optimizer,
+    health: Health,
+    step: int,
+    images_seen: int,
 ) -> TrainState:
     parts = {
         "weights": distinct_tensors(stage),
         "ema": ema.tensors(),
+        POWER: powers.tensors(),
         "optimizer": optimizer.tensors(),
     }
     tensors = {f"{part}/{n}": t.detach() for part, named in parts.items() for n, t in named.items()}
@@ -309,8 +436,11 @@ def _capture(
 
 
 @torch.no_grad()
-def _restore(state: TrainState, stage: Stage, ema: Ema, optimizer: Optimizer) -> int:
+def _restore(
+    state: TrainState, stage: Stage, ema: Ema, powers: PowerAverages, optimizer: Optimizer
+) -> int:
     copy_exactly(state.part("weights"), distinct_tensors(stage), "the checkpoint")
     ema.load(state.part("ema"), state.images_seen)
+    powers.load(state.part(POWER), state.images_seen)
     optimizer.load(state.part("optimizer"))
     return state.step

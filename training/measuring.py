@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pipeline import manifest
 
+from .stage import Stage, evaluating, to_tensors
+
 
 def fixed_rows(samples: int, count: int) -> np.ndarray:
     """`count` indices spread evenly over the samples; all of them when there are fewer."""
@@ -56,6 +58,17 @@ def heldout(loader: Any) -> Any:
             except ValueError:  # not encoded
                 return None
     return None
+
+
+def heldout_loss(stage: Stage, unseen: Any, count: int, batch: int) -> float:
+    """The mean `stage.heldout_loss` of `count` samples spread evenly over the held-out ones, at
+    most `batch` at once."""
+    device, total, rows = next(stage.parameters()).device, 0.0, 0
+    with evaluating(stage):
+        for some in fixed_batches(unseen, count, batch):
+            losses = stage.heldout_loss(to_tensors(some, device)).double()
+            total, rows = total + losses.sum().item(), rows + len(losses)
+    return total / rows
 
 
 def per_sample(x: Tensor) -> Float[Tensor, " batch"]:

@@ -5,6 +5,7 @@ stage.json            written last: where it is, the stage is done
 weights.safetensors   the EMA weights            config.json   how to build the module for them
 history.jsonl         a line per log point       preview.png   what it looks like
 job.json              what was asked             checkpoints/  what resuming needs
+averages/             snapshots of power-function averages, where they were asked for
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline import storage
 
 STAGE, JOB, CONFIG, HISTORY = "stage.json", "job.json", "config.json", "history.jsonl"
 WEIGHTS, PREVIEW, CHECKPOINTS = "weights.safetensors", "preview.png", "checkpoints"
+AVERAGES = "averages"
 
 
 def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -28,6 +28,9 @@ class Stage(nn.Module):
     """
 
     kind: str = ""
+    compares_rows: bool = False
+    """Whether a row's loss depends on the other rows of the global batch: then it is not cut into
+    micro-batches."""
     seed: int = 0
     """The run's seed, set by the job: a stage draws noise from (seed, purpose,
     batch["position"])."""
@@ -48,6 +51,11 @@ class Stage(nn.Module):
         """Measure the trained stage (it holds its EMA weights); JSON, kept in stage.json under
         "measured"."""
         return {}
+
+    def heldout_loss(self, batch: Batch) -> Tensor:
+        """[rows]: by what a training's checkpoints are compared; a function of weights and batch
+        alone, taken in eval mode."""
+        return self(batch)["loss"]
 
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
         """Pictures that show where the training stands, uint8 [n, height, width, 3], or None."""

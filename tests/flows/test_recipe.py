@@ -102,7 +102,13 @@ def test_an_unknown_recipe_names_the_nearest():
 
 def test_identity_is_what_decides_the_result():
     plain = load("shapes")
-    same = ["base.training.workers=2", "schedule=0 4 * * *", "executor.workers=1"]
+    same = [
+        "base.training.workers=2",
+        "base.training.micro_batch=16",
+        "base.training.keep_images=10000",
+        "schedule=0 4 * * *",
+        "executor.workers=1",
+    ]
     assert load("shapes", same).identity == plain.identity
     assert load("shapes", ["seed=1"]).identity != plain.identity
     assert load("shapes", ["base.training.images=1"]).identity != plain.identity

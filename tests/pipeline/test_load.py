@@ -154,6 +154,46 @@ def test_workers_share_the_batch_of_one(data, encodings, workers):
             np.testing.assert_array_equal(row[mask], got)
 
 
+def test_micro_batches_are_the_same_for_any_number_of_workers(data, encodings):
+    def taken(workers: int) -> list[list]:
+        """By step, all micro-batches in order, as the workers get them from step 3 on."""
+        loaders = [
+            Loader(
+                data,
+                encodings,
+                global_batch=10,
+                seed=0,
+                worker=worker,
+                workers=workers,
+                micro_batches=4,
+            )
+            for worker in range(workers)
+        ]
+        own = [4 * (n + 1) // workers - 4 * n // workers for n in range(workers)]
+        streams = [loader.batches(start_step=3) for loader in loaders]
+        steps = [
+            [next(stream) for n, stream in zip(own, streams, strict=True) for _ in range(n)]
+            for _ in range(6)
+        ]
+        for stream in streams:
+            stream.close()
+        return steps
+
+    alone = taken(1)
+    assert [len(batch["key"]) for batch in alone[0]] == [2, 3, 2, 3]
+    whole = Loader(data, encodings, global_batch=10, seed=0)
+    for step, batches in enumerate(alone, 3):
+        assert [key for b in batches for key in b["key"]] == whole.batch(step)["key"]
+        found = np.concatenate([batch["position"] for batch in batches])
+        np.testing.assert_array_equal(found, np.arange(10 * step, 10 * step + 10))
+    for workers in (2, 3, 4):
+        for batches, wanted in zip(taken(workers), alone, strict=True):
+            for batch, expected in zip(batches, wanted, strict=True):
+                equal(batch, expected)  # captions are padded alike too
+    with pytest.raises(ValueError, match="worker 4 of 5 at 4 micro-batches"):
+        Loader(data, global_batch=10, seed=0, worker=4, workers=5, micro_batches=4)
+
+
 def test_loading_goes_on_from_any_step(data, encodings):
     loader = Loader(data, encodings, global_batch=6, seed=1)
     unbroken = list(islice(loader.batches(prefetch=0), 12))

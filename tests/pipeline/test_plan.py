@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.plan import BatchPlan, BucketedPlan, draw
+from pipeline.plan import BatchPlan, BucketedPlan, dealt, draw
 
 few = settings(max_examples=40, deadline=None)
 
@@ -74,6 +74,17 @@ def test_any_number_of_workers_shares_the_same_batch(plan, step, workers):
     np.testing.assert_array_equal(samples, plan.batch(step))
     sizes = [len(rows) for rows, _ in shares]
     assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1  # every worker takes every step
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_micro_batches_are_dealt_evenly_and_in_order(parts, workers):
+    if workers > parts:
+        with pytest.raises(ValueError, match=f"worker 0 of {workers} at {parts} micro-batches"):
+            dealt(parts, 0, workers)
+        return
+    shares = [dealt(parts, worker, workers) for worker in range(workers)]
+    assert [part for share in shares for part in share] == list(range(parts))
+    assert {len(share) for share in shares} <= {parts // workers, -(-parts // workers)}
 
 
 @few

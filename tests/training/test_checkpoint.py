@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from training import checkpoint
-from training.checkpoint import Damaged, Saver, TrainState
+from training.checkpoint import HELDOUT_LOSS, Damaged, Retention, Saver, TrainState
 
 
 def state(images_seen: int = 64, size: int = 100) -> TrainState:
@@ -77,6 +77,54 @@ def test_the_last_two_are_kept_and_what_killed_writers_left_is_not(tmp_path):
     for images_seen in (64, 128, 1024, 256):
         checkpoint.save(tmp_path, state(images_seen))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000000000256", "000000001024"]
+
+
+def images_of(paths) -> list[int]:
+    return [int(path.name) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (Retention(), [960, 1024]),
+        (Retention(last=1), [1024]),
+        (Retention(last=4), [832, 896, 960, 1024]),
+        (Retention(last=1, images=300), [320, 640, 960, 1024]),
+        (Retention(images=128), [*range(128, 1025, 128), 960]),
+        (Retention(best=True), [448, 960, 1024]),
+        (Retention(last=1, best=True, images=512), [448, 512, 1024]),
+        (None, list(range(64, 1025, 64))),
+    ],
+)
+def test_what_is_to_be_kept_is_kept_as_checkpoints_come(tmp_path, keep, kept):
+    for images_seen in range(64, 1025, 64):
+        saved = state(images_seen)
+        if images_seen != 192:  # one that was not measured
+            saved.numbers[HELDOUT_LOSS] = 1 + abs(images_seen - 448)
+        checkpoint.save(tmp_path, saved, keep=keep)
+    assert images_of(checkpoint.visible(tmp_path)) == sorted(kept)
+
+
+def test_the_best_is_that_of_the_least_heldout_loss(tmp_path):
+    assert checkpoint.best(tmp_path / "missing") is None
+    for images_seen, loss in ((64, 0.5), (128, 0.3), (192, 0.3), (256, None), (320, 0.4)):
+        saved = state(images_seen)
+        saved.numbers[HELDOUT_LOSS] = loss
+        checkpoint.save(tmp_path, saved, keep=None)
+    assert checkpoint.best(tmp_path) == tmp_path / "000000000192"  # the newer of two
+    lose_the_description(tmp_path / "000000000192")
+    empty_the_description(tmp_path / "000000000128")
+    assert checkpoint.best(tmp_path) == tmp_path / "000000000320"
+
+
+def test_a_damaged_newest_gives_way_to_one_that_was_kept_for_its_images(tmp_path, caplog):
+    for images_seen in (64, 128, 192, 256):
+        newest = checkpoint.save(tmp_path, state(images_seen), keep=Retention(last=1, images=100))
+    assert images_of(checkpoint.visible(tmp_path)) == [128, 256]
+    cut(newest)
+    with caplog.at_level(logging.WARNING):
+        assert same(latest(tmp_path), state(128))
+    assert "000000000256 is damaged, going back to the one before" in caplog.text
 
 
 def test_nothing_saved_is_none(tmp_path):

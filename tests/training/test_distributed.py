@@ -1,6 +1,6 @@
 """Who computes does not change what is computed: workers of torch's process groups, and of Ray.
 
-Run as a script, this file forks the workers of a group: `test_distributed.py DIRECTORY WORKERS`.
+Run as a script, this file forks the workers of groups: `test_distributed.py DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.plan import BatchPlan
+from pipeline.plan import BatchPlan, dealt
 from training import checkpoint, results
+from training.diffusion import normal
 from training.distributed import fit, of_process_group
 from training.job import Job, run
 from training.loop import Diverged, World
@@ -34,40 +35,57 @@ BATCH, STEPS = 10, 60
 @dataclass(frozen=True)
 class LineConfig:
     kind: str = "line"
+    dropout: float = 0.0
 
 
 class Line(Stage):
-    """A network whose noise comes from the position; `sometimes` is used by few rows."""
+    """A network whose noise comes from the position; `first` and `sometimes` are used by few rows.
+
+    `log` is told of each row what was drawn for it.
+    """
 
     kind = "line"
 
-    def __init__(self, config: LineConfig):
+    def __init__(self, config: LineConfig, log: Path | None = None):
         super().__init__(config)
-        self.net = nn.Sequential(nn.Linear(4, 24), nn.SiLU(), nn.Linear(24, 4))
+        self.before, self.after = nn.Linear(4, 24), nn.Linear(24, 4)
+        self.dropout = nn.Dropout(config.dropout)
+        self.first = nn.Parameter(torch.zeros(4))
         self.sometimes = nn.Parameter(torch.zeros(4))
+        self.log = log
 
     def forward(self, batch):
-        x, rare = batch["x"], batch["position"] % 10 == 9
-        out = self.net(x + 0.1 * torch.sin(batch["position"].float() + self.seed)[:, None])
-        if rare.any():
-            out = out + rare[:, None] * self.sometimes
+        x, position = batch["x"], batch["position"]
+        noise, mask = normal(self.seed, "noise", position, (4,)), self.dropout(torch.ones(24))
+        out = self.after(nn.functional.silu(self.before(x + 0.1 * noise)) * mask)
+        for row, parameter in ((0, self.first), (9, self.sometimes)):
+            if (rare := position % BATCH == row).any():
+                out = out + rare[:, None] * parameter
         loss = (out - x.flip(1)).square().mean(1)
+        if self.log and self.training:
+            drawn = zip(position.tolist(), batch["key"], noise.tolist(), strict=True)
+            with self.log.open("a") as file:
+                file.writelines(json.dumps([*row, mask.tolist()]) + "\n" for row in drawn)
         return {"loss": loss, "size": out.detach().abs().mean()}
 
 
 class Lines:
     def __init__(self, job: Job, world: World):
         self.plan, self.world, self.meta = BatchPlan((30, 41), "d", 5, BATCH), world, job.meta
+        self.parts = job.training_config().micro_batches(world.size)
         self.data = np.random.default_rng(0).normal(size=(71, 4)).astype(np.float32)
 
     def batches(self, start_step: int = 0, prefetch: int = 2):
         step = start_step
         while True:
             self._misfortune(step)
-            rows, indices = self.plan.slice(step, self.world.rank, self.world.size)
-            keys = [f"k{i}" for i in indices.tolist()]
-            x = self.data[indices] * (np.nan if step in self.meta.get("poison", ()) else 1)
-            yield {"x": x, "position": step * BATCH + rows, "key": keys}
+            for part in dealt(self.parts, self.world.rank, self.world.size):
+                rows, indices = self.plan.slice(step, part, self.parts)
+                keys = [f"k{i}" for i in indices.tolist()]
+                x = self.data[indices]
+                if step in self.meta.get("poison", ()):
+                    x = np.where((rows == self.meta.get("poisoned_row", rows))[:, None], np.nan, x)
+                yield {"x": x, "position": step * BATCH + rows, "key": keys}
             step += 1
 
     def _misfortune(self, step: int) -> None:
@@ -79,10 +97,11 @@ class Lines:
 
 
 def build(job: Job, world: World):
-    return Line(LineConfig()), Lines(job, world), "d"
+    log = Path(f"{job.output}.{world.size}.{world.rank}") if job.meta.get("log") else None
+    return Line(LineConfig(**job.config), log), Lines(job, world), "d"
 
 
-def job(output: Path, workers: int = 1, **meta) -> Job:
+def job(output: Path, workers: int = 1, micro_batch: int = 0, dropout: float = 0, **meta) -> Job:
     training = {
         "images": BATCH * STEPS,
         "batch": BATCH,
@@ -92,9 +111,16 @@ def job(output: Path, workers: int = 1, **meta) -> Job:
         "ema_halflife_images": 100,
         "workers": workers,
         "threads": 1,
+        "micro_batch": micro_batch,
     }
+    config = {"dropout": dropout}
     return Job(
-        kind="line", fingerprint="f", config={}, training=training, output=str(output), meta=meta
+        kind="line",
+        fingerprint="f",
+        config=config,
+        training=training,
+        output=str(output),
+        meta=meta,
     )
 
 
@@ -129,23 +155,92 @@ def test_one_worker_is_this_process(alone, tmp_path):
     assert (tmp_path / results.WEIGHTS).read_bytes() == (alone / results.WEIGHTS).read_bytes()
 
 
-def test_three_workers_with_uneven_shares_do_what_one_does(alone, tmp_path):
-    """Interrupted after 3 log points as three, and finished as two: the global sequence goes on."""
+CUT = {"micro_batch": 3, "dropout": 0.2, "log": True}
+"""Micro-batches of 2, 3, 2 and 3 rows: no number of workers but 1, 2 and 4 divides them."""
+GROUPS: dict[str, tuple[dict, list[tuple[int, int | None]]]] = {
+    "uneven": ({}, [(3, 3), (2, None)]),
+    "elastic": (CUT, [(4, 3), (2, 3), (4, None)]),
+    "three": (CUT, [(3, None)]),
+    "poisoned": ({**CUT, "poison": list(range(20, 30)), "poisoned_row": 9}, [(3, None)]),
+}
+"""Name -> (how `job` is made, (workers, the log point after which they are stopped) in turn)."""
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory) -> tuple[Path, dict]:
+    """(the directory that holds a stage per group, what happened)."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [sys.executable, __file__, str(tmp_path / "group")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    directory = tmp_path_factory.mktemp("groups")
+    command = [sys.executable, __file__, str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"stopped_at": 120}
-    assert_close(tmp_path / "group", alone)
+    return directory, json.loads(done.stdout)
 
 
-def work(rank: int, size: int, output: Path, stop_after: int | None) -> None:
+@pytest.fixture(scope="module")
+def cut_alone(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("cut") / "alone"
+    fit(job(output, **CUT), build=build)
+    return output
+
+
+def test_three_workers_with_uneven_shares_do_what_one_does(alone, groups):
+    """Interrupted after 3 log points as three, and finished as two: the global sequence goes on."""
+    directory, told = groups
+    assert told["uneven"] == [120, 600]
+    assert_close(directory / "uneven", alone)
+
+
+def test_four_two_and_four_workers_do_what_one_does(cut_alone, groups):
+    """F16, promise 3: samples, noise and dropout are the same; losses within 1e-5 of theirs."""
+    directory, told = groups
+    assert told["elastic"] == [120, 240, 600]
+    assert_close(directory / "elastic", cut_alone)
+    assert drawn(directory, "elastic", 4).keys() >= set(range(120)) | set(range(240, 600))
+    assert drawn(directory, "elastic", 2).keys() == set(range(120, 240))
+    both = drawn(directory, "elastic", 4) | drawn(directory, "elastic", 2)
+    assert both == drawn(cut_alone.parent, "alone", 1)
+    masks = {str(row[-1]) for row in both.values()}
+    assert len(masks) > 0.9 * 4 * STEPS  # of each micro-batch its own
+
+
+def test_three_workers_at_four_micro_batches_do_what_one_does(cut_alone, groups):
+    """Two of them repeat a micro-batch with weight 0."""
+    directory, _ = groups
+    assert_close(directory / "three", cut_alone)
+    assert drawn(directory, "three", 3) == drawn(cut_alone.parent, "alone", 1)
+
+
+def test_cutting_a_batch_changes_nothing_that_is_computed(alone, tmp_path):
+    fit(job(tmp_path, micro_batch=3), build=build)
+    assert_close(tmp_path, alone)
+
+
+def test_every_worker_names_the_samples_of_all(groups):
+    """Row 9 is bad, and only the last worker has seen it."""
+    _, told = groups
+    plan = BatchPlan((30, 41), "d", 5, BATCH)
+    culprits = [f"k{plan.batch(step)[9]}" for step in range(20, 24)]
+    assert told["poisoned"] == [culprits] * 3
+
+
+def drawn(directory: Path, name: str, workers: int) -> dict[int, list]:
+    """Position -> [key, noise, dropout], by all workers of a group; none may differ in it."""
+    found: dict[int, list] = {}
+    for rank in range(workers):
+        for line in (directory / f"{name}.{workers}.{rank}").read_text().splitlines():
+            position, *row = json.loads(line)
+            assert found.setdefault(position, row) == row
+    return found
+
+
+def work(rank: int, size: int, output: Path, stop_after: int | None, made: dict) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{output}.{size}", rank=rank, world_size=size
+        "gloo", init_method=f"file://{output}.group.{reached(output)}", rank=rank, world_size=size
     )
     asked = []
 
@@ -154,17 +249,20 @@ def work(rank: int, size: int, output: Path, stop_after: int | None) -> None:
         return rank == 1 and len(asked) == stop_after
 
     world = of_process_group(rank, size, torch.device("cpu"), stop)
-    run(job(output, size), world, None, build)
+    try:
+        run(job(output, size, **made), world, None, build)
+    except Diverged as error:
+        Path(f"{output}.diverged.{rank}").write_text(json.dumps(error.keys))
     torch.distributed.destroy_process_group()
 
 
-def group(size: int, output: Path, stop_after: int | None) -> None:
+def group(size: int, output: Path, stop_after: int | None, made: dict) -> None:
     children = []
     for rank in range(size):
         child = os.fork()
         if child == 0:
             try:
-                work(rank, size, output, stop_after)
+                work(rank, size, output, stop_after, made)
             except BaseException as error:
                 print(type(error).__name__, error, file=sys.stderr)
             finally:
@@ -239,7 +337,12 @@ if __name__ == "__main__":
     import torch._dynamo  # DistributedDataParallel imports it; once is enough
 
     torch.set_num_threads(1)
-    directory = Path(sys.argv[1])
-    group(3, directory, stop_after=3)
-    print(json.dumps({"stopped_at": reached(directory)}))
-    group(2, directory, stop_after=None)
+    told: dict[str, list] = {}
+    for name, (made, sizes) in GROUPS.items():
+        output = Path(sys.argv[1], name)
+        for size, stop_after in sizes:
+            group(size, output, stop_after, made)
+            told.setdefault(name, []).append(reached(output))
+        if failures := sorted(output.parent.glob(f"{name}.diverged.*")):
+            told[name] = [json.loads(path.read_text()) for path in failures]
+    print(json.dumps(told))

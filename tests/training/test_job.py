@@ -253,6 +253,54 @@ def test_previews_on_the_way_change_nothing(tmp_path, undisturbed):
     assert weights[0] == weights[1]
 
 
+def measured_on(monkeypatch, loader) -> None:
+    """Let some batches of a loader be the held-out ones."""
+    monkeypatch.setattr(job.measuring, "heldout", lambda _: loader)
+
+    def batches(loader, count: int, batch: int):
+        return map(loader.batch, range(100, 100 + count // batch))
+
+    monkeypatch.setattr(job.measuring, "fixed_batches", batches)
+
+
+def test_the_best_and_every_so_many_images_are_kept(tmp_path, undisturbed, monkeypatch):
+    measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
+    keep = {"keep_last": 1, "keep_best": True, "keep_images": 500, "heldout_pictures": 32}
+    run(tiny(tmp_path, training=keep), build=build)
+    assert lines(tmp_path) == lines(undisturbed)
+    weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
+    assert weights[0] == weights[1]
+    paths = checkpoint.visible(tmp_path / results.CHECKPOINTS)
+    best = checkpoint.best(tmp_path / results.CHECKPOINTS)
+    assert best is not None
+    assert {int(p.name) for p in paths} == {640, 1120, 1200, int(best.name)}
+    for path in paths:
+        state = checkpoint.load(path)
+        stage, loader, _ = build(tiny(tmp_path), job.World())
+        stage.seed = 3
+        stage.load_state_dict(state.averaged())
+        with torch.no_grad():
+            losses = [
+                stage.eval()(to_tensors(loader.batch(step)))["loss"] for step in range(100, 104)
+            ]
+        wanted = torch.cat(losses).mean().item()
+        assert state.numbers[checkpoint.HELDOUT_LOSS] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_who_was_told_to_stop_measures_nothing(tmp_path, monkeypatch):
+    measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
+    world = job.World(stop=lambda: True)
+    with pytest.raises(Stopped):
+        run(tiny(tmp_path, training={"heldout_pictures": 32}), world, build=build)
+    state = checkpoint.newest(tmp_path / results.CHECKPOINTS)
+    assert state is not None and checkpoint.HELDOUT_LOSS not in state.numbers
+
+
+def test_a_heldout_loss_of_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="heldout_pictures is 8, but .* has none"):
+        run(tiny(tmp_path, training={"heldout_pictures": 8}), build=build)
+
+
 def test_stopping_on_request_goes_on_from_there(tmp_path, undisturbed):
     requests = iter([False, False, True])
     world = job.World(stop=lambda: next(requests))

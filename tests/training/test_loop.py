@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -45,10 +46,14 @@ class Regression(Stage):
 
 
 class Rows:
-    """Some `rows` of endless batches; `poison` (step -> row) holds values that are not numbers."""
+    """Some `rows` of endless batches, in `parts`; `poison` (step -> row) holds values that are not
+    numbers."""
 
-    def __init__(self, batch: int = 8, rows: slice = slice(None), poison: dict | None = None):
+    def __init__(
+        self, batch: int = 8, rows: slice = slice(None), poison: dict | None = None, parts: int = 1
+    ):
         self.batch_size, self.rows, self.poison = batch, rows, poison or {}
+        self.parts = [slice(batch * n // parts, batch * (n + 1) // parts) for n in range(parts)]
         self.closed, self.asked = False, []
 
     def batch(self, step: int):
@@ -69,7 +74,9 @@ class Rows:
         try:
             for step in itertools.count(start_step):
                 self.asked.append(step)
-                yield self.batch(step)
+                whole = self.batch(step)
+                for part in self.parts:
+                    yield {name: value[part] for name, value in whole.items()}
         finally:
             self.closed = True
 
@@ -239,6 +246,108 @@ def test_a_worker_averages_over_the_global_batch():
     assert error == pytest.approx(float(whole.metrics["error"]), rel=1e-6)
 
 
+@pytest.mark.parametrize(("micro_batch", "parts"), [(1, 8), (3, 3), (4, 2), (7, 2)])
+def test_micro_batches_add_up_to_the_update_of_the_whole_batch(micro_batch, parts):
+    """Losses, norms and metrics within 1e-5 of their value (fp32), weights within 1e-5 of their
+    norm; also where the micro-batches differ in size."""
+    whole, cut = Regression(), Regression()
+    one = list(train(whole, Rows(), CONFIG))
+    config = replace(CONFIG, micro_batch=micro_batch)
+    other = list(train(cut, Rows(parts=parts), config))
+    for a, b in zip(one, other, strict=True):
+        assert float(b.loss) == pytest.approx(float(a.loss), rel=1e-5)
+        assert float(b.grad_norm) == pytest.approx(float(a.grad_norm), rel=1e-5)
+        assert float(b.metrics["error"]) == pytest.approx(float(a.metrics["error"]), rel=1e-5)
+        assert (a.images_seen, a.learning_rate) == (b.images_seen, b.learning_rate)
+    for name, p in weights(whole).items():
+        assert (p - weights(cut)[name]).norm() <= 1e-5 * p.norm(), name
+
+
+def test_one_micro_batch_is_the_whole_batch_bit_for_bit():
+    whole, cut = Regression(dropout=0.5), Regression(dropout=0.5)
+    one = [float(p.loss) for p in train(whole, Rows(), CONFIG)]
+    other = [float(p.loss) for p in train(cut, Rows(), replace(CONFIG, micro_batch=9))]
+    assert one == other
+    assert all(p.equal(weights(whole)[n]) for n, p in weights(cut).items())
+
+
+def test_resuming_in_micro_batches_is_bit_identical():
+    config = replace(CONFIG, micro_batch=3)
+    unbroken = Regression(dropout=0.5)
+    steps = list(train(unbroken, Rows(parts=3), config))
+    progress = next(itertools.islice(train(Regression(0.5), Rows(parts=3), config), 6, None))
+    state = progress.state
+    resumed = Regression(dropout=0.5)
+    later = [float(p.loss) for p in train(resumed, Rows(parts=3), config, state=state)]
+    assert later == [float(p.loss) for p in steps[7:]]
+    assert all(p.equal(weights(unbroken)[n]) for n, p in weights(resumed).items())
+
+
+def test_dropout_differs_between_micro_batches():
+    class Masks(Regression):
+        def forward(self, batch):
+            seen.append(self.net[2](torch.ones(2, 32)))
+            return super().forward(batch)
+
+    seen = []
+    next(train(Masks(0.5), Rows(parts=4), replace(CONFIG, micro_batch=2)))
+    assert len(seen) == 4
+    assert not any(a.equal(b) for a, b in itertools.combinations(seen, 2))
+
+
+def test_a_bad_micro_batch_skips_the_whole_update_and_is_named():
+    config = replace(CONFIG, micro_batch=3)
+    rows = Rows(poison={3: 7, 5: 0, 6: 3, 7: 5, 8: 7}, parts=3)
+    skipped = []
+    with pytest.raises(Diverged, match="step 8") as caught:
+        skipped += (bool(p.skipped) for p in train(Regression(), rows, config))
+    assert caught.value.keys == ["k40", "k51", "k61", "k71"]
+    alone = Rows(poison={3: 7}, parts=3)
+    skipped = [bool(p.skipped) for p in train(Regression(), alone, config)]
+    assert [n for n, s in enumerate(skipped) if s] == [3]
+
+
+@pytest.mark.parametrize(
+    ("rank", "rows", "parts", "told"),
+    [
+        (0, slice(0, 2), 1, ["alone", "k0", "together", "k0"]),
+        (1, slice(2, 8), 2, ["alone", "k2", "together", "k6"]),
+    ],
+)
+def test_workers_add_up_their_gradients_once_per_update(rank, rows, parts, told):
+    """Of three micro-batches the first of two workers has one, and repeats it to keep step."""
+    order = []
+
+    @contextmanager
+    def alone(module):
+        order.append("alone")
+        yield
+        order.append("together")
+
+    class Told(Regression):
+        def forward(self, batch):
+            order.append(batch["key"][0])
+            return super().forward(batch)
+
+    world = World(rank, 2, alone=alone)
+    next(train(Told(), Rows(rows=rows, parts=parts), replace(CONFIG, micro_batch=3), world))
+    assert order == told
+
+
+def test_what_compares_rows_is_not_cut():
+    class Comparing(Regression):
+        kind, compares_rows = "comparing", True
+
+    with pytest.raises(ValueError, match="comparing: its loss compares.*set micro_batch to 0"):
+        next(train(Comparing(), Rows(), replace(CONFIG, micro_batch=8)))
+    assert list(train(Comparing(), Rows(), CONFIG))
+
+
+def test_more_workers_than_micro_batches_are_refused():
+    with pytest.raises(ValueError, match="worker 2 of 3 at 2 micro-batches"):
+        next(train(Regression(), Rows(), replace(CONFIG, micro_batch=4), World(2, 3)))
+
+
 def test_a_state_of_another_network_is_refused():
     state = TrainState({"weights/net.0.weight": torch.zeros(2)}, 1, 8, {"skipped": 0})
     with pytest.raises(ValueError, match="the checkpoint is of another network: frozen"):
@@ -270,11 +379,22 @@ def test_learning_rates(schedule, expected):
         ("ema_halflife_images", math.inf, "ema_halflife_images must be finite"),
         ("schedule", "step", "schedule must be one of constant, cosine, linear, got 'step'"),
         ("workers", 9, "batch 8 is smaller than workers 9"),
+        ("ema_sigma_rel", (0.05, 0.4), "sigma_rel must lie between 0 and 0.2887"),
+        ("ema_sigma_rel", (0.1, 0.1), "ema_sigma_rel must be different lengths"),
+        ("keep_last", 0, "keep_last must be greater than 0"),
+        ("keep_best", True, "keep_best goes by the held-out loss: set heldout_pictures"),
+        ("micro_batch", -1, "micro_batch must be finite and not negative"),
     ],
 )
 def test_configs_refuse_what_cannot_work(field, value, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **{field: value})
+
+
+def test_a_micro_batch_that_leaves_workers_idle_is_refused():
+    told = "micro_batch 4 cuts a batch of 8 into 2, too few for 3 workers: lower it to 2 or less"
+    with pytest.raises(ValueError, match=told):
+        replace(CONFIG, micro_batch=4, workers=3)
 
 
 @pytest.mark.gpu
