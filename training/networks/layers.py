@@ -31,8 +31,10 @@ Zeroed = TypeVar("Zeroed", bound=nn.Module)
 def freeze(config: Any, **nested: type) -> None:
     """For `__post_init__`: JSON's lists become tuples, mappings in named fields dataclasses."""
     for name, value in vars(config).items():
+        make = nested.get(name)
+        if make and isinstance(value, Mapping):
+            object.__setattr__(config, name, make(**value))
         if isinstance(value, (list, tuple)):
-            make = nested.get(name)
             items = (make(**v) if make and isinstance(v, Mapping) else v for v in value)
             object.__setattr__(config, name, tuple(items))
 
