@@ -90,7 +90,7 @@ def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) ->
     data, reused = _prepare(line, line.recipe.inputs(stage))
     if fresh:
         _forget(line, (stage,))
-    if line.recipe.inputs(stage):
+    if stage == "base":
         encode_stages(line, data)
     done, found = fit(line, stage, data)
     where = str(line.stage_dir(stage, data))

@@ -142,7 +142,8 @@ class Recipe(_Part):
         """The stages of this recipe's model, in the order of their making."""
         left_out = {"autoencoder": self.in_pixels}
         left_out |= {name: getattr(self, name) is None for name in GUIDES}
-        return tuple(name for name in STAGES if not left_out.get(name))
+        order = sorted(STAGES, key=lambda name: name != "clip") if self._seen_by_clip else STAGES
+        return tuple(name for name in order if not left_out.get(name))
 
     @property
     def in_pixels(self) -> bool:
@@ -151,7 +152,16 @@ class Recipe(_Part):
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """The stages that a stage learns from."""
+        if name == "autoencoder" and self._seen_by_clip:
+            return ("clip",)
         return tuple(it for it in self.stages if it in FROZEN) if name == "base" else ()
+
+    @property
+    def _seen_by_clip(self) -> bool:
+        """Whether the autoencoder's perceptual loss looks through the recipe's own CLIP."""
+        perceptual = None if self.autoencoder.pretrained else self.autoencoder.config
+        perceptual = (perceptual or {}).get("perceptual")
+        return isinstance(perceptual, dict) and not perceptual.get("tower")
 
     @property
     def identity(self) -> str:

@@ -1,16 +1,18 @@
 """The autoencoder's stage: minimise |x - decode(z)| + a little KL(q(z|x), N(0, 1)), z ~ q(z|x).
 
-The loss of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G) without the networks
-that judge it from outside: a difference of gradients over several scales takes the place of a
-perceptual loss, so that edges stay sharp and nothing has to be fetched. Training over, the stage
-measures by what its latents must be shifted and scaled.
+The loss of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G). The networks that
+judge it from outside, a perceptual loss and a discriminator, are options: without them a difference
+of gradients over several scales keeps edges sharp, and nothing has to be there before. With a
+codebook (VQ-reg) the latents are vectors of it as far as the decoder sees, and the loss of the
+codebook takes the place of the divergence. Training over, the stage measures by what its latents
+must be shifted and scaled.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from .adversarial import QUIET, AdversarialConfig, adaptive_weight, hinge
 from .diffusion import normal
 from .measuring import (
     ChannelStatistics,
@@ -28,8 +31,9 @@ from .measuring import (
     per_sample,
     psnr,
 )
-from .networks import Autoencoder, AutoencoderConfig
-from .stage import Batch, Stage, evaluating, to_tensors
+from .networks import Autoencoder, AutoencoderConfig, Discriminator, perplexity
+from .perceptual import Perceptual, PerceptualConfig
+from .stage import Batch, Stage, evaluating, over_workers, seed_of, to_tensors
 
 Image = Float[Tensor, "batch channel height width"]
 
@@ -46,9 +50,14 @@ class AutoencoderStageConfig:
     """Weight of the L1 difference of gradients, at full size and `scales` - 1 halvings."""
     scales: int = 2
     kl: float = 1e-4
-    """Weight of the KL divergence per latent value (latent diffusion: 1e-6 of the sum of all)."""
+    """Weight of the KL divergence per latent value (latent diffusion: 1e-6 of the sum of all);
+    nothing with a codebook, which has no posterior."""
     measured_pictures: int = 4096
     """Pictures over which the latents' mean and deviation are taken once the training is over."""
+    perceptual: PerceptualConfig | None = None
+    """The distance of a frozen network's features as one more part of the loss."""
+    adversarial: AdversarialConfig | None = None
+    """A discriminator of patches that the reconstructions are to fool."""
 
     def __post_init__(self):
         weights = (self.l1, self.l2, self.edges, self.kl)
@@ -73,33 +82,127 @@ class AutoencoderStage(Stage):
         super().__init__(config)
         self.config: AutoencoderStageConfig
         self.network = Autoencoder(config.network)
+        self.discriminator: Discriminator | None = None
+        if config.adversarial:
+            self.discriminator = Discriminator(config.adversarial.discriminator)
+        self.perceptual: Perceptual | None = None
+        if config.perceptual:
+            clip = (inputs or {}).get("clip", "")
+            self.perceptual = Perceptual(config.perceptual.tower or clip)
+
+    def prepare(self, loader: Any) -> None:
+        """Let the codebook begin with latents of the untrained encoder: one that lies elsewhere
+        would be a few vectors used and the rest never."""
+        codebook = self.network.codebook
+        if codebook is None:
+            return
+        places, wanted = list[Tensor](), 4 * codebook.config.codes
+        with evaluating(self):
+            for batch in fixed_batches(loader, max(256, wanted // 64), 64):
+                z = self.encode(to_tensors(batch, self.device)["pixels"])
+                places.append(z.movedim(1, -1).flatten(0, -2))
+        codebook.start_at(torch.cat(places), seed_of(self.seed, "codebook"))
+
+    def exported(self) -> dict[str, Tensor]:
+        """Without the discriminator, whose work is done."""
+        return {n: t for n, t in super().exported().items() if not n.startswith("discriminator.")}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        config = self.config
+        """The loss is what compares pictures and what holds the latents together; a discriminator
+        adds gradients to it and entries to log."""
+        config, network = self.config, self.network
         x = to_unit(batch["pixels"])
-        moments = self.network.encode(x).float()
-        z = sample_latent(moments, self.seed, batch["position"])
-        y = self.network.decode(z).float()
+        encoded = network.encode(x).float()
+        if network.codebook is None:
+            kl = per_sample(gaussian_kl(encoded))
+            held, logged = config.kl * kl, {"kl": kl}
+            y = network.decode(sample_latent(encoded, self.seed, batch["position"])).float()
+        else:
+            found = network.codebook(encoded)
+            held = per_sample(found.distance)
+            logged = {"codebook": held, "perplexity": self._perplexity(found.codes)}
+            y = network.draw(found.z).float()
 
+        if self.training and self.discriminator is not None:
+            loss, more = self._judged(x, y, held, batch["position"])
+        else:
+            loss, more = self._compared(x, y, held)
+        logged |= more
+        return {"loss": loss, **{name: value.detach().mean() for name, value in logged.items()}}
+
+    def _compared(self, x: Image, y: Image, held: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss [B] of pictures drawn as y from latents held together at that cost, its parts to
+        log)."""
+        config = self.config
         l1, l2 = per_sample((y - x).abs()), per_sample((y - x).square())
-        kl = per_sample(gaussian_kl(moments))
-        loss = config.l1 * l1 + config.l2 * l2 + config.kl * kl
-        logged = {"l1": l1, "psnr": psnr(l2), "kl": kl}
+        loss = config.l1 * l1 + config.l2 * l2 + held
+        logged = {"l1": l1, "psnr": psnr(l2)}
         if config.edges:
             logged["edges"] = edge_difference(x, y, config.scales)
             loss = loss + config.edges * logged["edges"]
-        return {"loss": loss, **{name: value.detach().mean() for name, value in logged.items()}}
+        if self.perceptual is not None and config.perceptual:
+            logged["perceptual"] = self.perceptual(x, y)
+            loss = loss + config.perceptual.weight * logged["perceptual"]
+        return loss, logged
+
+    def _judged(
+        self, x: Image, y: Image, held: Tensor, position: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`_compared`, with the adversarial gradient in y and the discriminator's own added to a
+        loss that is worth as much as before."""
+        config, judge = self.config.adversarial, cast(Discriminator, self.discriminator)
+        assert config is not None
+        drawn = y.detach().requires_grad_()
+        compared, logged = self._compared(x, drawn, held.detach())
+        (comparing,) = torch.autograd.grad(compared.sum(), drawn)
+
+        begun = (position >= config.start_images).float()
+        real, fake = judge(x).float(), judge(drawn).float()
+        fooled = -per_sample(fake) * begun
+        (fooling,) = torch.autograd.grad(fooled.sum(), drawn, retain_graph=True)
+        weight = adaptive_weight(y, self.network.last_weight, comparing, fooling, config.limit)
+        telling = hinge(real, fake) * begun
+
+        slope = comparing + config.weight * weight * fooling
+        onwards = (y * slope).flatten(1).sum(1)  # whose gradient in y is the slope
+        gradients = held + onwards + QUIET * telling
+        loss = compared.detach() + (gradients - gradients.detach())
+        logged |= {
+            "adversarial": fooled,
+            "discriminator": telling,
+            "adaptive_weight": weight * begun,
+            "logits_real": per_sample(real),
+            "logits_fake": per_sample(fake),
+        }
+        return loss, logged
+
+    def _perplexity(self, codes: Tensor) -> Tensor:
+        """Of the vectors that the batch of all workers uses."""
+        assert self.network.codebook is not None
+        counts = self.network.codebook.counts(codes)
+        return perplexity(over_workers(counts) if self.training else counts)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As usual, but where others judge: they take gradients in the middle of a step, up to the
+        last layer, and only the network before it is compiled."""
+        if self.discriminator is None and self.perceptual is None:
+            super().compile(*args, **kwargs)
+            return
+        for layer in [*self.network.encoder, *self.network.decoder[:-1]]:
+            layer.compile(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def encode(self, pixels: Tensor) -> Image:
-        """Pictures uint8 [B, 3, H, W] -> moments [B, 2C, h, w]."""
+        """Pictures uint8 [B, 3, H, W] -> moments [B, 2C, h, w]; latents [B, C, h, w] with a
+        codebook."""
         return self.network.encode(to_unit(pixels))
 
     def decode(self, z: Image) -> Tensor:
-        """Latents [B, C, h, w], neither shifted nor scaled -> pictures uint8 [B, 3, H, W]."""
+        """Latents [B, C, h, w], neither shifted nor scaled -> pictures uint8 [B, 3, H, W]; a
+        codebook quantises them first."""
         return to_bytes(self.network.decode(z))
 
     def finish(self, loader: Any) -> dict[str, Any]:
@@ -107,20 +210,27 @@ class AutoencoderStage(Stage):
 
         Taken over the first pictures of the plan, of the largest bucket where there are several,
         each latent sampled once; the PSNR is that of decoded means, over up to 512 training
-        pictures and as many held-out ones.
+        pictures and as many held-out ones. With a codebook also how much of it these latents use.
         """
         statistics, most = ChannelStatistics(), alike(loader)[0]
+        codebook, used = self.network.codebook, torch.zeros(())
         with evaluating(self):
             for step in count():
                 batch = to_tensors(most.batch(step), self.device)
-                moments = self.encode(batch["pixels"])
-                statistics.add(sample_latent(moments, self.seed, batch["position"]))
+                z = self.encode(batch["pixels"])
+                if codebook is None:
+                    z = sample_latent(z, self.seed, batch["position"])
+                else:
+                    used = used + codebook.counts(codebook.nearest(z)).cpu()
+                statistics.add(z)
                 if statistics.rows >= min(self.config.measured_pictures, most.samples):
                     break
             unseen = heldout(loader)
             judged = {"psnr": self._psnr(loader)}
             if unseen is not None:
                 judged["heldout_psnr"] = self._psnr(unseen)
+        if codebook is not None:
+            judged |= {"perplexity": perplexity(used).item(), "codes_used": int((used > 0).sum())}
         shift, scale = statistics.shift_and_scale()
         return {
             "shift": shift.tolist(),
@@ -136,7 +246,7 @@ class AutoencoderStage(Stage):
         batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.device)
         pixels = batch["pixels"]
         with evaluating(self):
-            again = self.decode(self.encode(pixels).chunk(2, dim=1)[0])
+            again = self.decode(self.network.mean(self.encode(pixels)))
         return torch.cat([pixels, again], dim=3).permute(0, 2, 3, 1).cpu().numpy()
 
     def _psnr(self, loader: Any) -> float:
@@ -144,7 +254,7 @@ class AutoencoderStage(Stage):
         found = []
         for batch in fixed_batches(loader, 512, 64):
             pixels = to_tensors(batch, self.device)["pixels"]
-            again = self.decode(self.encode(pixels).chunk(2, dim=1)[0])
+            again = self.decode(self.network.mean(self.encode(pixels)))
             found.append(psnr(per_sample((to_unit(again) - to_unit(pixels)).square())))
         return torch.cat(found).mean().item()
 

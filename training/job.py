@@ -218,7 +218,7 @@ def _commit(
     _preview(stage, loader, job)
 
     hidden = output / f".{results.WEIGHTS}"
-    exported = {n: t.detach().cpu().contiguous() for n, t in distinct_tensors(stage).items()}
+    exported = {n: t.detach().cpu().contiguous() for n, t in stage.exported().items()}
     save_file(exported, hidden)
     digest = storage.sha256(hidden)
     storage.publish_file(hidden, str(output / results.WEIGHTS))
@@ -230,7 +230,7 @@ def _commit(
         "data_digest": data_digest,
         "images_seen": state.images_seen,
         "measured": measured,
-        "parameters": sum(p.numel() for p in stage.parameters()),
+        "parameters": sum(p.numel() for n, p in stage.named_parameters() if n in exported),
         "seconds": state.numbers["seconds"],
         "weights_sha256": digest,
     }
@@ -310,7 +310,7 @@ def warm_start(stage: Stage, parent: str) -> None:
             f"{weights}: sha256 {digest[:16]}..., but {results.STAGE} says "
             f"{done['weights_sha256'][:16]}...: it was changed; restore it or train without it"
         )
-    copy_exactly(load_file(weights), distinct_tensors(stage), str(weights))
+    copy_exactly(load_file(weights), stage.exported(), str(weights))
 
 
 def contact_sheet(pictures: np.ndarray, gap: int = 2) -> np.ndarray:

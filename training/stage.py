@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 Batch = dict[str, Any]  # arrays become tensors; lists (captions, keys, labels) and numbers stay
@@ -38,6 +39,11 @@ class Stage(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
+
+    def exported(self) -> dict[str, Tensor]:
+        """What a finished stage consists of, by name, not copied: all but what only training
+        needs."""
+        return distinct_tensors(self)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`{"loss": [rows], ...}`: one loss per row of this worker; other entries are detached
@@ -113,6 +119,17 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def over_workers(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over the workers that train together, for losses that look across the
+    batch; not for what one worker does alone."""
+    world = torch.distributed
+    if not (world.is_available() and world.is_initialized()):
+        return tensor
+    total = tensor.clone()
+    world.all_reduce(total)
+    return total
 
 
 @contextmanager

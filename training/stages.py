@@ -23,7 +23,7 @@ from .denoising_text import T5Stage, T5StageConfig
 from .loop import TrainingConfig
 from .noisy_contrastive import NoisyClipStage, NoisyClipStageConfig
 from .results import CONFIG, WEIGHTS
-from .stage import Stage, copy_exactly, distinct_tensors
+from .stage import Stage, copy_exactly
 
 CONFIGS: Mapping[str, type] = {
     "autoencoder": AutoencoderStageConfig,
@@ -65,7 +65,7 @@ def load(stage_dir: str | Path) -> Stage:
     described = storage.read_json(storage.join(directory, CONFIG))
     stage = create(described["kind"], described["config"]).eval().requires_grad_(False)
     weights = storage.local_copy(storage.join(directory, WEIGHTS))
-    copy_exactly(load_file(weights), distinct_tensors(stage), str(weights))
+    copy_exactly(load_file(weights), stage.exported(), str(weights))
     return stage
 
 

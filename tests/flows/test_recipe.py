@@ -123,3 +123,31 @@ def test_asking_what_a_recipe_means_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_autoencoder_that_looks_through_the_recipes_clip_comes_after_it():
+    """Only where it does: identities of all other recipes stay what they were."""
+    plain, seen = load("shapes"), load("shapes", ['autoencoder.config.perceptual={"weight": 0.5}'])
+    assert plain.stages == ("autoencoder", "clip", "t5", "base")
+    assert plain.inputs("autoencoder") == ()
+    assert seen.stages == ("clip", "autoencoder", "t5", "base")
+    assert seen.inputs("autoencoder") == ("clip",)
+    assert seen.inputs("base") == ("clip", "autoencoder", "t5")
+    recipes.check_stages(seen)
+    for override in ("autoencoder.config.perceptual.tower=a-clip", "autoencoder.pretrained=a-vae"):
+        other = load("shapes", ['autoencoder.config.perceptual={"weight": 0.5}', override])
+        assert other.inputs("autoencoder") == ()
+        assert other.stages == plain.stages
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("autoencoder.config.network.codebook.codes=1", "codes must be at least 2"),
+        ("autoencoder.config.adversarial.weight=0", "weight and limit must be positive"),
+        ("base.config.network.recompute=3", "recompute: got 3, wanted bool"),
+    ],
+)
+def test_options_are_checked_where_they_are(option, told):
+    with pytest.raises(RecipeError, match=told):
+        recipes.check_stages(load("shapes", [option]))

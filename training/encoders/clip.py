@@ -48,6 +48,12 @@ def open_towers(source: Source) -> tuple[Any, Padded]:
     return stage.model, lambda texts, limit=text.context: of_merges(text.vocabulary, limit)(texts)
 
 
+def normalisation(source: Source, model: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """(mean, deviation) by which the image tower wants pictures in [0, 1] prepared."""
+    described = getattr(model.visual, "preprocess_cfg", {}) if source.pretrained else {}
+    return described.get("mean", (0.5,) * 3), described.get("std", (0.5,) * 3)
+
+
 def text_encoder(
     model: Any, tokenize: Padded, device: torch.device | str, precision: str = "fp32"
 ) -> TextEncoder:

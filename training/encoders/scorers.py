@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.manifest import fingerprint
 from pipeline.score import Scorer, ScorerSpec, check_name
 
-from .clip import open_towers
+from .clip import normalisation, open_towers
 from .shapes import clip_shape
 from .sources import Source, fetch, files, open_source
 
@@ -191,11 +191,9 @@ class _Clip:
     def __init__(self, source: Source, device: str):
         model, self.tokenize = open_towers(source)
         self.model = model.to(device).eval().requires_grad_(False)
-        described = getattr(model.visual, "preprocess_cfg", {}) if source.pretrained else {}
-        mean, std = described.get("mean", (0.5,) * 3), described.get("std", (0.5,) * 3)
         self.mean, self.std = (
             torch.tensor(it, dtype=torch.float32, device=device)[:, None, None]
-            for it in (mean, std)
+            for it in normalisation(source, model)
         )
         self.seen: tuple[np.ndarray, Tensor] | None = None
 

@@ -59,10 +59,13 @@ class Source:
         ).hexdigest()
 
     def config(self) -> Any:
-        """What else decides the numbers: a stage's config, a pretrained model's other files."""
+        """What else decides the numbers: a stage's config, a pretrained model's other files.
+
+        Options of a config that are not set are left out: a new one changes no fingerprint.
+        """
         directory = self.directory()
         if not self.pretrained:
-            return storage.read_json(str(directory / CONFIG))["config"]
+            return _set(storage.read_json(str(directory / CONFIG))["config"])
         small = (file for file in files(directory) if file.suffix != ".safetensors")
         return {file.relative_to(directory).as_posix(): _sha256(file) for file in small}
 
@@ -81,6 +84,12 @@ def open_source(source: str | Path | Source, name: str) -> Source:
         if described or (directory / JOB).exists():
             raise ValueError(f"{name}: stage {source} is not trained yet; train it first")
     return Source(_family(name), str(source), True)
+
+
+def _set(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {key: _set(value) for key, value in config.items() if value is not None}
 
 
 def _described(directory: Path) -> dict[str, Any] | None:

@@ -10,7 +10,9 @@ from torch import nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .classifier import Classifier, ClassifierConfig, HeadConfig
+from .codebook import Codebook, CodebookConfig, perplexity
 from .conditioning import Cond, ContextConfig
+from .discriminator import Discriminator, DiscriminatorConfig
 from .dit import DiT, DiTConfig
 from .efficient_unet import EfficientUNet, EfficientUNetConfig
 from .prior import Prior, PriorConfig
@@ -18,7 +20,9 @@ from .unet import UNet, UNetConfig
 
 DenoiserConfig = UNetConfig | DiTConfig | EfficientUNetConfig
 """Of pictures and latents."""
-NetworkConfig = DenoiserConfig | PriorConfig | ClassifierConfig | AutoencoderConfig
+NetworkConfig = (
+    DenoiserConfig | PriorConfig | ClassifierConfig | AutoencoderConfig | DiscriminatorConfig
+)
 
 NETWORKS: dict[type, type[nn.Module]] = {
     UNetConfig: UNet,
@@ -27,6 +31,7 @@ NETWORKS: dict[type, type[nn.Module]] = {
     PriorConfig: Prior,
     ClassifierConfig: Classifier,
     AutoencoderConfig: Autoencoder,
+    DiscriminatorConfig: Discriminator,
 }
 
 CONFIGS: dict[str, type] = {config.kind: config for config in NETWORKS}
@@ -44,11 +49,15 @@ __all__ = [
     "AutoencoderConfig",
     "Classifier",
     "ClassifierConfig",
+    "Codebook",
+    "CodebookConfig",
     "Cond",
     "ContextConfig",
     "DenoiserConfig",
     "DiT",
     "DiTConfig",
+    "Discriminator",
+    "DiscriminatorConfig",
     "EfficientUNet",
     "EfficientUNetConfig",
     "HeadConfig",
@@ -58,4 +67,5 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "build",
+    "perplexity",
 ]

@@ -1,4 +1,5 @@
-"""The KL autoencoder of latent diffusion: pictures in [-1, 1] <-> a small Gaussian.
+"""The autoencoders of latent diffusion: pictures in [-1, 1] <-> a small Gaussian, or vectors of a
+codebook (Rombach et al. 2022, section 3.1: KL-reg and VQ-reg).
 
 Squares of `patch` x `patch` pixels are folded into channels, so that no convolution runs at full
 resolution: the downsampling factor is patch * 2^(levels - 1).
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .codebook import Codebook, CodebookConfig
 from .layers import (
     Downsample,
     Image,
@@ -29,7 +31,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """Convolutional KL autoencoder (Rombach et al. 2022, section 3.1); by default 0.85 M, f = 4."""
+    """Convolutional autoencoder (Rombach et al. 2022, section 3.1); by default 0.85 M, f = 4."""
 
     kind: Literal["autoencoder"] = "autoencoder"
     in_channels: int = 3
@@ -45,9 +47,11 @@ class AutoencoderConfig:
     attention: bool = False
     """A self-attention in the middle of encoder and decoder."""
     head_width: int = 32
+    codebook: CodebookConfig | None = None
+    """Vectors that latents are replaced by before they are decoded; None: Gaussians instead."""
 
     def __post_init__(self):
-        freeze(self)
+        freeze(self, codebook=CodebookConfig)
         if self.channels % 8:
             raise ValueError(
                 f"channels must be a multiple of 8 (GroupNorm groups), got {self.channels}"
@@ -93,8 +97,9 @@ class Autoencoder(nn.Module):
                 down.append(Downsample(widths[level - 1], width))
             down += [ResBlock(width, width) for _ in range(config.blocks)]
         down += middle(config, widths[-1])
+        encoded = config.latent_channels * (1 if config.codebook else 2)
         self.encoder = nn.Sequential(
-            *down, group_norm(widths[-1]), nn.SiLU(), conv3(widths[-1], 2 * config.latent_channels)
+            *down, group_norm(widths[-1]), nn.SiLU(), conv3(widths[-1], encoded)
         )
 
         up: list[nn.Module] = [
@@ -108,11 +113,16 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(
             *up, group_norm(widths[0]), nn.SiLU(), conv3(widths[0], pixels)
         )
+        self.codebook = (
+            Codebook(config.codebook, config.latent_channels) if config.codebook else None
+        )
 
     def encode(self, x: Image) -> Image:
         """Pictures [B, C, H, W] in [-1, 1] -> moments [B, 2 C', H / f, W / f].
 
-        The first half is the mean, the second the log-variance, clamped to [-30, 20].
+        The first half is the mean, the second the log-variance, clamped to [-30, 20]. With a
+        codebook they are the latents [B, C', H / f, W / f] themselves, not quantised yet: `decode`
+        does that, so that what a diffusion model learns is continuous (VQ-reg).
         """
         factor = self.config.factor
         if x.shape[-2] % factor or x.shape[-1] % factor:
@@ -120,11 +130,22 @@ class Autoencoder(nn.Module):
                 f"height and width must be multiples of {factor}, got {tuple(x.shape[-2:])}"
             )
         h = fold(x, self.config.patch).contiguous(memory_format=torch.channels_last)
-        mean, logvar = self.encoder(h).chunk(2, dim=1)
+        h = self.encoder(h)
+        if self.codebook is not None:
+            return h
+        mean, logvar = h.chunk(2, dim=1)
         return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
+
+    def mean(self, encoded: Image) -> Image:
+        """The latents [B, C', h, w] of what `encode` gave: the mean, where it is a Gaussian."""
+        return encoded if self.codebook is not None else encoded.chunk(2, dim=1)[0]
 
     def decode(self, z: Image) -> Image:
         """Latents [B, C', h, w] -> pictures [B, C, f h, f w], about in [-1, 1]: not clamped."""
+        return self.draw(z if self.codebook is None else self.codebook(z).z)
+
+    def draw(self, z: Image) -> Image:
+        """`decode` of what needs no quantising, or has been quantised."""
         h = self.decoder(z.contiguous(memory_format=torch.channels_last))
         return unfold(h, self.config.patch)
 
@@ -136,4 +157,4 @@ class Autoencoder(nn.Module):
         return last.weight
 
     def forward(self, x: Image) -> Image:
-        return self.decode(self.encode(x).chunk(2, dim=1)[0])
+        return self.decode(self.mean(self.encode(x)))

@@ -8,7 +8,7 @@ is GroupNorm. Feature maps [batch, channel, height, width] are best in channels-
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Only the batch has a name: layers change every other axis between argument and result.
 Image = Float[Tensor, "batch _ _ _"]  # channel, height, width
@@ -30,10 +31,23 @@ Zeroed = TypeVar("Zeroed", bound=nn.Module)
 def freeze(config: Any, **nested: type) -> None:
     """For `__post_init__`: JSON's lists become tuples, mappings in named fields dataclasses."""
     for name, value in vars(config).items():
+        make = nested.get(name)
+        if make and isinstance(value, Mapping):
+            object.__setattr__(config, name, make(**value))
         if isinstance(value, (list, tuple)):
-            make = nested.get(name)
             items = (make(**v) if make and isinstance(v, Mapping) else v for v in value)
             object.__setattr__(config, name, tuple(items))
+
+
+def run(block: Callable[..., Any], *args: Any, recompute: bool = False) -> Any:
+    """block(*args), whose inside `recompute` forgets and computes again on the way back.
+
+    The numbers stay the same, dropout's draws too; memory falls to the blocks' arguments and one
+    block's inside, for one more forward in each step (Chen et al. 2016).
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
 def zeroed(module: Zeroed) -> Zeroed:

@@ -297,3 +297,21 @@ def test_a_spec_of_another_stage_is_refused(line):
     elsewhere = replace(spec, options={**spec.options, "stage": line.stages["clip"]})
     with pytest.raises(ValueError, match="the spec names"):
         build(elsewhere)
+
+
+def test_an_option_that_is_not_set_is_in_no_fingerprint(line, tmp_path):
+    """A stage that was trained before there was the option is the same encoder."""
+    now = line.root / "autoencoder"
+    older = shutil.copytree(now, tmp_path / "older", ignore=shutil.ignore_patterns("checkpoints"))
+    described = json.loads((older / "config.json").read_text())
+    config = described["config"]
+    for options, name in (
+        (config, "perceptual"), (config, "adversarial"), (config["network"], "codebook")
+    ):  # fmt: skip
+        assert options.pop(name) is None
+    (older / "config.json").write_text(json.dumps(described))
+    found = [spec_of(where, "autoencoder", 16).fingerprint for where in (now, older)]
+    assert found[0] == found[1]
+    config["l1"] = 0.5
+    (older / "config.json").write_text(json.dumps(described))
+    assert spec_of(older, "autoencoder", 16).fingerprint != found[0]

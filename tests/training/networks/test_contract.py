@@ -185,5 +185,7 @@ def test_contexts_of_one_name_are_refused(kind, tiny):
 
 
 def test_each_config_has_its_network():
-    assert set(CONFIGS) == {"unet", "dit", "efficient_unet", "prior", "classifier", "autoencoder"}
+    assert set(CONFIGS) == {
+        "unet", "dit", "efficient_unet", "prior", "classifier", "autoencoder", "discriminator"
+    }  # fmt: skip
     assert set(CONFIGS.values()) == set(NETWORKS)
