@@ -98,9 +98,9 @@ def rules_of(version: Manifest) -> IngestRules:
     names = IngestRules.__dataclass_fields__.keys() - {"kind"}
     rules: dict[str, Any] = {name: it for name, it in version.rules.items() if name in names}
     rules["options"] = SourceOptions(**rules["options"])
-    download: dict[str, Any] = rules["download"]
-    hosts = tuple[str, ...](download["private_hosts"])
-    rules["download"] = DownloadRules(**{**download, "private_hosts": hosts})
+    download: dict[str, Any] = {**rules["download"]}
+    download["private_hosts"] = tuple(download["private_hosts"])
+    rules["download"] = DownloadRules(**download)
     rules["background"] = tuple(rules["background"])
     return IngestRules(**rules)
 
