@@ -82,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--version", type=int, default=None, metavar="N", help="default: the newest")
     it.add_argument("--out", default="dataset.html", metavar="PAGE")
 
+    it = verb(
+        "reproduce", "make a version again from its manifest, elsewhere", data_commands.reproduce
+    )
+    it.add_argument("dataset", metavar="DATASET")
+    it.add_argument("--version", type=int, default=None, metavar="N", help="default: the newest")
+    it.add_argument("--into", required=True, metavar="URL", help="a data set that is not there yet")
+
     it = verb("remove", "take pictures out of all versions, for good", data_commands.remove)
     it.add_argument("dataset", metavar="DATASET")
     it.add_argument("keys", nargs="*", metavar="KEY", help="as `darkroom explain` tells it")

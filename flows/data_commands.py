@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from training import results
 
 from .progress import meter
 from .settings import Settings, settings
+
+if TYPE_CHECKING:
+    from pipeline.manifest import Manifest
 
 
 def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dict[str, Any]:
@@ -43,6 +46,32 @@ def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dic
     }
 
 
+def reproduce(dataset: str, version: int | None, into: str) -> dict[str, Any]:
+    from pipeline import manifest
+    from pipeline.execute import Executor
+    from pipeline.reproduce import reproduce as make_again
+
+    from .cluster import ray_session
+    from .recipe import check_places
+
+    executor, into = Executor(kind="ray"), place(into)
+    wanted = _version(dataset, version)
+    check_places(executor, into)
+    with ray_session(), meter("reproduce") as progress:
+        made = make_again(
+            wanted, into, executor, lambda stage, done, total: progress(done, total, stage)
+        )
+    steps = len(manifest.versions(made.dataset))
+    return {
+        "dataset": made.dataset,
+        "version": made.version,
+        "digest": made.digest,
+        "counts": dict(made.counts),
+        "text": f"{made.dataset} version {made.version}, in {steps} steps: digest {made.digest}, "
+        f"as that of {wanted.dataset} version {wanted.version}",
+    }
+
+
 def explain(dataset: str, what: str) -> dict[str, Any]:
     from pipeline import outcomes
 
@@ -59,20 +88,16 @@ def explain(dataset: str, what: str) -> dict[str, Any]:
 
 def show(dataset: str, version: int | None, out: str) -> dict[str, Any]:
     from evaluation import dataset_page
-    from pipeline import manifest
 
-    url = storage.absolute(place(dataset))
-    found = manifest.latest(url) if version is None else manifest.read(url, version)
-    if found is None:
-        raise ValueError(f"{url}: no data set there")
+    found = _version(dataset, version)
     dataset_page.write(out, found)
     return {
-        "dataset": url,
+        "dataset": found.dataset,
         "version": found.version,
         "digest": found.digest,
         "counts": dict(found.counts),
         "page": out,
-        "text": f"{url} version {found.version}: {found.samples()} pictures; {out}",
+        "text": f"{found.dataset} version {found.version}: {found.samples()} pictures; {out}",
     }
 
 
@@ -139,6 +164,17 @@ def gc(dataset: str, keep: int, dry_run: bool) -> dict[str, Any]:
 def place(name: str) -> str:
     """A name in this home, or a path or URL."""
     return name if "/" in name else settings().dataset(name)
+
+
+def _version(dataset: str, number: int | None) -> Manifest:
+    """The newest where there is no number."""
+    from pipeline import manifest
+
+    url = storage.absolute(place(dataset))
+    found = manifest.latest(url) if number is None else manifest.read(url, number)
+    if found is None:
+        raise ValueError(f"{url}: no data set there")
+    return found
 
 
 def _learnt_from(here: Settings, digests: set[str]) -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ from . import images
 MAX_BITS = 3
 MAX_LEVELS = 10
 _MIN_SIGNS = 4  # a flat picture has no look to compare
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _SMALL = 64  # rows of a group that are compared with each other
 
 
@@ -30,11 +31,11 @@ def key(data: bytes) -> str:
 
 def look(image: Image.Image) -> str:
     """22 hex characters: the 64-bit difference hash, then the mean colour (3 bytes)."""
-    small = np.asarray(images.resized(image, (9, 8), "box"), dtype=np.float32)  # [8, 9, 3]
-    grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
+    small = np.asarray(images.resized(image, (9, 8), "box"))  # [8, 9, 3]
+    grey = small @ _LUMA
     signs = np.packbits(grey[:, 1:] > grey[:, :-1] + 0.5)  # half a level of slack: flat stays flat
-    mean = (small.mean((0, 1)) + 0.5).astype(np.uint8)
-    return signs.tobytes().hex() + mean.tobytes().hex()
+    mean = np.add.reduce(small.reshape(-1, 3), dtype=np.float32) / 72 + 0.5
+    return signs.tobytes().hex() + mean.astype(np.uint8).tobytes().hex()
 
 
 class Looks(NamedTuple):

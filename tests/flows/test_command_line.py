@@ -72,6 +72,18 @@ def test_what_an_input_says_is_no_order_to_the_terminal(tmp_path, json_too):
     assert not {"\x1b", "\x07", "\x9b"} & {*done.stderr, *done.stdout}
 
 
+def test_a_version_is_made_again_elsewhere(tmp_path):
+    source = "shapes://?scenes=12&side=16"
+    made = ingest([source], str(tmp_path / "datasets" / "scenes")).manifest
+    done = darkroom(tmp_path, "reproduce", "scenes", "--into", "again", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["digest"], told["version"]) == (made.digest, 1)
+    done = darkroom(tmp_path, "reproduce", "scenes", "--into", "scenes")
+    assert done.returncode == 1
+    assert "there is a data set" in done.stderr
+
+
 def test_show_writes_a_page_about_a_data_set(tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
