@@ -279,7 +279,12 @@ class Run:
         wanted = self.rules.rules_of_files()
         for at, (unit, part) in enumerate(zip(units, parts, strict=True)):
             lines = self._results(unit)
-            assert len(lines) == part[1] - part[0], unit
+            if len(lines) != part[1] - part[0]:
+                url = result_url(self.dataset, unit["unit"], "jsonl")
+                raise ValueError(
+                    f"{url}: {len(lines)} lines, wanted {part[1] - part[0]}; delete the folder "
+                    f"{storage.parent(url)} and run again"
+                )
             for number, found in enumerate(lines, part[0]):
                 of = at
                 if number in missed:
@@ -428,7 +433,7 @@ class Run:
         }
         if label is not None:
             meta["label"] = label
-        return {name: found[name] for name in ("key", "offset", "length", "ext")} | {
+        return {name: found[name] for name in ("key", "offset", "length", "crc", "ext")} | {
             "staged": staged[rows.unit[number]],
             "captions": captions,
             "meta": meta,

@@ -53,7 +53,7 @@ class Lines:
         """Let workers read them, wherever they are."""
         self._file.flush()
         self._file.seek(0)
-        with storage.publishing(url) as file:
+        with storage.publishing(url, durable=False) as file:
             shutil.copyfileobj(self._file, file, 1 << 20)
         self._file.seek(0, os.SEEK_END)
 

@@ -222,7 +222,7 @@ def stamp(url: str) -> str | None:
 
 
 @contextlib.contextmanager
-def draft(folder: str) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
+def draft(folder: str, durable: bool = True) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
     """A hidden file to write into, and a function that publishes it under a URL, once.
 
     For local folders the file lies below `folder`, so that publishing is a rename, in a hidden
@@ -246,7 +246,7 @@ def draft(folder: str) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
                 file.flush()
                 # safetensors puts a file of its own, that others may not read, in its place
                 os.chmod(hidden, mode)
-                publish_file(hidden, url)
+                publish_file(hidden, url, durable)
 
             yield file, publish
 
@@ -262,19 +262,19 @@ def unnamed(folder: str) -> IO[bytes]:
 
 
 @contextlib.contextmanager
-def publishing(url: str) -> Generator[IO[bytes]]:
+def publishing(url: str, durable: bool = True) -> Generator[IO[bytes]]:
     """A file to write into that appears under `url` if the block ends well, replacing what was
-    there.
+    there. Where it need not be `durable`, a machine that loses its power may lose what is in it.
     """
-    with draft(parent(url)) as (file, publish):
+    with draft(parent(url), durable) as (file, publish):
         yield file
         publish(url)
 
 
-def publish_bytes(url: str, data: bytes) -> None:
+def publish_bytes(url: str, data: bytes, durable: bool = True) -> None:
     """Make the file hold `data`, replacing what was there."""
     if is_local(url):
-        with publishing(url) as file:
+        with publishing(url, durable) as file:
             file.write(data)
     else:
         _ask(url, lambda files, path: _upload(files, len(data), "pipe_file", path, data))
@@ -290,14 +290,15 @@ def json_bytes(obj: Any) -> bytes:
     return (json.dumps(obj, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
 
-def publish_file(local: str | os.PathLike[str], url: str) -> None:
+def publish_file(local: str | os.PathLike[str], url: str, durable: bool = True) -> None:
     """Move a local file to `url`, replacing what was there; the local name is gone afterwards."""
     source = os.fspath(local)
     if is_local(url):
         target = local_path(url)
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        with open(source, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(source, "rb") as file:
+                os.fsync(file.fileno())
         try:
             os.replace(source, target)
         except OSError:  # another disk: copy beside the target, then rename

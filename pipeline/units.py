@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -80,6 +81,7 @@ def reader(
         found |= {
             "offset": stage(stored),
             "length": len(stored),
+            "crc": zlib.crc32(stored),
             "ext": ext,
             "width": image.width,
             "height": image.height,
@@ -101,7 +103,10 @@ def reader(
             contextlib.ExitStack() as after,
             Downloader(download, policy.max_bytes) as downloader,
             contextlib.closing(downloader.all(remote)) as answers,
-            storage.publishing(storage.join(dataset, "staging", f"{unit['unit']}.bin")) as file,
+            # Not durable, as it lives no longer than the run: `writer` sees what power cuts took.
+            storage.publishing(
+                storage.join(dataset, "staging", f"{unit['unit']}.bin"), durable=False
+            ) as file,
         ):
             after.callback(release)
 
@@ -117,7 +122,8 @@ def reader(
                 except Rejected as rejected:
                     found |= {"reason": rejected.reason, "detail": rejected.detail}
         text = "".join(json.dumps(found) + "\n" for found in results)
-        storage.publish_bytes(result_url(dataset, unit["unit"], "jsonl"), text.encode())
+        url = result_url(dataset, unit["unit"], "jsonl")
+        storage.publish_bytes(url, text.encode(), durable=False)
         return {}
 
     return work
@@ -135,7 +141,13 @@ def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
         for staged, some in wanted.items():
             url = storage.join(dataset, "staging", f"{staged}.bin")
             ranges = [(it["offset"], it["length"]) for it in some]
-            found |= zip((it["key"] for it in some), storage.read_ranges(url, ranges), strict=True)
+            for it, data in zip(some, storage.read_ranges(url, ranges), strict=True):
+                if zlib.crc32(data) != it["crc"]:
+                    raise ValueError(
+                        f"{url}, byte {it['offset']}: not the picture that was staged; delete the "
+                        f"folder {storage.join(dataset, 'staging')} and run again"
+                    )
+                found[it["key"]] = data
         return found
 
     def stored(samples: Iterator[Record]) -> Iterator[shards.ShardSample]:

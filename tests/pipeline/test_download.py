@@ -474,8 +474,8 @@ def test_a_run_cut_short_fetches_again_only_what_was_out_of_reach(tmp_path, serv
     )
     write, done = storage.publish_bytes, []
 
-    def cut(url, data):
-        write(url, data)
+    def cut(url, data, durable=True):
+        write(url, data, durable)
         if url.endswith(".jsonl"):
             done.append(url)
             if len(done) == 3:

@@ -597,6 +597,24 @@ def test_a_take_down_meanwhile_keeps_a_version_from_being_published(tmp_path, mo
     assert ingest([url], dataset, KILL_RULES).counts["rejected:removed"] == 1
 
 
+def test_staged_pictures_that_are_not_what_they_were_are_not_stored(tmp_path, monkeypatch):
+    """A power cut between the passes: the file is there, what was in it is not."""
+    url, dataset = source(tmp_path / "in", plain(6)), str(tmp_path / "out")
+    write = passes.Run._write
+
+    def cut(self, *given):
+        (staged,) = Path(dataset, "staging").glob("*.bin")
+        staged.write_bytes(bytes(staged.stat().st_size))
+        return write(self, *given)
+
+    monkeypatch.setattr(passes.Run, "_write", cut)
+    with pytest.raises(ValueError, match="not the picture that was staged; delete the folder"):
+        ingest([url], dataset, KILL_RULES)
+    monkeypatch.setattr(passes.Run, "_write", write)
+    shutil.rmtree(tmp_path / "out" / "staging")
+    assert ingest([url], dataset, KILL_RULES).counts["kept"] == 6
+
+
 def test_a_missing_file_is_looked_for_again(tmp_path):
     (tmp_path / "files").mkdir()
     table = tmp_path / "table.jsonl"
