@@ -85,7 +85,12 @@ def encoder_shapes(recipe: Recipe) -> dict[str, Any]:
 
 
 def _stage(
-    recipe: Recipe, name: str, shapes: dict[str, Any], captions: Any, device: Any, workers: int | None
+    recipe: Recipe,
+    name: str,
+    shapes: dict[str, Any],
+    captions: Any,
+    device: Any,
+    workers: int | None,
 ) -> dict[str, Any]:
     from training import planning
     from training.stages import config_of, training_of
@@ -112,7 +117,7 @@ def _stage(
         "forward_flops_per_image": update.forward_flops / update.rows,
         "batch": training.batch,
         "workers": it.workers,
-        "rows_per_worker": update.rows,
+        "rows_at_once": update.rows,
         "memory": asdict(update.replicated) | {"total": update.replicated.total},
         "memory_sharded": asdict(update.sharded) | {"total": update.sharded.total},
         "fits": it.fits(device),
@@ -189,7 +194,9 @@ def _assumptions(
     if recipe.data.encode.max_aspect > 1:
         told.append("every picture costs as much as one of the bucket with the most pixels")
     if "version" not in stored["samples_from"]:
-        told.append(f"a stored picture takes {PICTURE_BYTES:g} bytes for each of side x side pixels")
+        told.append(
+            f"a stored picture takes {PICTURE_BYTES:g} bytes for each of side x side pixels"
+        )
     return told
 
 
@@ -203,70 +210,66 @@ def _unknown(recipe: Recipe, shapes: dict[str, Any]) -> list[str]:
 
 
 def _told(result: dict[str, Any], price: float | None) -> str:
+    """All of it as text. ASCII boxes: it may be piped into a file."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     out = io.StringIO()
-    console = Console(file=out, width=110)
-    device = result["device"]
-    rates = " and ".join(f"{v / 1e12:.3g} in {k}" for k, v in device["matmul"].items())
+    console = Console(file=out, width=120, highlight=False, markup=False)
+
+    def table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+        it = Table(box=box.ASCII2, title=title, title_justify="left", title_style="")
+        for name in words:
+            it.add_column(name, no_wrap=True)
+        for name in numbers:
+            it.add_column(name, justify="right", no_wrap=True)
+        return it
+
+    device, stored = result["device"], result["storage"]
+    rates = ", ".join(f"{v / 1e12:.3g} TFLOP/s in {k}" for k, v in device["matmul"].items())
     console.print(
-        f"{result['recipe']} on {device['name']}: {rates} TFLOP/s of matrix products, "
-        f"{device['bandwidth'] / 1e9:.0f} GB/s, {device['memory'] / 1e9:.0f} GB", highlight=False
+        f"{result['recipe']} on {device['name']}: {rates}, {device['bandwidth'] / 1e9:.0f} GB/s, "
+        f"{_size(device['memory'])}"
     )
-    stages = Table(box=box.SIMPLE, pad_edge=False)
-    columns = ("stage", "parameters", "GFLOP/image", "workers x rows", "GB/worker", "FSDP")
-    for title in (*columns, "fits", "images/s", "images", "hours", "device-hours"):
-        stages.add_column(title, justify="left" if title == "stage" else "right")
+    work = ("parameters", "GFLOP/image", "workers x rows", "images", "images/s", "hours")
+    stages = table("training", ("stage",), (*work, "device-hours"))
+    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations", "total")
+    memory = table("memory of a worker", ("stage", ""), parts)
     for name, it in result["stages"].items():
         stages.add_row(
             name,
             f"{it['parameters'] / 1e6:.1f} M",
-            f"{it['flops_per_image'] / 1e9:.3g}",
-            f"{it['workers']} x {it['rows_per_worker']}",
-            _gigabytes(it["memory"]["total"]),
-            _gigabytes(it["memory_sharded"]["total"]) if it["workers"] > 1 else "",
-            "yes" if it["fits"] else "no",
-            f"{it['images_per_second']:.3g}",
-            f"{it['images'] / 1e6:.3g} M",
-            f"{it['hours']:.3g}",
-            f"{it['device_hours']:.3g}",
+            _number(it["flops_per_image"] / 1e9),
+            f"{it['workers']} x {it['rows_at_once']}",
+            f"{_number(it['images'] / 1e6)} M",
+            *(_number(it[key]) for key in ("images_per_second", "hours", "device_hours")),
         )
-    console.print(stages)
-    memory = Table(box=box.SIMPLE, pad_edge=False, title="GB on a worker", title_justify="left")
-    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations", "total")
-    for title in ("stage", "", *parts):
-        memory.add_column(title, justify="right" if title in parts else "left")
-    for name, it in result["stages"].items():
-        memory.add_row(name, "whole", *(_gigabytes(it["memory"][part]) for part in parts))
+        memory.add_row(name, "whole", *(_size(it["memory"][part]) for part in parts))
         if it["workers"] > 1:
-            memory.add_row("", "FSDP", *(_gigabytes(it["memory_sharded"][p]) for p in parts))
-    console.print(memory)
-    stored = result["storage"]
-    storage = Table(box=box.SIMPLE, pad_edge=False, title="storage", title_justify="left")
-    storage.add_column("")
-    storage.add_column("KB/sample", justify="right")
-    storage.add_column("GB", justify="right")
+            memory.add_row("", "FSDP", *(_size(it["memory_sharded"][part]) for part in parts))
     count = stored["samples"]
+    storage = table("storage", ("",), ("a sample", "all"))
     for name, size in stored["bytes_per_sample"].items():
-        storage.add_row(name, f"{size / 1e3:.3g}", "?" if count is None else _gigabytes(size * count))
-    console.print(storage)
-    samples = "? samples (say --samples N)" if count is None else f"{count:,} samples"
-    console.print(
-        f"{samples}; checkpoints beside them: {_gigabytes(stored['checkpoint_bytes'])} GB",
-        highlight=False,
-    )
-    hours = f"{result['device_hours']:.4g} device-hours"
+        storage.add_row(name, _size(size), "?" if count is None else _size(size * count))
+    for it in (stages, memory, storage):
+        console.print(it)
+    of = "how many samples is not known: say --samples" if count is None else f"{count:,} samples"
+    console.print(f"{of}; checkpoints beside them: {_size(stored['checkpoint_bytes'])}")
     cost = "" if price is None else f", {result['cost']:,.2f} at {price:g} an hour"
-    console.print(f"[bold]{hours}{cost}[/bold]", highlight=False)
+    console.print(f"{result['device_hours']:,.2f} device-hours{cost}")
     for title in ("assumptions", "warnings"):
         if result[title]:
-            console.print(f"\n{title}")
-        for text in result[title]:
-            console.print(f"- {text}", highlight=False, markup=False)
-    return out.getvalue()
+            console.print("\n".join(("", title, *(f"- {text}" for text in result[title]))))
+    return "\n".join(row.rstrip() for row in out.getvalue().splitlines())
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3g}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(size: float) -> str:
+    for unit, bytes in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= bytes:
+            return f"{size / bytes:.3g} {unit}"
+    return f"{size:.0f} B"

@@ -1,10 +1,10 @@
-"""What a training takes, before anything is spent: an update carried out on tensors without content.
+"""What a training takes, before anything is spent: an update carried out on tensors of no content.
 
-FakeTensorMode runs the stage's own code, optimizer and averages on shapes alone. Parameters, bytes
-and FLOPs are therefore counted, not modelled, and a full-size network costs seconds. It plays a CPU,
-which takes bf16's attention in float32: a GPU holds a little less. Compiled code holds less, too.
+FakeTensorMode runs the stage's own code, its optimizer and averages on shapes alone. So parameters,
+bytes and FLOPs are counted, not modelled, and a network of full size costs seconds. It plays a CPU,
+where bf16's attention is taken in float32: a GPU holds a little less, and so does compiled code.
 Time is a roofline: each kernel takes its FLOPs or its bytes, whichever takes longer. What workers
-tell each other, what they wait for data, and pictures' encoding are not in it.
+tell each other, waiting for data and the encoding of pictures are not in it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -32,16 +31,15 @@ from .encoders.shapes import Shape, foreseen
 from .loop import TrainingConfig
 from .networks import ContextConfig
 from .optimizer import Optimizer, gradient_norm
-from .stage import Batch, Stage, trainable
+from .stage import Batch, Stage, distinct_tensors, trainable
 from .stages import create
 
 RESERVE = 0.1
 """Share of a device's memory that is left to its context and to fragments."""
 UTILISATION = 0.4
-"""Share of the peak that matrix products reach in a training. Of published peaks, Llama 3's was 0.38
-to 0.43 on H100s (Dubey et al. 2024, table 4). Of the rate that a probe finds for one large product,
-ten trainings of 1 to 58 M parameters on one CPU core reached what makes the plan's images per second
-0.5 to 1.9 times what was measured."""
+"""Share of the peak that products of matrices reach in a training. Of published peaks: Llama 3 had
+0.38 to 0.43 of an H100's (Dubey et al. 2024, table 4). Of a probed rate: with it, the images per
+second of ten trainings of 1 to 58 M parameters on a CPU core came out 0.5 to 1.9 times too high."""
 
 
 @dataclass(frozen=True)
@@ -244,14 +242,17 @@ class Update:
         """Forward and backward as they run: what is computed again counts again."""
         return sum(kernel.flops for kernel in self.kernels) / self.rows
 
-    def seconds(self, device: Accelerator, precision: str, compiled: bool) -> float:
-        """The roofline of the update. Compiled, elementwise work rides along with the products."""
+    def seconds(
+        self, device: Accelerator, precision: str, compiled: bool, micro_batches: int = 1
+    ) -> float:
+        """The roofline of an update. Compiled, elementwise work rides along with the products."""
         rate = device.matmul[precision] * device.utilisation
-        work = [k for k in self.kernels if k.flops or not compiled]
-        return sum(
-            max(kernel.flops / rate, kernel.moved / device.bandwidth)
-            for kernel in (*work, *self.applied)
-        )
+
+        def taken(kernels: Iterable[Kernel]) -> float:
+            return sum(max(k.flops / rate, k.moved / device.bandwidth) for k in kernels)
+
+        work = (k for k in self.kernels if k.flops or not compiled)
+        return micro_batches * taken(work) + taken(self.applied)
 
 
 def count(
@@ -261,56 +262,48 @@ def count(
     batch: Callable[[], Batch],
     workers: int = 1,
 ) -> Update:
-    """One update of a stage's config. `batch` makes a worker's rows when it is called, and must
-    look at no content. The optimizer takes its second step: the first one makes its state.
+    """An update of a stage that exists in shape alone. `batch` is called to make a worker's rows."""
+    if hasattr(config, "text"):
+        # Words are read where tensors have content, and then remembered.
+        from .contrastive import tokenizer
+
+        tokenizer(config.text.vocabulary, config.text.context)([CAPTION])
+    with FakeTensorMode():
+        return carry_out(create(kind, config), training, batch(), workers)
+
+
+def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int = 1) -> Update:
+    """An update of a stage on the CPU, tallied. The optimizer is tallied at its second step: the
+    first one makes its state.
     """
-    with _empty(kind, config):
-        stage = create(kind, config).train()
-        optimizer = Optimizer(training.optimizer, stage)
-        averages = Ema(stage, training.ema_halflife_images, training.ema_ramp)
-        made = batch()
-        rows = len(made["position"])
-        precise = torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16")
-
-        def work(tally: Tally) -> float:
-            hooks = [
-                p.register_post_accumulate_grad_hook(lambda p: tally.leave_out(p.grad))
-                for p in trainable(stage).values()
-            ]
-            with tally:
-                with precise:
-                    losses = _losses(stage, made)
-                forward = sum(kernel.flops for kernel in tally.kernels)
-                (losses.sum() / training.batch).backward()
-            for hook in hooks:
-                hook.remove()
-            return forward
-
-        def apply(tally: Tally) -> None:
-            with tally:
-                norm = gradient_norm(optimizer.parameters)
-                skip = torch.tensor(False)
-                optimizer.step(training.learning_rate, norm, training.max_grad_norm, skip)
-                averages.update(training.batch)
-
-        computing, first, applying = Tally(), Tally(), Tally()
-        forward = work(computing)
-        apply(first)
-        apply(applying)
-        peak = max(computing.peak, applying.peak)
-        state = optimizer.tensors()
-        return Update(
-            rows=rows,
-            parameters=sum(p.numel() for p in stage.parameters()),
-            trained=sum(p.numel() for p in trainable(stage).values()),
-            forward_flops=forward,
-            kernels=tuple(computing.kernels),
-            applied=tuple(applying.kernels),
-            replicated=_memory(stage, state, peak, 1),
-            sharded=_memory(stage, state, peak, workers),
-            checkpoint=_bytes([*stage.state_dict().values(), *state.values()], 1)
-            + _bytes(averages.tensors().values(), 1),
-        )
+    optimizer = Optimizer(training.optimizer, stage.train())
+    averages = Ema(stage, training.ema_halflife_images, training.ema_ramp)
+    computing, applying = Tally(), Tally()
+    for parameter in trainable(stage).values():
+        parameter.register_post_accumulate_grad_hook(lambda p: computing.leave_out(p.grad))
+    with computing:
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16"):
+            losses = _losses(stage, batch)
+        forward = sum(kernel.flops for kernel in computing.kernels)
+        (losses.sum() / training.batch).backward()
+    for tally in (Tally(), applying):
+        with tally:
+            norm, skip = gradient_norm(optimizer.parameters), torch.tensor(False)
+            optimizer.step(training.learning_rate, norm, training.max_grad_norm, skip)
+            averages.update(training.batch)
+    peak, state = max(computing.peak, applying.peak), optimizer.tensors()
+    saved = [*distinct_tensors(stage).values(), *averages.tensors().values(), *state.values()]
+    return Update(
+        rows=len(batch["position"]),
+        parameters=sum(p.numel() for p in stage.parameters()),
+        trained=sum(p.numel() for p in optimizer.parameters.values()),
+        forward_flops=forward,
+        kernels=tuple(computing.kernels),
+        applied=tuple(applying.kernels),
+        replicated=_memory(stage, state, peak, 1),
+        sharded=_memory(stage, state, peak, workers),
+        checkpoint=_bytes(saved, 1),
+    )
 
 
 def _memory(stage: Stage, state: Mapping[str, Tensor], activations: int, workers: int) -> Memory:
@@ -358,18 +351,6 @@ def _gathered(stage: Stage) -> int:
     sizes = [_bytes(trainable(block).values(), 1) for block in blocks]
     root = _bytes(trainable(stage).values(), 1) - sum(sizes)
     return root + 3 * max(sizes, default=0)
-
-
-@contextmanager
-def _empty(kind: str, config: Any):
-    """Inside, tensors have no content. What is spelled out in words is read before."""
-    with ExitStack() as stack:
-        if hasattr(config, "text"):
-            from .contrastive import tokenizer
-
-            tokenizer(config.text.vocabulary, config.text.context)([CAPTION])
-        stack.enter_context(FakeTensorMode())
-        yield
 
 
 def _losses(stage: Stage, batch: Batch) -> Tensor:
@@ -466,7 +447,11 @@ class Estimate:
     """A stage's training on a number of workers."""
 
     update: Update
+    """Of one micro-batch, and what follows the last of them."""
+    micro_batches: int
+    """Of a worker, one after the other."""
     workers: int
+    batch: int
     images: int
     seconds: float
     """Of one update."""
@@ -476,7 +461,7 @@ class Estimate:
 
     @property
     def images_per_second(self) -> float:
-        return self.update.rows * self.workers / self.seconds
+        return self.batch / self.seconds
 
     @property
     def hours(self) -> float:
@@ -488,6 +473,8 @@ class Estimate:
 
     thrifty_rows: int | None
     """Rows that would fit with blocks computed again; None where that is so, or cannot be."""
+    divides: bool
+    """Whether the configuration knows micro-batches."""
 
     def fits(self, device: Accelerator) -> bool:
         return self.update.replicated.total <= device.usable
@@ -502,19 +489,19 @@ class Estimate:
             f"({free:.3g} GB usable)"
         ]
         if self.fitting_rows:
-            lines.append(f"micro-batches of {self.fitting_rows} rows would ({update.rows} now)")
+            key = f"training.micro_batch={self.fitting_rows}" if self.divides else "smaller batches"
+            lines.append(f"{self.fitting_rows} rows at once would, not {update.rows} ({key})")
         if self.thrifty_rows and self.thrifty_rows > self.fitting_rows:
             lines.append(f"{self.thrifty_rows} rows with config.network.recompute=true")
         if self.fitting_rows_sharded > self.fitting_rows:
             lines.append(f"{self.fitting_rows_sharded} rows with FSDP over {self.workers} workers")
-        more = -(-update.rows * self.workers // max(self.fitting_rows, 1))
-        if self.fitting_rows and more > self.workers:
-            lines.append(f"{more} workers would need neither")
+        if self.fitting_rows and (more := -(-self.batch // self.fitting_rows)) > self.workers:
+            lines.append(f"{more} workers would share the batch in rows that fit")
         if len(lines) == 1:
             kept = update.replicated.kept / 1e9
             lines.append(
-                f"weights, gradients, optimizer and averages alone are {kept:.3g} GB: take a device "
-                "with more memory, or more workers and FSDP"
+                f"{kept:.3g} GB of it are there whatever the rows: take a device with more memory, "
+                "or more workers and FSDP"
             )
         return "; ".join(lines)
 
@@ -529,7 +516,9 @@ def estimate(
 ) -> Estimate:
     """Of a stage whose global batch is dealt to `workers`; `make_batch(config, rows)` makes what
     `count` asks for."""
-    rows, few = -(-training.batch // workers), 2  # a batch norm has no deviation of one row
+    micro = getattr(training, "micro_batch", 0)
+    parts = -(-training.batch // micro) if micro else workers
+    rows, few = -(-training.batch // parts), 2  # a batch norm has no deviation of one row
 
     def counted(config: Any, rows: int) -> Update:
         return count(kind, config, training, lambda: make_batch(config, rows), workers)
@@ -546,11 +535,15 @@ def estimate(
     fits = update.replicated.total <= device.usable
     least = update if fits else counted(config, few)
     thrifty = None if fits else thriftier(config)
+    each = -(-parts // workers)
     return Estimate(
         update=update,
+        micro_batches=each,
         workers=workers,
+        batch=training.batch,
         images=training.steps * training.batch,
-        seconds=update.seconds(device, training.precision, training.compile),
+        seconds=update.seconds(device, training.precision, training.compile, each),
+        divides=hasattr(training, "micro_batch"),
         fitting_rows=fitting(update.replicated, least.replicated),
         fitting_rows_sharded=fitting(update.sharded, least.sharded),
         thrifty_rows=thrifty
