@@ -134,10 +134,14 @@ class Line:
         """Directory of the finished stage that the recipe names for a stage's first weights.
         ValueError when there is none.
         """
-        asked = self.recipe.stage(name).warm_start
-        if asked is None or results.committed(storage.local_path(asked)):
-            return asked and storage.local_path(asked)
-        key, model = f"{name}.warm_start", asked.removeprefix("models:/")
+        asked, key = self.recipe.stage(name).warm_start, f"{name}.warm_start"
+        if asked is None:
+            return None
+        if "://" in asked and not storage.is_local(asked):
+            raise ValueError(f"{key}: {asked} is on no file system of this machine; copy it to one")
+        if results.committed(storage.local_path(asked)):
+            return storage.local_path(asked)
+        model = asked.removeprefix("models:/")
         if "://" in model or model.startswith((".", "/", "~")):
             raise ValueError(f"{key}: {asked} holds no finished stage; train it first")
         version: str | None = model
@@ -148,12 +152,10 @@ class Line:
             version = Ledger(self.settings.ledger, other).champion()
         found = self.version_stages(version).get(name) if version else None
         if found is None or results.committed(found) is None:
-            what = (
-                f"{asked}, version {version}, has" if version else f"{asked} has no champion with"
-            )
+            lacks = f"finished {name}" if version else "champion"
             raise ValueError(
-                f"{key}: {what} no finished {name} here; train that one first, name the directory "
-                f"of a finished stage, or set {key}=null to start from nothing"
+                f"{key}: {asked} has no {lacks} here; train that model first, name the directory of "
+                f"a finished stage, or set {key}=null to start from nothing"
             )
         return found
 

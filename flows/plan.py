@@ -77,11 +77,14 @@ def encoder_shapes(recipe: Recipe) -> dict[str, Any]:
     from training.encoders.shapes import foreseen
     from training.stages import config_of
 
-    return {
-        name: foreseen(name, config_of(name, stage.config), stage.pretrained)
-        for name in recipe.inputs("base")
-        if (stage := recipe.stage(name))
-    }
+    found = {}
+    for name in recipe.inputs("base"):
+        stage = recipe.stage(name)
+        try:
+            found[name] = foreseen(name, config_of(name, stage.config), stage.pretrained)
+        except ValueError as error:
+            raise RecipeError(f"{name}.pretrained: {error}") from None
+    return found
 
 
 def _stage(

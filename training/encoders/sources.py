@@ -134,9 +134,10 @@ def here(where: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(where, local_files_only=True)) / inside
+        directory = Path(snapshot_download(where, local_files_only=True)) / inside
     except (OSError, ValueError):
         return None
+    return directory if any(file.suffix == ".safetensors" for file in files(directory)) else None
 
 
 def files(directory: Path) -> list[Path]:
