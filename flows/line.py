@@ -154,8 +154,8 @@ class Line:
         if found is None or results.committed(found) is None:
             lacks = f"finished {name}" if version else "champion"
             raise ValueError(
-                f"{key}: {asked} has no {lacks} here; train that model first, name the directory of "
-                f"a finished stage, or set {key}=null to start from nothing"
+                f"{key}: {asked} has no {lacks} here; train that model first, name the directory "
+                f"of a finished stage, or set {key}=null to start from nothing"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""A stage may begin with the weights of another recipe's: named, checked early, part of what it is."""
+"""A stage may begin with the weights of another recipe's: named, and checked early."""
 
 from __future__ import annotations
 
