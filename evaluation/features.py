@@ -1,9 +1,9 @@
 """Features of pictures and captions from a frozen network, and the name under which they may be
 compared.
 
-Offline that network is the line's own CLIP: good for comparing models of the line, blind to what it
-never learned to see. Features of different extractors, weights or resizes are never compared:
-`tuple_id` goes with every value made of them.
+Unless a pretrained one is named, that network is the line's own CLIP: good for comparing models of
+the line, blind to what it never learned to see. Features of different extractors, weights or
+resizes are never compared: `tuple_id` goes with every value made of them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy import ndarray
+from torch import Tensor
+from torch.nn.functional import interpolate
 
-from pipeline import storage
 from pipeline.load import Loader
+from training.encoders.sources import Source
 from training.measuring import fixed_rows
-from training.results import WEIGHTS
 
 from .sample import Pictures
 
@@ -37,25 +38,27 @@ class Extractor(Protocol):
 
 
 class ClipFeatures:
-    """The two towers of a trained CLIP stage (its own directory, or its folder in a generator)."""
+    """The two towers of a CLIP: a trained stage (its own directory, or its folder in a generator),
+    or a pretrained one (a folder or hub id).
+    """
 
     def __init__(
-        self, stage_dir: str | Path, *, device: str | torch.device | None = None, batch: int = 256
+        self, where: str | Path, *, device: str | torch.device | None = None, batch: int = 256
     ):
-        from training import stages
+        from training.encoders.shapes import clip_shape
+        from training.encoders.sources import open_source
 
-        stage: Any = stages.load(stage_dir)
-        if stage.kind != "clip":
+        source = open_source(where, "clip")
+        if source.family != "clip":
             raise ValueError(
-                f"{stage_dir}: a stage of kind {stage.kind!r}; features come from kind 'clip'"
+                f"{where}: a stage of kind {source.family!r}; features come from kind 'clip'"
             )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._stage, self._batch = stage.to(self.device), batch
-        self.side: int = stage.config.image.side
-        weights = storage.local_copy(storage.join(str(stage_dir), WEIGHTS))
+        self._batch, self.side = batch, clip_shape(source)[0]
+        self._towers: _Towers = (_Pretrained if source.pretrained else _ours)(source, self.device)
         self.tuple_id = {
-            "extractor": "the line's own CLIP",
-            "weights": storage.sha256(weights),
+            "extractor": f"CLIP {source.where}" if source.pretrained else "the line's own CLIP",
+            "weights": source.weights_sha256(),
             "resize": f"bicubic, antialiased, to {self.side}",
         }
 
@@ -70,11 +73,46 @@ class ClipFeatures:
     def texts(self, captions: Sequence[str]) -> Features:
         """Normalised features of captions."""
         chunks = (list(captions[i : i + self._batch]) for i in range(0, len(captions), self._batch))
-        return np.concatenate([self._stage.texts(chunk).cpu().numpy() for chunk in chunks])
+        return np.concatenate([self._towers.texts(chunk).cpu().numpy() for chunk in chunks])
 
     def _images(self, pictures: Pictures) -> Features:
         x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).to(self.device)
-        return self._stage.images(x).cpu().numpy()
+        return self._towers.images(x).cpu().numpy()
+
+
+class _Towers(Protocol):
+    def images(self, pixels: Tensor) -> Tensor: ...
+    def texts(self, captions: Sequence[str]) -> Tensor: ...
+
+
+def _ours(source: Source, device: torch.device) -> _Towers:
+    from training import stages
+
+    stage: Any = stages.load(source.where)
+    return stage.to(device)
+
+
+class _Pretrained:
+    """Pictures are fitted to the side it sees, as our own stage does it."""
+
+    def __init__(self, source: Source, device: torch.device):
+        from training.encoders.scorers import Towers
+        from training.encoders.shapes import clip_shape
+
+        self._clip, self._side = Towers(source, str(device)), clip_shape(source)[0]
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        x, side = pixels.float() / 255, self._side
+        if x.shape[-1] != x.shape[-2]:
+            raise ValueError(f"clip: pictures must be square, got {list(x.shape)}")
+        if x.shape[-1] != side:
+            x = interpolate(x, (side, side), mode="bicubic", antialias=True)
+        return self._clip.features(x)
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        return self._clip.texts(captions)
 
 
 def pictures_of(loader: Loader, count: int, batch: int = 256) -> Pictures:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.filters import visible
 
-from . import commands, data_commands, doctor
+from . import commands, data_commands, doctor, plan
 from .progress import say
 from .settings import prepare_environment
 
@@ -147,6 +147,15 @@ def parser() -> argparse.ArgumentParser:
 
     it = verb("rollback", "make the previous champion the champion again", commands.rollback)
     it.add_argument("name", metavar="NAME")
+
+    it = verb("plan", "what a recipe needs and costs, before anything is spent", plan.plan)
+    recipe(it)
+    overrides(it)
+    it.add_argument("--device", metavar="NAME", help="e.g. h100; default: this machine, probed")
+    it.add_argument("--workers", type=int, metavar="N", help="default: training.workers")
+    it.add_argument("--samples", type=int, metavar="N", help="pictures to store")
+    it.add_argument("--words", type=int, default=20, metavar="N", help="in a caption, on average")
+    it.add_argument("--price", type=float, metavar="X", help="of a device-hour")
 
     verb("recipes", "the presets and what each is for", commands.recipes_)
     verb("doctor", "check this machine and its settings", doctor.doctor)

@@ -29,7 +29,7 @@ def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any
         _forget(line, line.recipe.stages)
     result = finished(line)
     if result is None:
-        recipes.check_stages(line.recipe)
+        _check(line)
         result = retrain(recipe, overrides)
     else:
         say(NOTHING_TO_DO)
@@ -296,7 +296,7 @@ def deploy(recipe: str, overrides: list[str]) -> dict[str, Any]:
     from .deployments import deployment_name, serve
 
     line = _line(recipe, overrides)
-    recipes.check_stages(line.recipe)
+    _check(line)
     name = deployment_name(line.recipe)
     say(f"serving deployment {name}, cron {line.recipe.schedule!r}; Ctrl-C ends it")
     serve(line.recipe, recipe, overrides)
@@ -305,6 +305,15 @@ def deploy(recipe: str, overrides: list[str]) -> dict[str, Any]:
 
 def _line(recipe: str, overrides: list[str]) -> Line:
     return Line(recipes.load(recipe, overrides), settings())
+
+
+def _check(line: Line) -> None:
+    """What hours of work would find out."""
+    recipes.check_stages(line.recipe)
+    try:
+        line.check_warm_starts()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _line_of(model: str) -> tuple[Line, str]:
@@ -325,7 +334,7 @@ def _prepare(line: Line, stages: tuple[str, ...]) -> tuple[Any, list[str]]:
     from .build_dataset import encode_pixels, ingest_sources
     from .train_stage import train as fit
 
-    recipes.check_stages(line.recipe)
+    _check(line)
     result = ingest_sources(line)
     encode_pixels(line, result.manifest)
     found = ["data"] if result.reused else []

@@ -93,8 +93,10 @@ class Line:
     def stage_identity(self, name: str, data: Manifest) -> str:
         """`{stage}-{fingerprint}`: also the name of its directory."""
         origin = manifests.read(self.dataset, 1) if name in FROZEN and data.version > 1 else data
+        first = self.recipe.stage(name).warm_start
         return f"{name}-" + fingerprint(
             {
+                **({"warm_start": first} if first else {}),
                 "lineage": self.stage_lineage(name, data),
                 "training": learning(self.recipe.stage(name).training),
                 "seed": self.recipe.seed,
@@ -127,6 +129,41 @@ class Line:
         if done is None or done["meta"].get("lineage") != self.stage_lineage(name, data):
             return None
         return before
+
+    def warm_start(self, name: str) -> str | None:
+        """Directory of the finished stage that the recipe names for a stage's first weights.
+        ValueError when there is none.
+        """
+        asked, key = self.recipe.stage(name).warm_start, f"{name}.warm_start"
+        if asked is None:
+            return None
+        if "://" in asked and not storage.is_local(asked):
+            raise ValueError(f"{key}: {asked} is on no file system of this machine; copy it to one")
+        if results.committed(storage.local_path(asked)):
+            return storage.local_path(asked)
+        model = asked.removeprefix("models:/")
+        if "://" in model or model.startswith((".", "/", "~")):
+            raise ValueError(f"{key}: {asked} holds no finished stage; train it first")
+        version: str | None = model
+        if "/" not in model:
+            other, _, alias = model.partition("@")
+            if alias not in ("", "champion"):
+                raise ValueError(f"{key}: {asked}: only the champion can be named by an alias")
+            version = Ledger(self.settings.ledger, other).champion()
+        found = self.version_stages(version).get(name) if version else None
+        if found is None or results.committed(found) is None:
+            lacks = f"finished {name}" if version else "champion"
+            raise ValueError(
+                f"{key}: {asked} has no {lacks} here; train that model first, name the directory "
+                f"of a finished stage, or set {key}=null to start from nothing"
+            )
+        return found
+
+    def check_warm_starts(self) -> None:
+        """ValueError for a warm start that would be needed and is not there."""
+        if self.ledger.champion() is None:
+            for name in self.recipe.stages:
+                self.warm_start(name)
 
     def note_version(self, name: str, stages: Mapping[str, str]) -> None:
         """Remember which stages a registered version (`shapes/3`) is made of."""

@@ -9,7 +9,7 @@ from evaluation.config import EvaluationConfig
 from evaluation.gate import GatePolicy
 from pipeline.ingest import IngestRules
 
-from .recipe import DataRecipe, Recipe, StageRecipe
+from .recipe import DataRecipe, EncodeRecipe, Recipe, StageRecipe
 
 
 def shapes() -> Recipe:
@@ -216,6 +216,121 @@ def pictures() -> Recipe:
     )
 
 
+def latent_unet_256() -> Recipe:
+    """Stable Diffusion 1's U-Net at 256 px, taught flows: its VAE, CLIP's text; set data.sources.
+    By `plan`, on 8 H100s: 868 M parameters, 523 GFLOP an image, 186 device-hours; 97 GB a worker do
+    not fit. Batch, rate, warm-up and images are SD 1.1's (its model card). Not trained here.
+    """
+    batch = 2048
+    return _at_scale(
+        "latent-unet-256",
+        side=256,
+        network={
+            # As published but for its heads, which are SD 2's; 64 wide is what GPUs are good at.
+            "kind": "unet",
+            "channels": 320,
+            "channel_mult": [1, 2, 4, 4],
+            "attention": [1, 1, 1, 0],
+            "head_width": 64,
+            "feedforward": 4,
+            "context_width": 768,
+        },
+        listens=["clip"],
+        shift=1.65,
+        training=_published(
+            images=237_000 * batch, batch=batch, warmup_images=10_000 * batch, weight_decay=0.01
+        ),
+    )
+
+
+def latent_dit_256() -> Recipe:
+    """DiT-XL/2 at 256 px, taught flows, that reads T5's and CLIP's text; set data.sources. By
+    `plan`, on 8 H100s: 839 M parameters, 895 GFLOP an image, 44 GB a worker, 74 device-hours.
+    Batch, rate and the 400,000 updates are Peebles & Xie's (2023, section 4). Not trained here.
+    """
+    return _at_scale(
+        "latent-dit-256",
+        side=256,
+        network={"kind": "dit"},
+        listens=None,
+        shift=1.65,
+        training=_published(images=400_000 * 256, batch=256),
+    )
+
+
+def latent_dit_512() -> Recipe:
+    """latent-dit-256, its weights the first ones, at 512 px in buckets of aspect ratio up to 2. By
+    `plan`, on 8 H100s: 839 M parameters, 3,907 GFLOP an image, 73 device-hours; 117 GB a worker do
+    not fit. The 100,000 updates are a choice, not a finding. Not trained here.
+    """
+    return _at_scale(
+        "latent-dit-512",
+        side=512,
+        network={"kind": "dit"},
+        listens=None,
+        shift=1.88,
+        training=_published(images=100_000 * 256, batch=256),
+        max_aspect=2.0,
+        warm_start="latent-dit-256",
+    )
+
+
+def _at_scale(
+    name: str,
+    *,
+    side: int,
+    network: dict[str, Any],
+    listens: list[str] | None,
+    shift: float,
+    training: dict[str, Any],
+    max_aspect: float = 1.0,
+    warm_start: str | None = None,
+) -> Recipe:
+    """Latents of a published VAE. Straight paths and logit-normal times as SD3 has them, and Flux's
+    shift of them for so many tokens: exp of .5 at 256 to 1.15 at 4096, linear between.
+    """
+    return Recipe(
+        name=name,
+        data=DataRecipe(
+            side=side,
+            ingest=IngestRules(min_side=side, max_aspect=2.0, heldout_share=0.01),
+            encode=EncodeRecipe(max_aspect=max_aspect, multiple=64, precision="bf16"),
+        ),
+        autoencoder=StageRecipe(pretrained="stabilityai/sd-vae-ft-mse"),
+        clip=StageRecipe(pretrained="laion/CLIP-ViT-L-14-laion2B-s32B-b82K"),
+        t5=StageRecipe(pretrained="google/flan-t5-xl"),
+        base=StageRecipe(
+            config={"network": network, "diffusion": {"shift": shift}, "listens": listens},
+            training=training,
+            warm_images=training["images"] // 10,
+            warm_start=warm_start,
+        ),
+        sampler={"kind": "dpmpp2m", "steps": 24},
+        evaluation=EvaluationConfig(kind="captions", guidance_scales=(2.0, 4.0, 6.0)),
+        gate=GatePolicy.model_validate(
+            {"absolute": {"retrieval": 0.05}, "non_inferior": {"retrieval": 0.05}}
+        ),
+    )
+
+
+def _published(
+    *, images: int, batch: int, warmup_images: int = 0, weight_decay: float = 0.0
+) -> dict[str, Any]:
+    """What LDM and DiT share: AdamW(.9, .999) at 1e-4, constant; averages of .9999 an update."""
+    return {
+        "images": images,
+        "batch": batch,
+        "learning_rate": 1e-4,
+        "warmup_images": warmup_images,
+        "optimizer": {"kind": "adamw", "beta2": 0.999, "weight_decay": weight_decay},
+        "ema_halflife_images": batch * 6931,
+        "precision": "bf16",
+        "compile": True,
+        "checkpoint_images": 5_000 * batch,
+        "log_images": 100 * batch,
+    }
+
+
 def _unet(*, channels: int, blocks: int) -> dict[str, Any]:
     """A latent U-Net that reads the text at half the latents' side, where a CPU can afford it."""
     return {
@@ -252,4 +367,7 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-flow": shapes_flow,
     "shapes-classifier": shapes_classifier,
     "pictures": pictures,
+    "latent-unet-256": latent_unet_256,
+    "latent-dit-256": latent_dit_256,
+    "latent-dit-512": latent_dit_512,
 }

@@ -101,6 +101,10 @@ class StageRecipe(_Part):
     """A path or hub id that is taken instead of training (encoders only)."""
     warm_images: int | None = None
     """Images of a retraining that starts from the champion; by default as many as from scratch."""
+    warm_start: str | None = None
+    """While there is no champion to start from: the directory of a finished stage, or a registered
+    model whose stage of this name it is (NAME, the champion; NAME/VERSION), with weights of the
+    same shapes. It may have learnt at another resolution."""
 
 
 class Recipe(_Part):
@@ -142,6 +146,8 @@ class Recipe(_Part):
         """The stages of this recipe's model, in the order of their making."""
         left_out = {"autoencoder": self.in_pixels}
         left_out |= {name: getattr(self, name) is None for name in GUIDES}
+        # CLIP stays where the base does not listen to it: it judges.
+        left_out["t5"] = "t5" not in (self.base.config.get("listens") or ("t5",))
         order = sorted(STAGES, key=lambda name: name != "clip") if self._seen_by_clip else STAGES
         return tuple(name for name in order if not left_out.get(name))
 
@@ -169,6 +175,9 @@ class Recipe(_Part):
         body = self.model_dump(mode="json", exclude={"schedule", "executor"})
         for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
+        for name in STAGES:  # what says nothing is as if it were not there
+            if body[name] and body[name]["warm_start"] is None:
+                del body[name]["warm_start"]
         return fingerprint(body)
 
 

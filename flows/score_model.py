@@ -77,7 +77,7 @@ def ask(line: Line, data: Manifest) -> Question:
     pixels = [pixels_spec(line.recipe.data.side)]
     return Question(
         prompts=choose(data, config.prompts, seed=config.seed),
-        clip=ClipFeatures(line.stage_dir("clip", data)),
+        clip=ClipFeatures(line.source("clip", data)),
         reference=pictures_of(loader(pixels, "heldout"), config.reference_count),
         train=pictures_of(loader(pixels, "train"), config.train_count),
         heldout=loader(encodings(line, "base", data), "heldout"),

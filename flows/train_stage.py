@@ -71,7 +71,7 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
         ),
         inputs={needed: line.source(needed, data) for needed in line.recipe.inputs(name)},
         output=output,
-        parent=parent,
+        parent=parent or line.warm_start(name),
         seed=line.recipe.seed,
         meta={"recipe": line.recipe.name, "lineage": line.stage_lineage(name, data)},
     )

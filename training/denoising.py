@@ -117,9 +117,7 @@ class BaseStage(Stage):
 
     def prepare(self, loader: Any) -> None:
         """Take the latents' shift and scale from the autoencoder's stage, or measure them."""
-        batch = to_tensors(alike(loader)[0].batch(0), self.shift.device)
-        shape = self._plain(batch).shape[1:]
-        self.latent_shape.copy_(torch.tensor(shape))
+        self.adapt(loader)
         if self.config.data == "pixels":
             return
         measured = _measured(self.inputs.get("autoencoder"))
@@ -127,12 +125,18 @@ class BaseStage(Stage):
             measured = self._measure(loader)
         for name in ("shift", "scale"):
             value = torch.as_tensor(measured[name], dtype=torch.float32)
-            if len(value) != shape[0]:
+            if len(value) != len(self.shift):
                 raise ValueError(
-                    f"base: latents have {shape[0]} channels, those of the autoencoder in "
+                    f"base: latents have {len(self.shift)} channels, those of the autoencoder in "
                     f"{self.inputs.get('autoencoder')} {len(value)}: encode the pictures with it"
                 )
             getattr(self, name).copy_(value)
+
+    def adapt(self, loader: Any) -> None:
+        """Take the size of what is drawn from the data: a parent may have learnt at another. Shift
+        and scale stay the parent's, whose weights expect them."""
+        batch = to_tensors(alike(loader)[0].batch(0), self.shift.device)
+        self.latent_shape.copy_(torch.tensor(self._plain(batch).shape[1:]))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         position, config = batch["position"], self.config

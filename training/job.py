@@ -53,7 +53,7 @@ class Job:
     output: str
     """The stage directory; on a file system that all workers share."""
     parent: str | None = None
-    """A finished stage of the same config whose weights are the first ones."""
+    """A finished stage whose weights, of the same shapes, are the first ones."""
     seed: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
     """Copied into stage.json."""
@@ -137,6 +137,7 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         log.info("%s: going on from the checkpoint at %d images", job.kind, state.images_seen)
     elif job.parent:
         warm_start(stage, job.parent)
+        stage.adapt(loader)
     else:
         stage.prepare(loader)
 

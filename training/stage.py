@@ -53,6 +53,9 @@ class Stage(nn.Module):
     def prepare(self, loader: Any) -> None:
         """Measure what must be known before the first step; each worker measures the same."""
 
+    def adapt(self, loader: Any) -> None:
+        """After a warm start: replace what the parent measured and this data decides anew."""
+
     def finish(self, loader: Any) -> dict[str, Any]:
         """Measure the trained stage (it holds its EMA weights); JSON, kept in stage.json under
         "measured"."""

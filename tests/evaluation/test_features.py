@@ -18,7 +18,12 @@ from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
 from pipeline.load import Loader
 from training import stages
-from training.contrastive import ClipStageConfig, TextTransformerConfig, VisionTransformerConfig
+from training.contrastive import (
+    ClipStageConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+    model_config,
+)
 from training.stage import distinct_tensors
 
 
@@ -60,6 +65,28 @@ def test_pictures_of_another_side_are_resized_smoothly(stage_dir):
     clip = ClipFeatures(stage_dir)
     small, large = clip.images(drawn(5, 16)), clip.images(drawn(5, 64))
     assert (small * large).sum(1).min() > 0.98
+    with pytest.raises(ValueError, match="square"):
+        clip.images(np.zeros((1, 16, 8, 3), np.uint8))
+
+
+def test_a_pretrained_clip_sees_and_reads_as_the_stage_with_its_weights(tmp_path):
+    config = ClipStageConfig(
+        embed=16,
+        image=VisionTransformerConfig(side=16, patch=8, width=32, layers=1),
+        text=TextTransformerConfig(context=16, vocabulary=49408, width=16, layers=1, heads=1),
+    )
+    torch.manual_seed(0)
+    stage: Any = stages.create("clip", config).eval()
+    save_file(stage.model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    described = {"model_cfg": model_config(config), "preprocess_cfg": half}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    clip, pictures = ClipFeatures(str(tmp_path), batch=3), drawn(5, 24)
+    seen = stage.images(torch.from_numpy(pictures).permute(0, 3, 1, 2)).numpy()
+    assert clip.images(pictures) == pytest.approx(seen, abs=1e-5)
+    captions = ["a red circle", "a big blue square in the corner"]
+    assert clip.texts(captions) == pytest.approx(stage.texts(captions).numpy(), abs=1e-5)
+    assert clip.tuple_id["extractor"] == f"CLIP {tmp_path}"
     with pytest.raises(ValueError, match="square"):
         clip.images(np.zeros((1, 16, 8, 3), np.uint8))
 

@@ -331,3 +331,45 @@ def test_bits_per_dim_of_a_gaussian_are_those_of_its_density():
     assert found.numpy() == pytest.approx(np.log2(127.5) + nats / np.log(2), abs=0.01)
     with pytest.raises(ValueError, match="data 'pixels'"):
         stages.create("base", {"network": TINY}).bits_per_dim({})
+
+
+def test_a_warm_start_goes_on_at_another_resolution(line, tmp_path):
+    """A DiT's weights know no size; what is drawn is as large as the data that it went on with."""
+    from PIL import Image
+
+    from pipeline.encode import encode, pixels_spec
+    from pipeline.execute import Executor
+    from training.job import Job, run
+
+    network = {"kind": "dit", "width": 32, "depth": 2, "head_width": 16, "patch": 4}
+    done = {}
+    for side, parent in ((8, None), (16, 8)):
+        spec = pixels_spec(side)
+        encode(line.data, [spec], None, Executor(kind="local"))
+        encoding = {"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint}
+        rate = 1e-12 if parent else 1e-3
+        done[side] = run(
+            Job(
+                kind="base",
+                fingerprint=f"at {side}",
+                config={"data": "pixels", "network": network, "preview": {"steps": 2}},
+                training={
+                    "images": 64,
+                    "batch": 16,
+                    "ema_halflife_images": 0,
+                    "learning_rate": rate,
+                },
+                dataset=line.data.dataset,
+                version=line.data.version,
+                encodings=(encoding,),
+                output=str(tmp_path / str(side)),
+                parent=parent and str(tmp_path / str(parent)),
+            )
+        )
+    assert [it["measured"]["latent_shape"] for it in done.values()] == [[3, 8, 8], [3, 16, 16]]
+    small, large = (stages.load(tmp_path / str(side)) for side in (8, 16))
+    ours = dict(large.network.named_parameters())
+    for name, weights in small.network.named_parameters():
+        torch.testing.assert_close(ours[name], weights, rtol=0, atol=1e-9, msg=name)
+    sheets = [Image.open(tmp_path / str(side) / "preview.png").size[0] for side in (8, 16)]
+    assert [size - 2 * 5 for size in sheets] == [4 * 8, 4 * 16], "rows of 4, gaps of 2"

@@ -185,7 +185,7 @@ def _source(config: ScorerConfig) -> Source:
     return source
 
 
-class _Clip:
+class Towers:
     """Both towers of a CLIP: pictures and captions to features of length 1."""
 
     def __init__(self, source: Source, device: str):
@@ -201,24 +201,27 @@ class _Clip:
         """Of uint8 [n, 3, side, side]. The array it looked at last costs nothing."""
         if self.seen is None or self.seen[0] is not pixels:
             x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.mean.device).float() / 255
-            features = self.model.encode_image((x - self.mean) / self.std).float()
-            self.seen = pixels, F.normalize(features, dim=-1)
+            self.seen = pixels, self.features(x)
         return self.seen[1]
+
+    def features(self, x: Float[Tensor, "picture 3 side side"]) -> Float[Tensor, "picture embed"]:
+        """Of pictures in [0, 1]."""
+        return F.normalize(self.model.encode_image((x - self.mean) / self.std).float(), dim=-1)
 
     def texts(self, captions: Sequence[str]) -> Float[Tensor, "text embed"]:
         ids = torch.from_numpy(self.tokenize(captions)).to(self.mean.device)
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
 
-_CLIPS: WeakValueDictionary[tuple[Source, str, str], _Clip] = WeakValueDictionary()
+_CLIPS: WeakValueDictionary[tuple[Source, str, str], Towers] = WeakValueDictionary()
 
 
-def _clip(source: Source, device: str) -> _Clip:
+def _clip(source: Source, device: str) -> Towers:
     """One for all scorers of a process that look through it, while there is any."""
     key = source, source.weights_sha256(), device
     clip = _CLIPS.get(key)
     if clip is None:
-        clip = _CLIPS[key] = _Clip(source, device)
+        clip = _CLIPS[key] = Towers(source, device)
     return clip
 
 

@@ -1,11 +1,95 @@
-"""What an encoder gives, read from its config alone: nothing is loaded."""
+"""What an encoder gives, read from its config alone: nothing is loaded.
+
+`foreseen` fetches nothing either: it is for planning.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-from .sources import Source, open_source
+from .sources import Source, here, open_source
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What an encoder gives."""
+
+    width: int
+    """Of tokens; channels of latents."""
+    pooled: int = 0
+    tokens: Literal["", "pairs", "pieces", "bytes"] = ""
+    """What a caption is cut into: CLIP's byte pairs, T5's sentence pieces, the bytes of a T5 of
+    ours."""
+    limit: int = 0
+    """Tokens that are read at most."""
+    factor: int = 1
+    """Pixels per latent position, along a side."""
+    posterior: bool = True
+    """Whether mean and log-variance are stored, or the latent alone."""
+    known: Literal["by config", "as published", "assumed"] = "by config"
+
+
+def _clip(width: int) -> Shape:
+    return Shape(2 * width, width, "pairs", 77)
+
+
+def _t5(width: int) -> Shape:
+    return Shape(width, width, "pieces", 256)
+
+
+PUBLISHED: Mapping[str, Shape] = {
+    "stabilityai/sd-vae-ft-ema": Shape(4, factor=8),
+    "stabilityai/sd-vae-ft-mse": Shape(4, factor=8),
+    "stabilityai/sdxl-vae": Shape(4, factor=8),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": _clip(512),
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": _clip(768),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _clip(1024),
+    "google/flan-t5-base": _t5(768),
+    "google/flan-t5-large": _t5(1024),
+    "google/flan-t5-xl": _t5(2048),
+    "google/flan-t5-xxl": _t5(4096),
+}
+"""By hub id, as their model cards and configs state them."""
+USUAL: Mapping[str, Shape] = {
+    "autoencoder": PUBLISHED["stabilityai/sd-vae-ft-mse"],
+    "clip": PUBLISHED["laion/CLIP-ViT-L-14-laion2B-s32B-b82K"],
+    "t5": PUBLISHED["google/flan-t5-xl"],
+}
+
+
+def foreseen(name: str, config: Any, pretrained: str | None) -> Shape:
+    """What an encoder will give: by its stage's config, or by a pretrained model's where that is
+    here, as PUBLISHED where it is listed, and else what is usual, "assumed". Nothing is fetched.
+    """
+    if pretrained is None:
+        if name == "autoencoder":
+            return Shape(config.network.latent_channels, factor=config.network.factor)
+        if name == "clip":
+            return Shape(2 * config.text.width, config.embed, "pairs", config.text.context)
+        return Shape(config.width, config.width, "bytes", config.max_bytes)
+    found = here(pretrained)
+    if found is None:
+        if pretrained in PUBLISHED:
+            return replace(PUBLISHED[pretrained], known="as published")
+        return replace(USUAL[name], known="assumed")
+    source = open_source(found, name)
+    if not source.pretrained:
+        from ..stages import config_of
+
+        return foreseen(name, config_of(source.family, source.config()), None)
+    if name != "autoencoder":
+        width, pooled = text_widths(str(found), name)
+        return replace(USUAL[name], width=width, pooled=pooled)
+    described = _json(found, "config.json")
+    blocks = described.get("block_out_channels") or described.get("encoder_block_out_channels")
+    return Shape(
+        described["latent_channels"],
+        factor=2 ** (len(blocks) - 1) if blocks else 8,  # TAEF2's says nothing
+        posterior=described.get("_class_name") == "AutoencoderKL",
+    )
 
 
 def latent_channels(where: str) -> int:

@@ -133,6 +133,22 @@ def fetch(where: str) -> Path:
     return directory
 
 
+def here(where: str) -> Path | None:
+    """The same folder where it can be had without the network; None where it cannot."""
+    where, _, inside = where.partition("#")
+    if Path(where).is_dir():
+        return Path(where) / inside
+    if where.startswith((".", "/", "~")) or where.count("/") != 1:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = Path(snapshot_download(where, local_files_only=True)) / inside
+    except (OSError, ValueError):
+        return None
+    return directory if any(file.suffix == ".safetensors" for file in files(directory)) else None
+
+
 def files(directory: Path) -> list[Path]:
     """The model's files, sorted; folders inside are other models'."""
     return sorted({file for pattern in FILES for file in directory.glob(pattern)})

@@ -1,0 +1,117 @@
+"""A stage may begin with the weights of another recipe's: named, and checked early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evaluation.ledger import Entry, Ledger
+from flows import commands
+from flows.line import Line
+from flows.recipe import learning, load
+from flows.settings import Settings
+from flows.train_stage import make_job
+from pipeline import manifest
+from pipeline.manifest import Manifest, Shard, fingerprint
+
+
+@pytest.fixture
+def home(tmp_path) -> Settings:
+    return Settings(tmp_path / "home", "sqlite://")
+
+
+def finished(folder: Path) -> str:
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text(json.dumps({"meta": {}}))
+    return str(folder)
+
+
+def line_of(home: Settings, *overrides: str) -> Line:
+    return Line(load("shapes", overrides), home)
+
+
+def promoted(home: Settings, name: str, **stages: str) -> None:
+    line = Line(load("shapes", [f"name={name}"]), home)
+    number = len(line.ledger.entries()) + 1
+    line.note_version(f"{name}/{number}", stages)
+    Ledger(home.ledger, name).settle(lambda _: Entry(kind="promote", candidate=f"{name}/{number}"))
+
+
+def data_of(line: Line) -> Manifest:
+    shard = Shard("train-000000", "train", 4, 100, "0" * 64)
+    manifest.publish(Manifest(line.dataset, 1, None, (shard,)))
+    return line.manifest()
+
+
+def test_a_directory_a_model_and_a_version_can_be_named(home, tmp_path):
+    first, second = (finished(tmp_path / name) for name in ("first", "second"))
+    promoted(home, "small", base=first)
+    promoted(home, "small", base=second)
+    for named, found in {
+        first: first,
+        "small": second,
+        "small/1": first,
+        "models:/small/1": first,
+        "models:/small@champion": second,
+    }.items():
+        assert line_of(home, f"base.warm_start={named}").warm_start("base") == found
+    assert line_of(home).warm_start("base") is None
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("small", r"base.warm_start: small has no champion here; train that model first"),
+        ("small/7", r"base.warm_start: small/7 has no finished base here; .*base.warm_start=null"),
+        ("s3://bucket/base", r"s3://bucket/base is on no file system of this machine"),
+        ("./nothing", r"base.warm_start: ./nothing holds no finished stage"),
+        ("small@previous", r"only the champion can be named by an alias"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_done(home, named, told, monkeypatch):
+    with pytest.raises(ValueError, match=told):
+        line_of(home, f"base.warm_start={named}").warm_start("base")
+    monkeypatch.setattr(commands, "settings", lambda: home)
+    for command in (commands.run, commands.encode):
+        with pytest.raises(commands.UsageError, match=told):
+            command("shapes", [f"base.warm_start={named}"])
+
+
+def test_the_first_weights_are_the_champions_own_where_there_is_one(home, tmp_path):
+    other, own = finished(tmp_path / "other"), tmp_path / "own"
+    words = [f"classifier.warm_start={other}", "classifier.warm_images=640"]
+    line = Line(load("shapes-classifier", words), home)
+    data = data_of(line)
+    asked = line.recipe.stage("classifier").training["images"]
+    job = make_job(line, "classifier", data)
+    assert (job.parent, job.training["images"]) == (other, asked)
+
+    finished(own)
+    lineage = {"lineage": line.stage_lineage("classifier", data)}
+    (own / "stage.json").write_text(json.dumps({"meta": lineage}))
+    promoted(home, "shapes-classifier", classifier=str(own))
+    job = make_job(Line(line.recipe, home), "classifier", data)
+    assert (job.parent, job.training["images"]) == (str(own), 640)
+
+
+def test_it_decides_the_result_and_what_says_nothing_does_not(home):
+    plain, other = line_of(home), line_of(home, "base.warm_start=small")
+    data = data_of(plain)
+    assert plain.recipe.identity != other.recipe.identity
+    assert plain.stage_identity("base", data) != other.stage_identity("base", data)
+    assert plain.stage_lineage("base", data) == other.stage_lineage("base", data)
+    body = plain.recipe.model_dump(mode="json", exclude={"schedule", "executor"})
+    for name in plain.recipe.stages:
+        assert body[name].pop("warm_start") is None
+        body[name]["training"] = learning(body[name]["training"])
+    assert plain.recipe.identity == fingerprint(body)
+
+
+def test_without_t5_in_what_the_base_listens_to_there_is_none():
+    assert "t5" in load("shapes").stages
+    told = load("shapes", ['base.config.listens=["clip"]'])
+    assert told.stages == ("autoencoder", "clip", "base")
+    assert told.inputs("base") == ("autoencoder", "clip")
+    assert load("shapes", ['base.config.listens=["t5"]']).stages == load("shapes").stages
