@@ -12,6 +12,8 @@ import itertools
 import json
 import math
 import mmap
+import sys
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,8 @@ _Ints = NDArray[np.int64]
 _DTYPES = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I64": "<i8"}
 STORABLE = ("float16", "float32", "uint8", "int64")
 """numpy's names of the dtypes that encoded files have."""
+_LARGE = 1 << 20  # bytes
+_KEPT = 24  # a few batches of a few encodings
 _OPEN_FILES = 600  # a map keeps its file's descriptor, and 1,024 is the usual limit
 
 
@@ -199,6 +203,7 @@ class Loader:
         self.plan.slice(0, 0, self.micro_batches)
         self._dealt = dealt(self.micro_batches, worker, workers)
         self._number(by_bucket)
+        self._memory = _Memory()
         most = max(8, _OPEN_FILES // max(1, len(self.encodings)))
         self._open = lru_cache(most)(self._open_shard)
         bucketed = sum(bool(stored.buckets) for stored in self._stored)
@@ -287,7 +292,7 @@ class Loader:
             if encoding.kind == "image":
                 found = [self._pictures(number, bucket, part, turned) for part in parts]
                 for name, field in self._fields[bucket][number].items():
-                    batch[name] = rows = field.empty(len(indices))
+                    batch[name] = rows = self._memory.empty(field, len(indices))
                     for part, (arrays, local) in zip(parts, found, strict=True):
                         rows[part.rows] = arrays[name][local]
             else:
@@ -318,14 +323,14 @@ class Loader:
             begin[part.rows], end[part.rows] = arrays["offsets"][text], arrays["offsets"][text + 1]
         lengths: _Ints = end - begin
         longest = int(lengths.max())
-        tokens = stored["tokens"].empty(size, longest)
-        tokens.fill(0)
+        tokens = self._memory.empty(stored["tokens"], size, longest)
         for part in parts:
             flat = part.shard.arrays[number]["tokens"]
             # A caption's tokens lie together: a copy for each beats a fancy index of all tokens.
             spans = map(_list, (part.rows, begin[part.rows], end[part.rows]))
             for row, first, last in zip(*spans, strict=True):
                 tokens[row, : last - first] = flat[first:last]
+                tokens[row, last - first :] = 0
         mask = np.arange(longest) < lengths[:, None]
         return {f"{name}_tokens": tokens, f"{name}_mask": mask, f"{name}_pooled": pooled}
 
@@ -483,6 +488,43 @@ class Loader:
                 "beside it says; delete both and encode again"
             )
         return members, arrays
+
+
+class _Memory:
+    """Where large arrays of batches lie: it is used again once nobody holds an array or a view in
+    it.
+
+    Fresh pages are cleared by the kernel, and outside of the main thread malloc gives such pieces
+    back at once: together a fifth of what a batch of 30 MB of tokens takes.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._kept = [np.empty(0, np.uint8)]
+        self._unheld = sys.getrefcount(self._kept[0])
+
+    def empty(self, field: Field, *leading: int) -> np.ndarray:
+        """`field.empty(*leading)`."""
+        row = field.empty(0)
+        shape = (*leading, *row.shape[1:])
+        size = math.prod(shape) * row.itemsize
+        if size < _LARGE:
+            return field.empty(*leading)
+        with self._lock:
+            free = [number for number in range(len(self._kept)) if self._is_free(number)]
+            sizes = {number: self._kept[number].nbytes for number in free}
+            for number in free:
+                if size <= sizes[number] <= 2 * size:
+                    return np.ndarray(shape, row.dtype, self._kept[number])
+            for number in reversed(free):  # what is a little too small makes room for what is not
+                if size < 2 * sizes[number]:
+                    del self._kept[number]
+            del self._kept[: -_KEPT + 1]
+            self._kept.append(np.empty(size, np.uint8))
+            return np.ndarray(shape, row.dtype, self._kept[-1])
+
+    def _is_free(self, number: int) -> bool:
+        return sys.getrefcount(self._kept[number]) == self._unheld
 
 
 def _list(numbers: _Ints) -> list[int]:

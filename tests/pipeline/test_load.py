@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline import manifest, storage
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
-from pipeline.load import Loader, mapped
+from pipeline.load import _KEPT, Loader, mapped
 from pipeline.schema import EncoderSpec, check
 from pipeline.shards import ShardSample, write_shard
 
@@ -217,6 +217,38 @@ def test_prefetching_ends_with_its_reader_and_hands_over_errors(data, encodings)
     with pytest.raises(FileNotFoundError):
         next(fresh.batches(prefetch=2))
     assert threading.active_count() == before
+
+
+def test_memory_is_used_again_once_nobody_holds_it(data, encodings, monkeypatch):
+    monkeypatch.setattr("pipeline.load._LARGE", 1)
+    loader, other = (Loader(data, encodings, global_batch=6, seed=1) for _ in range(2))
+    names = ("code", "words_tokens")
+
+    def places(batch):
+        return {batch[name].ctypes.data for name in names}
+
+    used = places(loader.batch(0)) | places(loader.batch(1))
+    assert used & places(loader.batch(2))
+    held, views, wanted = [], [], []
+    for step, batch in zip(range(20), loader.batches(), strict=False):
+        wanted.append(other.batch(step))
+        if step % 3 == 0:
+            held.append((step, batch))
+        elif step % 3 == 1:  # a piece of a piece, whatever it is handed to
+            views += [(step, name, memoryview(batch[name][2:][:1])) for name in names]
+    for step, batch in held:
+        equal(batch, wanted[step])
+    for step, name, view in views:
+        np.testing.assert_array_equal(np.asarray(view), wanted[step][name][2:3])
+
+
+def test_memory_is_kept_for_a_few_batches_alone(data, encodings, monkeypatch):
+    monkeypatch.setattr("pipeline.load._LARGE", 1)
+    loader = Loader(data, encodings, global_batch=13, seed=0)
+    all_held = [loader.batch(step) for step in range(20)]
+    for step, batch in enumerate(all_held):
+        equal(batch, Loader(data, encodings, global_batch=13, seed=0).batch(step))
+    assert len(loader._memory._kept) == _KEPT
 
 
 def test_chosen_rows_are_the_same_each_time(data, encodings):
