@@ -211,6 +211,7 @@ class Run:
                     f"{', '.join(prints)}: no rows; wanted at least one picture with a caption"
                 )
             if not rows and self.base and alike(self.base, prints, self.rules, self.scorers):
+                self._clean()
                 return IngestResult(self.base, self.base.counts, new=0, reused=True)
             units = self._read(rows, prints)
             self._check_rejected(rows)

@@ -626,6 +626,7 @@ def test_a_missing_file_is_looked_for_again(tmp_path):
     first = ingest([str(table)], dataset, IngestRules())
     assert first.counts["rejected:missing_file"] == 1
     assert ingest([str(table)], dataset, IngestRules()).reused
+    assert "staging" not in os.listdir(dataset)
     (tmp_path / "files" / "4.png").write_bytes(picture(4))
     found = ingest([str(table)], dataset, IngestRules())
     assert (found.new, found.counts["seen"], found.counts["rejected"]) == (1, 5, 0)
