@@ -49,6 +49,7 @@ from pipeline import images, manifest, shards
 from pipeline.download import DownloadRules
 from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
+from tests.benchmarks.processes import processor_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "exercises_pd"
@@ -102,21 +103,6 @@ def table_of_urls(folder: Path, port: int, into: Path) -> Path:
 
 
 # ---- what runs in a fresh process ----------------------------------------------------------------
-
-
-def processor_seconds() -> float:
-    """Of this process and all that descend from it, living or waited for."""
-    parents: dict[int, int] = {}
-    spent: dict[int, float] = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # gone since
-            fields = Path("/proc", entry, "stat").read_text().rsplit(")", 1)[1].split()
-            parents[int(entry)] = int(fields[1])
-            spent[int(entry)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    mine = {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in mine} - mine:
-        mine |= more
-    return sum(spent[process] for process in mine)
 
 
 def run_bare(folder: Path, processes: int) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""That the benchmark of ingest measures what it says: not how fast."""
+"""That the benchmarks of ingest and of loading measure what they say: not how fast."""
 
 from __future__ import annotations
 
+import gc
 import io
+import itertools
 import json
 
 import numpy as np
@@ -11,6 +13,8 @@ from PIL import Image
 
 from pipeline import dedup
 from tests.benchmarks import ingest as benchmark
+from tests.benchmarks import loader
+from tests.benchmarks.peers import loading
 
 
 @pytest.fixture
@@ -51,3 +55,65 @@ def test_served_pictures_arrive(folders, tmp_path):
         assert end() > 0
     found = dict(benchmark.stored(tmp_path / "data"))
     assert sorted(found) == benchmark.names(folders["all"])
+
+
+def same_samples(batches, count):
+    seen = [one for batch in batches for one in loading.unbatched(batch)]
+    assert sorted(one.number for one in seen) == list(range(count))
+    for one in seen:
+        wanted = loading.sample(one.number)
+        for name in ("moments", "tokens", "pooled"):
+            got, right = getattr(one, name), getattr(wanted, name)
+            np.testing.assert_array_equal(got, right)
+            assert got.dtype == right.dtype == np.float16
+
+
+def test_samples_are_of_the_size_that_is_stated_and_each_another():
+    some = [loading.sample(number) for number in range(400)]
+    assert {one.moments.nbytes for one in some} == {16 << 10}
+    lengths = [len(one.tokens) for one in some]
+    assert (min(lengths), max(lengths)) == loading.TOKENS
+    assert 70 < np.mean([one.tokens.nbytes for one in some]) / 1024 < 76
+    assert len({one.moments.tobytes() for one in some}) == 400
+
+
+def test_our_loader_gives_the_samples_of_the_peers(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "SHARD_SAMPLES", 200)
+    loader.write_ours(tmp_path, 512)
+    batches = list(itertools.islice(loader.read_ours(str(tmp_path)), 2))
+    same_samples(batches, 512)
+    assert all((batch.numbers[1:] < batch.numbers[:-1]).any() for batch in batches)
+    wrong = batches[0]._replace(pooled=batches[0].pooled[::-1])
+    with pytest.raises(ValueError, match="pooled is not what was written"):
+        loading.refuse_others(wrong)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an open tar
+def test_peers_read_back_what_they_are_given_to_write(tmp_path, monkeypatch):
+    rows = map(loading.sample, range(7))
+    stored = ((one.number, *loading.stored(one).values()) for one in rows)
+    same_samples([loading.collate(stored)], 7)
+    monkeypatch.setattr(loading, "SHARD_SAMPLES", 200)
+    monkeypatch.setattr(loading, "BATCH", 8)
+    loading.write_webdataset(tmp_path, 16)
+    reader = loading.read_webdataset(tmp_path, 0)
+    same_samples(itertools.islice(reader, 2), 16)
+    del reader
+    gc.collect()  # here, where the warning is expected
+
+
+def test_only_what_is_not_in_the_cache_of_a_machine_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "SHARD_SAMPLES", 256)
+    loader.write_ours(tmp_path / "data", 512)
+    encoded = sum(
+        path.stat().st_size for path in loader.files_below(tmp_path / "data" / "encodings")
+    )
+    with loader.serving(tmp_path / "data") as (url, traffic):
+        monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
+        loader.open_ours(url).batch(0)
+        first, requests = traffic.taken()
+        loader.open_ours(url).batch(0)
+        again, _ = traffic.taken()
+    assert encoded <= first < 1.05 * encoded
+    assert requests >= 4
+    assert again < 0.01 * encoded
