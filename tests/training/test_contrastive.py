@@ -166,11 +166,10 @@ def _features():
 
 
 def test_two_workers_have_the_gradients_of_one(tmp_path):
-    import open_clip.loss  # noqa: F401  (imported before the fork, not by each worker)
-
-    fork = multiprocessing.get_context("fork")
-    sent = fork.Queue()
-    workers = [fork.Process(target=_worker, args=(r, 2, tmp_path / "meet", sent)) for r in range(2)]
+    # Autograd refuses to work in the fork of a process where other tests have used its threads.
+    fresh = multiprocessing.get_context("spawn")
+    sent, meet = fresh.Queue(), tmp_path / "meet"
+    workers = [fresh.Process(target=_worker, args=(r, 2, meet, sent)) for r in range(2)]
     for worker in workers:
         worker.start()
     found = {rank: rest for rank, *rest in (sent.get(timeout=200) for _ in workers)}

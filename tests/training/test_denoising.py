@@ -371,5 +371,6 @@ def test_a_warm_start_goes_on_at_another_resolution(line, tmp_path):
     ours = dict(large.network.named_parameters())
     for name, weights in small.network.named_parameters():
         torch.testing.assert_close(ours[name], weights, rtol=0, atol=1e-9, msg=name)
-    sheets = [Image.open(tmp_path / str(side) / "preview.png").size[0] for side in (8, 16)]
-    assert [size - 2 * 5 for size in sheets] == [4 * 8, 4 * 16], "rows of 4, gaps of 2"
+    for side in (8, 16):
+        with Image.open(tmp_path / str(side) / "preview.png") as sheet:
+            assert sheet.size[0] - 2 * 5 == 4 * side, "rows of 4, gaps of 2"
