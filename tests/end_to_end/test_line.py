@@ -130,16 +130,15 @@ def test_another_cluster_gives_the_same_result(darkroom, first, tmp_path):
 
 def test_growth_reads_only_what_is_new_and_warm_starts(darkroom, first):
     shards = {p.name: p.stat().st_mtime_ns for p in _shards(darkroom)}
+    bases = lambda: set(Path(darkroom.home, "stages").glob("base-*/stage.json"))
+    before = bases()  # those of other tests among them
     grown = darkroom(*darkroom.run_words(data__scenes=900))
     assert grown["data"]["version"] == 2
     assert {"autoencoder", "clip", "t5"} <= set(grown["reused"])
     assert not {"data", "base"} & set(grown["reused"])
     assert shards.items() <= {p.name: p.stat().st_mtime_ns for p in _shards(darkroom)}.items()
-    base = next(
-        p
-        for p in Path(darkroom.home, "stages").glob("base-*/stage.json")
-        if '"parent": "' in p.read_text()
-    )
+    (base,) = bases() - before
+    assert '"parent": "' in base.read_text()
     assert '"images_seen": 640' in base.read_text()  # warm_images: it went on from the champion
     assert grown["verdict"]["reason"]
     assert not grown["verdict"]["first"]

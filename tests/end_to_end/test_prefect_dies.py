@@ -79,7 +79,7 @@ def test_a_run_goes_on_after_the_worker_and_the_server_died(darkroom, gallery, t
         return run["id"]
 
     def committed() -> int:
-        return len([*Path(line.dataset, "staging").glob("*.json")])
+        return len([*Path(line.dataset, "staging").glob("*.jsonl")])
 
     gallery.hold_after(3 * UNIT - 8)
     with home.beside(prefect, environment, logs["server"]) as kill_server:
