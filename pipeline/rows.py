@@ -26,8 +26,7 @@ class Lines:
     """JSON values, one a line, in a file without a name on the disk of a data set."""
 
     def __init__(self, dataset: str):
-        self._folder = storage.join(dataset, "staging")
-        self._file = storage.unnamed(self._folder)
+        self._file = storage.unnamed(storage.join(dataset, "staging"))
         self._ends = array("q", [0])
         self._written = 0
 
