@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow, task
@@ -16,7 +17,7 @@ from pipeline.schema import EncoderSpec
 from .cluster import ray_session
 from .line import Line
 from .progress import meter
-from .recipe import scorers
+from .recipe import PICTURE_EMBEDDING, scorers
 
 
 def ingest_sources(line: Line) -> IngestResult:
@@ -44,29 +45,37 @@ def encode_pixels(line: Line, data: Manifest) -> None:
         encode(data, [pixels_spec(line.recipe.data.side)], None, line.recipe.executor, progress)
 
 
-def encode_stages(line: Line, data: Manifest) -> None:
-    """Latents and text embeddings by the frozen stages."""
+def encode_stages(line: Line, data: Manifest, stages: Sequence[str] | None = None) -> None:
+    """Latents and embeddings of pictures and texts by the frozen stages, for all stages that draw
+    or for these."""
     from training import encoders
 
+    drawing = line.recipe.drawing if stages is None else stages
+    specs = {it.fingerprint: it for name in drawing for it in encoder_specs(line, data, name)}
     with _ray(line), meter("encode") as progress:
-        encode(data, encoder_specs(line, data), encoders.build, line.recipe.executor, progress)
+        encode(data, list(specs.values()), encoders.build, line.recipe.executor, progress)
 
 
-def encoder_specs(line: Line, data: Manifest) -> list[EncoderSpec]:
-    """The encoders that the base listens to, as they are now on disk."""
+def encoder_specs(line: Line, data: Manifest, stage: str = "base") -> list[EncoderSpec]:
+    """The encoders that a drawing stage learns from, as they are now on disk."""
     from training import encoders
 
-    side, rules = line.recipe.data.side, line.recipe.data.encode
+    recipe, side, rules = line.recipe, line.recipe.data.side, line.recipe.data.encode
     buckets = rules.buckets(side)
-
-    def spec(name: str) -> EncoderSpec:
+    specs: list[EncoderSpec] = []
+    if recipe.sees_pixels(stage):
+        specs.append(pixels_spec(side, buckets, rules.flip))
+    for name in recipe.inputs(stage):
         source = line.source(name, data)
         if name == "autoencoder":
-            return encoders.spec_of(source, name, side, buckets, rules.flip, rules.precision)
-        return encoders.spec_of(source, name, precision=rules.precision)
-
-    specs = [spec(name) for name in line.recipe.inputs("base")]
-    return [pixels_spec(side, buckets, rules.flip), *specs] if line.recipe.in_pixels else specs
+            framed = (buckets, rules.flip, rules.precision)
+            specs.append(encoders.spec_of(source, name, side, *framed))
+        else:
+            specs.append(encoders.spec_of(source, name, precision=rules.precision))
+    if recipe.is_told_embedding(stage):
+        clip = line.source("clip", data)
+        specs.append(encoders.spec_of(clip, PICTURE_EMBEDDING, precision=rules.precision))
+    return specs
 
 
 @task(name="ingest", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)

@@ -11,6 +11,7 @@ from typing import Any
 from . import recipe as recipes
 from .line import Line
 from .progress import meter, say
+from .recipe import DENOISING, FROZEN
 from .settings import settings
 
 PADDED = {"clip": 77, "t5": 512}
@@ -46,15 +47,17 @@ def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
     from .build_dataset import encode_stages, encoder_specs
 
     line = _line(recipe, overrides)
-    data, reused = _prepare(line, line.recipe.inputs("base"))
+    data, reused = _prepare(line, tuple(it for it in line.recipe.stages if it in FROZEN))
     encode_stages(line, data)
-    specs = encoder_specs(line, data)
+    every = (it for name in line.recipe.drawing for it in encoder_specs(line, data, name))
+    specs = list({spec.fingerprint: spec for spec in every}.values())
     texts = {
         spec.name: text_storage(
             data, Encoding.at(data.dataset, spec.name, spec.kind, spec.fingerprint), PADDED[family]
         )
         for spec in specs
-        if (family := spec.options.get("family", spec.name).partition("_")[0]) in PADDED
+        if spec.kind == "text"
+        and (family := spec.options.get("family", spec.name).partition("_")[0]) in PADDED
     }
     made = {spec.name: spec.fingerprint for spec in specs}
     shown = ", ".join(f"{name} {value}" for name, value in made.items())
@@ -90,8 +93,8 @@ def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) ->
     data, reused = _prepare(line, line.recipe.inputs(stage))
     if fresh:
         _forget(line, (stage,))
-    if stage == "base":
-        encode_stages(line, data)
+    if stage in DENOISING:
+        encode_stages(line, data, (stage,))
     done, found = fit(line, stage, data)
     where = str(line.stage_dir(stage, data))
     return {

@@ -21,7 +21,7 @@ from pipeline import manifest as manifests
 from pipeline.manifest import Manifest, fingerprint
 from training import results
 
-from .recipe import FROZEN, Recipe, learning
+from .recipe import DENOISING, FROZEN, Recipe, learning
 from .settings import Settings
 
 CODE_VERSION = 1
@@ -86,7 +86,7 @@ class Line:
                 "pretrained": stage.pretrained,
                 "side": self.recipe.data.side,
                 "inputs": [self.stage_identity(i, data) for i in self.recipe.inputs(name)],
-                **({"encode": rules} if rules and name == "base" else {}),
+                **({"encode": rules} if rules and name in DENOISING else {}),
             }
         )
 
@@ -181,6 +181,8 @@ class Line:
         """Generator, scores, package and report of the model these stages make."""
         parts = [self.stage_identity(name, data) for name in self.recipe.stages]
         recipe = self.recipe.model_dump(mode="json", include={"evaluation", "sampler"})
+        samplers = {name: it for name, it in self.recipe.samplers.items() if it}
+        recipe |= {"samplers": samplers} if samplers else {}
         identity = fingerprint({"stages": parts, "data": data.digest} | recipe)
         return self.settings.model(f"{self.recipe.name}-{identity}")
 

@@ -117,6 +117,167 @@ def shapes_classifier() -> Recipe:
     )
 
 
+def shapes_glide() -> Recipe:
+    """GLIDE (Nichol et al. 2022): a base of 16 px that hears the text, a stage that enlarges to 32
+    and hears it too, and a noise-aware CLIP, to hold its guidance against classifier-free guidance.
+    """
+    diffusion = {"path": "cosine", "prediction": "v", "times": "uniform"}
+    return _cascade(
+        "shapes-glide",
+        sides=(16, 32),
+        base=_pixel_base(16, diffusion, caption_dropout=0.2),
+        sr1=_enlarging(16, 32, diffusion, patch=2),
+        noisy_clip=StageRecipe(
+            config={
+                "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
+                "diffusion": diffusion,
+                "side": 16,
+            },
+            training=_training(images=150_000, batch=128, learning_rate=1e-3),
+        ),
+    )
+
+
+def shapes_cdm() -> Recipe:
+    """CDM (Ho et al. 2022): scenes of 16 px, enlarged to 32 and to 64; what is enlarged is damaged
+    in training, by noise for the first and by a blur for the second, and they are told how much.
+    """
+    diffusion = {"path": "cosine", "prediction": "v", "times": "uniform"}
+    return _cascade(
+        "shapes-cdm",
+        sides=(16, 32, 64),
+        base=_pixel_base(16, diffusion),
+        sr1=_enlarging(16, 32, diffusion, patch=2),
+        sr2=_enlarging(32, 64, diffusion, patch=4, images=60_000, augment="blur", strongest=1.0),
+    )
+
+
+def shapes_imagen() -> Recipe:
+    """Imagen (Saharia et al. 2022): T5 alone is heard; a base of 16 px, an Efficient U-Net from 16
+    to 64 px, v-prediction, noise on what is enlarged, dynamic thresholding.
+    """
+    diffusion = {"path": "cosine", "prediction": "v", "times": "uniform"}
+    dynamic = {"threshold": "dynamic", "threshold_quantile": 0.95}
+    efficient = {
+        "kind": "efficient_unet",
+        "channels": 32,
+        "channel_mult": [1, 2, 3],
+        "blocks": [1, 1, 2],
+        "attention": [0, 0, 1],
+        "head_width": 32,
+        "context_width": 128,
+    }
+    recipe = _cascade(
+        "shapes-imagen",
+        sides=(16, 64),
+        base=_pixel_base(16, diffusion, listens=["t5"]),
+        sr1=_enlarging(16, 64, diffusion, network=efficient, listens=["t5"], sampler=dynamic),
+    )
+    return recipe.model_copy(update={"sampler": {**recipe.sampler, **dynamic}})
+
+
+def shapes_unclip() -> Recipe:
+    """unCLIP (Ramesh et al. 2022): a prior draws the CLIP embedding of the picture that is to come,
+    a decoder of 16 px is told it and the caption, a stage enlarges to 32.
+    """
+    diffusion = {"path": "cosine", "prediction": "v", "times": "uniform"}
+    base = _pixel_base(16, diffusion, listens=["clip", "t5", "clip_image"], context_dropout=0.1)
+    return _cascade(
+        "shapes-unclip",
+        sides=(16, 32),
+        base=base,
+        sr1=_enlarging(16, 32, diffusion, patch=2, listens=[]),
+        prior=StageRecipe(
+            config={
+                "data": "embedding",
+                "listens": ["clip"],
+                "network": {"kind": "prior", "width": 192, "depth": 4, "head_width": 32},
+                "diffusion": {**diffusion, "prediction": "x0"},
+            },
+            training=_training(images=200_000, batch=128, learning_rate=1e-3),
+            sampler={"kind": "dpmpp2m", "steps": 12, "guidance": 1.5, "candidates": 2},
+            warm_images=50_000,
+        ),
+    )
+
+
+def _cascade(
+    name: str, *, sides: tuple[int, ...], base: StageRecipe, **stages: StageRecipe
+) -> Recipe:
+    """Scenes drawn in pixels, small ones first. Recipes of one last side share data, CLIP and T5,
+    those of 32 px with `shapes` too.
+    """
+    side, like = sides[-1], shapes()
+    return Recipe(
+        name=name,
+        data=like.data.model_copy(
+            update={"side": side, "dataset": "shapes" if side == 32 else f"shapes-{side}"}
+        ),
+        clip=like.clip,
+        t5=like.t5,
+        base=base,
+        sampler={"kind": "dpmpp2m", "steps": 16, "threshold": "static"},
+        evaluation=EvaluationConfig(kind="shapes", guidance_scales=(2.0, 3.0, 4.5)),
+        gate=GatePolicy.model_validate(
+            {"absolute": {"correct": 0.85}, "non_inferior": {"correct": 0.02}}
+        ),
+        **stages,
+    )
+
+
+def _pixel_base(side: int, diffusion: dict[str, Any], **more: Any) -> StageRecipe:
+    """A base whose pictures are enlarged by other stages."""
+    return StageRecipe(
+        config={
+            "data": "pixels",
+            "side": side,
+            "network": {**_unet(channels=64, blocks=1), "patch": 2},
+            "diffusion": diffusion,
+            **more,
+        },
+        training=_training(images=115_000, batch=64, learning_rate=2e-3),
+        warm_images=30_000,
+    )
+
+
+def _enlarging(
+    low: int,
+    side: int,
+    diffusion: dict[str, Any],
+    *,
+    patch: int = 1,
+    network: dict[str, Any] | None = None,
+    images: int = 60_000,
+    augment: str = "noise",
+    strongest: float = 0.5,
+    listens: list[str] | None = None,
+    sampler: dict[str, Any] | None = None,
+) -> StageRecipe:
+    """A stage that enlarges from `low` to `side` pixels, damaged by up to `strongest`."""
+    return StageRecipe(
+        config={
+            "data": "pixels",
+            "side": side,
+            "low": {"side": low, "augment": augment, "strongest": strongest},
+            "network": network
+            or {
+                "kind": "unet",
+                "channels": 48,
+                "channel_mult": [1, 2],
+                "blocks": 1,
+                "attention": [0, 0],
+                "head_width": 32,
+                "patch": patch,
+            },
+            "listens": listens,
+            "diffusion": diffusion,
+        },
+        training=_training(images=images, batch=64, learning_rate=1.5e-3),
+        sampler={"kind": "dpmpp2m", "steps": 8, "threshold": "static", **(sampler or {})},
+        warm_images=20_000,
+    )
+
+
 _SCENES = IngestRules(shard_samples=3000, near_duplicates="keep")
 """Scenes that differ in a small shape's colour are two scenes."""
 
@@ -366,6 +527,10 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-edm": shapes_edm,
     "shapes-flow": shapes_flow,
     "shapes-classifier": shapes_classifier,
+    "shapes-glide": shapes_glide,
+    "shapes-cdm": shapes_cdm,
+    "shapes-imagen": shapes_imagen,
+    "shapes-unclip": shapes_unclip,
     "pictures": pictures,
     "latent-unet-256": latent_unet_256,
     "latent-dit-256": latent_dit_256,

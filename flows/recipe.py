@@ -11,7 +11,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,8 +21,13 @@ from pipeline.execute import Executor
 from pipeline.ingest import NO_SCORERS, IngestRules, Scorers
 from pipeline.manifest import fingerprint
 
-STAGES = ("autoencoder", "clip", "t5", "base", "classifier", "noisy_clip")
+STAGES = ("autoencoder", "clip", "t5", "prior", "base", "sr1", "sr2", "classifier", "noisy_clip")
+DENOISING = ("prior", "base", "sr1", "sr2")
+"""The stages that draw, in their order: a prior draws embeddings of pictures, sr1 enlarges what the
+base drew, sr2 what sr1 did. All are of one kind."""
 GUIDES = ("classifier", "noisy_clip")
+PICTURE_EMBEDDING = "clip_image"
+"""What a stage listens to that is told the CLIP embedding of the picture itself."""
 FROZEN = ("autoencoder", "clip", "t5")
 """Trained once on a data set and kept when it grows: what they encoded stays valid."""
 
@@ -92,6 +97,11 @@ class DataRecipe(_Part):
         return self
 
 
+def kind_of(stage: str) -> str:
+    """The kind (training.stages) of the stage of this name."""
+    return "base" if stage in DENOISING else stage
+
+
 class StageRecipe(_Part):
     """One network: its config (training.stages) and its training (training.loop)."""
 
@@ -105,6 +115,8 @@ class StageRecipe(_Part):
     """While there is no champion to start from: the directory of a finished stage, or a registered
     model whose stage of this name it is (NAME, the champion; NAME/VERSION), with weights of the
     same shapes. It may have learnt at another resolution."""
+    sampler: dict[str, Any] | None = None
+    """How prior, sr1 and sr2 draw (training.generator.StageSampler); the base's is the recipe's."""
 
 
 class Recipe(_Part):
@@ -117,7 +129,14 @@ class Recipe(_Part):
     autoencoder: StageRecipe = StageRecipe()
     clip: StageRecipe = StageRecipe()
     t5: StageRecipe = StageRecipe()
+    prior: StageRecipe | None = None
+    """Draws the picture's CLIP embedding, which a base is told that listens to "clip_image"
+    (unCLIP); none by default."""
     base: StageRecipe = StageRecipe()
+    sr1: StageRecipe | None = None
+    """Enlarges the base's pictures; none by default."""
+    sr2: StageRecipe | None = None
+    """Enlarges those of sr1; none by default."""
     classifier: StageRecipe | None = None
     """A judge of noisy pictures, for classifier guidance; none by default."""
     noisy_clip: StageRecipe | None = None
@@ -144,10 +163,11 @@ class Recipe(_Part):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of this recipe's model, in the order of their making."""
-        left_out = {"autoencoder": self.in_pixels}
-        left_out |= {name: getattr(self, name) is None for name in GUIDES}
-        # CLIP stays where the base does not listen to it: it judges.
-        left_out["t5"] = "t5" not in (self.base.config.get("listens") or ("t5",))
+        left_out = {name: getattr(self, name) is None for name in STAGES}
+        left_out["autoencoder"] = self.in_pixels
+        # CLIP stays where nobody listens to it: it judges.
+        drawing = [name for name in DENOISING if not left_out[name]]
+        left_out["t5"] = not any("t5" in self._listens(name, ("t5",)) for name in drawing)
         order = sorted(STAGES, key=lambda name: name != "clip") if self._seen_by_clip else STAGES
         return tuple(name for name in order if not left_out.get(name))
 
@@ -160,7 +180,38 @@ class Recipe(_Part):
         """The stages that a stage learns from."""
         if name == "autoencoder" and self._seen_by_clip:
             return ("clip",)
-        return tuple(it for it in self.stages if it in FROZEN) if name == "base" else ()
+        if name not in DENOISING:
+            return ()
+        frozen = tuple(it for it in self.stages if it in FROZEN)
+        if name == "base":
+            return frozen
+        needed = {*self._listens(name, ("clip", "t5"))}
+        needed |= {"clip"} if self.is_told_embedding(name) else set()
+        return tuple(it for it in frozen if it in needed)
+
+    @property
+    def drawing(self) -> tuple[str, ...]:
+        """The stages that draw."""
+        return tuple(name for name in self.stages if name in DENOISING)
+
+    def is_told_embedding(self, name: str) -> bool:
+        """Whether a drawing stage's batches hold the embedding of the picture itself."""
+        return name == "prior" or PICTURE_EMBEDDING in self._listens(name, ())
+
+    def sees_pixels(self, name: str) -> bool:
+        """Whether a drawing stage's batches hold the pictures as they are."""
+        config = self.stage(name).config
+        return config.get("data") == "pixels" or bool(config.get("low"))
+
+    @property
+    def samplers(self) -> dict[str, dict[str, Any]]:
+        """Of the stages that draw, beside the base."""
+        return {it: self.stage(it).sampler or {} for it in self.drawing if it != "base"}
+
+    def _listens(self, name: str, usual: tuple[str, ...]) -> tuple[str, ...]:
+        stage: StageRecipe = getattr(self, name)
+        said = stage.config.get("listens")
+        return usual if said is None else tuple(said)
 
     @property
     def _seen_by_clip(self) -> bool:
@@ -176,8 +227,11 @@ class Recipe(_Part):
         for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
         for name in STAGES:  # what says nothing is as if it were not there
-            if body[name] and body[name]["warm_start"] is None:
-                del body[name]["warm_start"]
+            if body[name] is None and name not in GUIDES:
+                del body[name]
+            for key in ("warm_start", "sampler"):
+                if body.get(name) and body[name][key] is None:
+                    del body[name][key]
         return fingerprint(body)
 
 
@@ -243,12 +297,13 @@ def check_stages(recipe: Recipe) -> None:
     for name in recipe.stages:
         stage = recipe.stage(name)
         try:
-            reconstruct(CONFIGS[name], stage.config, f"{name}.config")
+            reconstruct(CONFIGS[kind_of(name)], stage.config, f"{name}.config")
             reconstruct(TrainingConfig, stage.training, f"{name}.training")
         except ValueError as error:
             raise RecipeError(str(error)) from None
     _check_scorers(recipe)
     _check_sampler(recipe)
+    _check_cascade(recipe)
     for name in GUIDES:
         if getattr(recipe, name) is not None:
             _check_guide(recipe, name)
@@ -299,6 +354,53 @@ def _check_sampler(recipe: Recipe) -> None:
         )
 
 
+def _check_cascade(recipe: Recipe) -> None:
+    """That each stage draws what the next one is told."""
+    from training.generator import StageSampler
+    from training.stages import CONFIGS, reconstruct
+
+    configs: dict[str, Any] = {
+        name: reconstruct(CONFIGS["base"], recipe.stage(name).config, f"{name}.config")
+        for name in recipe.drawing
+    }
+    for name, given in recipe.samplers.items():
+        try:
+            sampler = reconstruct(StageSampler, given, f"{name}.sampler")
+            sampler.build_grid(configs[name].diffusion.build_path())
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+    if recipe.base.sampler is not None:
+        raise RecipeError("base.sampler: the base's sampler is the recipe's: set `sampler`")
+    if "prior" in configs:
+        if configs["prior"].data != "embedding":
+            raise RecipeError("prior.config.data: a prior draws embeddings; set it to embedding")
+        if not recipe.is_told_embedding("base"):
+            raise RecipeError(
+                f"base.config.listens: a prior draws {PICTURE_EMBEDDING}, which the base does not "
+                "listen to; add it, or set prior=null"
+            )
+    side = configs["base"].side or recipe.data.side
+    for before, name in (("base", "sr1"), ("sr1", "sr2")):
+        if name not in configs:
+            continue
+        if before not in configs:
+            raise RecipeError(f"{name}: it enlarges what {before} drew, and there is none")
+        low = configs[name].low
+        if configs[name].data != "pixels" or low is None:
+            raise RecipeError(f"{name}.config: it enlarges pictures: set data=pixels and low.side")
+        if low.side != side:
+            raise RecipeError(
+                f"{name}.config.low.side: got {low.side}, and {before} draws {side} px; make them "
+                "equal"
+            )
+        side = configs[name].side or recipe.data.side
+    if side != recipe.data.side:
+        last = recipe.drawing[-1]
+        raise RecipeError(
+            f"{last}.config.side: got {side}, the last stage draws data.side: {recipe.data.side}"
+        )
+
+
 def _check_guide(recipe: Recipe, guide: str) -> None:
     """A judge of noisy pictures guides pixels, at the noise levels it was trained on."""
     from training.stages import CONFIGS, reconstruct
@@ -306,11 +408,17 @@ def _check_guide(recipe: Recipe, guide: str) -> None:
     if not recipe.in_pixels:
         raise RecipeError(f"{guide}: it guides pixels alone; set base.config.data=pixels")
 
-    def path(name: str) -> Any:
-        config: Any = reconstruct(CONFIGS[name], recipe.stage(name).config, f"{name}.config")
-        return config.diffusion.build_path()
-
-    if path(guide) is not path("base"):  # a path is made once for each description
+    judge, base = (
+        cast(Any, reconstruct(CONFIGS[name], recipe.stage(name).config, f"{name}.config"))
+        for name in (guide, "base")
+    )
+    if judge.side != base.side:
+        raise RecipeError(
+            f"{guide}.config.side: got {judge.side}, and the base that it guides draws "
+            f"{base.side}; make the two equal"
+        )
+    # A path is made once for each description.
+    if judge.diffusion.build_path() is not base.diffusion.build_path():
         raise RecipeError(
             f"{guide}.config.diffusion: another path than that of base.config.diffusion, whose "
             "noise levels it is to judge; make the two equal"

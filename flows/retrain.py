@@ -88,7 +88,7 @@ def run_line(line: Line) -> dict[str, Any]:
         now = time.monotonic()
         step("data", build_dataset(values, name), now)
         data = line.manifest()
-        for stage in line.recipe.inputs("base"):
+        for stage in (it for it in line.recipe.stages if it in FROZEN):
             now = time.monotonic()
             step(stage, train_stage(values, stage, run.id()), now)
         now = time.monotonic()

@@ -98,11 +98,12 @@ def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
 
     started = time.monotonic()
     sources = {name: line.source(name, data) for name in line.recipe.stages}
-    assemble(folder / GENERATOR, sources, line.recipe.sampler)
+    assemble(folder / GENERATOR, sources, line.recipe.sampler, line.recipe.samplers)
     generator = Generator.load(folder / GENERATOR)
     scored = ask(line, data).score(line, generator, "score")
     card = scored.scorecard
-    assemble(folder / GENERATOR, sources, line.recipe.sampler | {"guidance": card.scale})
+    chosen = line.recipe.sampler | {"guidance": card.scale}
+    assemble(folder / GENERATOR, sources, chosen, line.recipe.samplers)
     scored.save(str(folder / SCORES))
     storage.publish_bytes(str(folder / GALLERY), png(scored.gallery(), 2))
     storage.publish_bytes(str(folder / SWEEP), png(scored.grid(), 2))

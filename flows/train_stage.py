@@ -19,6 +19,7 @@ from .build_dataset import encoder_specs
 from .cluster import ray_session
 from .line import Line
 from .progress import meter
+from .recipe import DENOISING, kind_of
 
 _CHANGEABLE = (
     "workers",
@@ -34,8 +35,8 @@ _CHANGEABLE = (
 
 def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
     """What a stage's batches are made of, beside captions."""
-    if name == "base":
-        return encoder_specs(line, data)
+    if name in DENOISING:
+        return encoder_specs(line, data, name)
     return [] if name == "t5" else [pixels_spec(line.recipe.data.side)]
 
 
@@ -56,7 +57,7 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
     parent = line.parent(name, data)
     warm = {"images": stage.warm_images} if parent and stage.warm_images else {}
     return Job(
-        kind=name,
+        kind=kind_of(name),
         fingerprint=line.stage_identity(name, data),
         config=stage.config,
         training=stage.training | warm,
@@ -134,7 +135,9 @@ def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) 
     data = it.manifest()
     stage, reused = train(it, name, data, parent_run)
     told, slug = f"{name} of {it.recipe.name}", name.replace("_", "-")
-    create_markdown_artifact(_summary(stage, reused), key=f"{it.slug}-{slug}", description=told)
+    create_markdown_artifact(
+        _summary(name, stage, reused), key=f"{it.slug}-{slug}", description=told
+    )
     preview = it.stage_dir(name, data) / results.PREVIEW
     if preview.exists():
         picture = base64.b64encode(preview.read_bytes()).decode()
@@ -146,8 +149,8 @@ def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) 
     return {"stage": name, "reused": reused, "seconds": stage.get("seconds", 0.0)}
 
 
-def _summary(stage: dict[str, Any], reused: bool) -> str:
-    lines = [f"## {stage['kind']}" + (" (found trained)" if reused else ""), "", "| | |", "|-|-|"]
+def _summary(name: str, stage: dict[str, Any], reused: bool) -> str:
+    lines = [f"## {name}" + (" (found trained)" if reused else ""), "", "| | |", "|-|-|"]
     shown = {k: stage.get(k) for k in ("images_seen", "seconds", "parameters", "fingerprint")}
     for key, value in (shown | stage.get("measured", {})).items():
         if not isinstance(value, list):  # the latents' scale and shift, channel by channel

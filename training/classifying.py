@@ -20,6 +20,7 @@ from pipeline import shapes
 
 from .autoencoding import to_unit
 from .diffusion import Cond, DiffusionConfig, Model, normal
+from .enlarging import shrunk
 from .measuring import fixed_batches, heldout
 from .networks import Classifier, ClassifierConfig, HeadConfig
 from .stage import Batch, Stage, evaluating, to_tensors
@@ -66,6 +67,8 @@ class ClassifierStageConfig:
     """Its heads are those of the attributes."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """That of the base which is guided; its times may be others."""
+    side: int = 0
+    """To which pictures are shrunk, as the base's are; 0: the data's."""
 
     def __post_init__(self):
         object.__setattr__(self, "attributes", tuple(self.attributes))
@@ -155,6 +158,7 @@ class ClassifierStage(Stage):
 
     def _noisy(self, batch: Batch, t: Tensor, seed: int, purpose: str) -> Tensor:
         x0 = to_unit(batch["pixels"])
+        x0 = shrunk(x0, self.config.side) if self.config.side else x0
         a, s = self.config.diffusion.build_path().at(t, x0)
         return a * x0 + s * normal(seed, f"{purpose}noise", batch["position"], x0.shape[1:])
 

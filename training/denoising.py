@@ -1,23 +1,27 @@
-"""The base stage: a network learns the denoiser of latents, told by captions, some of them dropped.
+"""The stages that denoise: a network learns the denoiser of latents, of pictures or of embeddings.
 
-Latents are sampled anew from their moments at every look, and shifted and scaled to mean 0 and
-deviation 1 by what was measured once. Every draw (latent, time, noise, dropout) is a function of
-(seed, purpose, global position).
+The base draws latents or pictures from captions, some of them dropped. What comes after it in a
+cascade is the same, told the smaller picture besides; unCLIP's prior is the same for the embedding
+of a picture, and its decoder a base that is told that embedding. Latents are sampled anew from
+their moments at every look, and shifted and scaled to mean 0 and deviation 1 by what was measured
+once. Every draw (latent, time, noise, dropout) is a function of (seed, purpose, global position).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .autoencoding import sample_latent, to_bytes, to_unit
+from .classifying import AttributeConfig
 from .diffusion import (
     Cond,
     DiffusionConfig,
@@ -31,12 +35,18 @@ from .diffusion import (
 from .diffusion.objective import Uncertainty, hybrid_loss
 from .diffusion.prediction import Network
 from .diffusion.samplers import karras_grid
+from .enlarging import LowConfig, shrunk
 from .measuring import ChannelStatistics, alike, fixed_batches, fixed_rows, heldout
-from .networks import ContextConfig, DenoiserConfig, UNetConfig
+from .networks import ContextConfig, DenoiserConfig, PriorConfig, UNetConfig
 from .networks import build as build_network
 from .stage import Batch, Stage, evaluating, to_tensors
 
-Latents = Float[Tensor, "batch channel height width"]
+Latents = Float[Tensor, "batch channel *place"]
+"""Of pictures [B, C, height, width]; embeddings are [B, C]."""
+PICTURE_EMBEDDING = "clip_image"
+"""The context that is the embedding of the picture itself, by CLIP's image tower."""
+EMBEDDING_TOKENS = 4
+"""Of them the network makes so many of the picture's embedding (Ramesh et al. 2022, sec. 2.1)."""
 HALF_BYTE = 127.5
 """Bytes in one unit of the data, which lies in [-1, 1]."""
 LEAST_LEVEL = 0.01
@@ -50,13 +60,21 @@ class BaseStageConfig:
     """What is denoised by what network, and what it is told."""
 
     kind: Literal["base"] = "base"
-    network: DenoiserConfig = field(default_factory=UNetConfig)
-    """Channels and contexts that are left out are those of the inputs."""
+    network: DenoiserConfig | PriorConfig = field(default_factory=UNetConfig)
+    """Channels, classes and contexts that are left out are those of the inputs."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    data: Literal["moments", "pixels"] = "moments"
-    """Latents of an autoencoder, or the pictures themselves."""
+    data: Literal["moments", "pixels", "embedding"] = "moments"
+    """Latents of an autoencoder, the pictures themselves, or their embeddings by the inputs' CLIP,
+    whose length is made the square root of their width (unCLIP's prior)."""
+    side: int = 0
+    """Of pixels: the side to which pictures are shrunk, by means of squares; 0: the data's."""
+    low: LowConfig | None = None
+    """The smaller picture that is enlarged; None: nothing is."""
     listens: tuple[str, ...] | None = None
-    """The text encoders that are listened to; None: all of the inputs."""
+    """The text encoders that are listened to, and "clip_image" for the picture's own embedding;
+    None: all text encoders of the inputs."""
+    attributes: tuple[AttributeConfig, ...] = ()
+    """Of the samples' labels; their answers together are the class that the network is told."""
     caption_dropout: float = 0.1
     """Share of rows that are trained without any caption, which is what guidance needs."""
     context_dropout: float = 0.0
@@ -72,9 +90,24 @@ class BaseStageConfig:
         for name in ("caption_dropout", "context_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        if self.network.low_channels:
-            raise ValueError("a base stage has no low_channels: set them to 0")
-        if self.network.learned_variance and self.diffusion.uncertainty:
+        prior = isinstance(self.network, PriorConfig)
+        if prior != (self.data == "embedding"):
+            raise ValueError(
+                f"network.kind {self.network.kind!r} does not denoise {self.data}: wanted 'prior' "
+                "for data 'embedding', and a network of pictures for the rest"
+            )
+        if self.side and self.data != "pixels":
+            raise ValueError(f"side is of data 'pixels' alone, got {self.side} for {self.data!r}")
+        if self.low and prior:
+            raise ValueError("low: embeddings are not enlarged; set it to null")
+        if not prior and self.network.low_channels and not self.low:
+            raise ValueError("network.low_channels: nothing is enlarged here; set low, or leave it")
+        if self.low and self.side and (self.side % self.low.side or self.side == self.low.side):
+            raise ValueError(
+                f"low.side: got {self.low.side}, wanted a proper divisor of side {self.side}"
+            )
+        object.__setattr__(self, "attributes", tuple(self.attributes))
+        if self.learned_variance and self.diffusion.uncertainty:
             raise ValueError(
                 "network.learned_variance and diffusion.uncertainty: the bound that teaches the "
                 "variance has no learned weight; set one of them to false"
@@ -82,9 +115,26 @@ class BaseStageConfig:
         if self.listens is not None:
             object.__setattr__(self, "listens", tuple(self.listens))
 
+    @property
+    def learned_variance(self) -> bool:
+        return not isinstance(self.network, PriorConfig) and self.network.learned_variance
+
+    @property
+    def channels(self) -> int:
+        """Of what is denoised."""
+        network = self.network
+        return network.vector if isinstance(network, PriorConfig) else network.in_channels
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The contexts that are of captions."""
+        names = (context.name for context in self.network.contexts)
+        return tuple(name for name in names if name != PICTURE_EMBEDDING)
+
 
 class BaseStage(Stage):
-    """Trains on `moments` (or `pixels`) and the text fields of its contexts."""
+    """Trains on `moments`, `pixels` or `clip_image_pooled`, the text fields of its contexts, and
+    with `low` on `pixels` too."""
 
     kind = "base"
     shift: Tensor
@@ -99,10 +149,10 @@ class BaseStage(Stage):
         self.network = build_network(config.network)
         self.weight = config.diffusion.build_weight()
         self.uncertainty = config.diffusion.build_uncertainty()
-        channels = config.network.in_channels
-        self.register_buffer("shift", torch.zeros(channels))
-        self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("latent_shape", torch.zeros(3, dtype=torch.int64))
+        axes = 1 if config.data == "embedding" else 3
+        self.register_buffer("shift", torch.zeros(config.channels))
+        self.register_buffer("scale", torch.ones(config.channels))
+        self.register_buffer("latent_shape", torch.zeros(axes, dtype=torch.int64))
 
     @property
     def model(self) -> Model:
@@ -112,13 +162,13 @@ class BaseStage(Stage):
     def build_model(self, network: Network) -> Model:
         """The same with `network` called in its place."""
         return self.config.diffusion.build_model(
-            network, learned_variance=self.config.network.learned_variance
+            network, learned_variance=self.config.learned_variance
         )
 
     def prepare(self, loader: Any) -> None:
         """Take the latents' shift and scale from the autoencoder's stage, or measure them."""
         self.adapt(loader)
-        if self.config.data == "pixels":
+        if self.config.data != "moments":
             return
         measured = _measured(self.inputs.get("autoencoder"))
         if measured is None:
@@ -140,7 +190,7 @@ class BaseStage(Stage):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         position, config = batch["position"], self.config
-        cond = dict(self.cond(batch))
+        cond = dict(self.cond(batch, self.seed))
         cond["keep"] = uniform(self.seed, "keep", position) >= config.caption_dropout
         if config.context_dropout:
             for context in config.network.contexts:
@@ -150,7 +200,7 @@ class BaseStage(Stage):
 
     def heldout_loss(self, batch: Batch, seed: int = 0) -> Float[Tensor, " batch"]:
         """The loss on (latent, time, noise) fixed by seed and position, with every caption."""
-        return self._loss(batch, self.cond(batch), seed, "heldout/")
+        return self._loss(batch, self.cond(batch, seed, "heldout/"), seed, "heldout/")
 
     def bits_per_dim(self, batch: Batch, seed: int = 0, steps: int = 40) -> Float[Tensor, " batch"]:
         """-log2 p(picture | caption) per byte: the probability-flow ODE, a uniform draw added to
@@ -158,8 +208,11 @@ class BaseStage(Stage):
 
         ValueError for a base of latents: what an autoencoder loses has no density.
         """
-        if self.config.data != "pixels":
-            raise ValueError(f"bits per dimension need data 'pixels', got {self.config.data!r}")
+        if self.config.data != "pixels" or self.config.side:
+            raise ValueError(
+                "bits per dimension need data 'pixels' as they are, got "
+                f"{self.config.data!r}, side {self.config.side}"
+            )
         position, x = batch["position"], self._plain(batch)
         shape = tuple(x.shape[1:])
         x = x + (uniform(seed, "dequantize", position, shape).to(x) - 0.5) / HALF_BYTE
@@ -167,7 +220,7 @@ class BaseStage(Stage):
         last = path.ratio(torch.ones((), dtype=torch.float64)).item()
         grid = karras_grid(path, steps, LEAST_LEVEL, min(80.0, last))
         probe = normal(seed, "probe", position, shape).to(x).sign()
-        cond = self.cond(batch)
+        cond = self.cond(batch, seed, "heldout/")
         nats = log_likelihood(self.model, path, x, grid, cond, probe=probe, data_std=x.std().item())
         return math.log2(HALF_BYTE) - nats / (math.log(2) * x[0].numel())
 
@@ -183,7 +236,7 @@ class BaseStage(Stage):
         x0 = self.latents(batch, seed, f"{purpose}posterior")
         t = self.config.diffusion.draw_times(seed, position, f"{purpose}time")
         eps = normal(seed, f"{purpose}noise", position, x0.shape[1:])
-        if self.config.network.learned_variance:
+        if self.config.learned_variance:
             steps = self.config.diffusion.table_steps
             return hybrid_loss(self.model, x0, t, eps, cond, self.weight, steps=steps)
         return loss(self.model, x0, t, eps, cond, self.weight, uncertainty)
@@ -193,14 +246,33 @@ class BaseStage(Stage):
         x = self._plain(batch)
         if self.config.data == "moments" and batch["moments"].shape[1] != x.shape[1]:
             x = sample_latent(batch["moments"], seed, batch["position"], purpose)
-        return (x - self.shift[:, None, None]) * self.scale[:, None, None]
+        return (x - _channels(self.shift, x)) * _channels(self.scale, x)
 
     def unscaled(self, x: Latents) -> Latents:
-        """What the autoencoder decodes."""
-        return x / self.scale[:, None, None] + self.shift[:, None, None]
+        """What the autoencoder decodes; embeddings of length 1."""
+        x = x / _channels(self.scale, x) + _channels(self.shift, x)
+        return F.normalize(x, dim=1) if self.config.data == "embedding" else x
 
-    def cond(self, batch: Batch) -> Cond:
-        """The fields that the network reads. ValueError names one that the batch lacks."""
+    def cond(self, batch: Batch, seed: int = 0, purpose: str = "") -> Cond:
+        """What the network reads; damage to the smaller picture is drawn from (seed, purpose).
+        ValueError names a field that the batch lacks."""
+        config, cond = self.config, dict(self._fields(batch))
+        if config.attributes:
+            cond["y"] = self.classes(batch["label"], batch["position"].device)
+        if config.low:
+            position = batch["position"]
+            small = shrunk(to_unit(self._field(batch, "pixels")), config.low.side)
+            strength = config.low.draw(seed, position, purpose)
+            noise = config.low.noise(seed, position, small, purpose)
+            cond |= config.low.told(small, strength, self.model, noise)
+        return cond
+
+    def classes(self, labels: Sequence[Any], device: torch.device | str) -> Int64[Tensor, " row"]:
+        """The class of each label: its attributes' answers as the digits of a number; the null
+        class where one is missing."""
+        return torch.tensor([_class(self.config.attributes, it) for it in labels], device=device)
+
+    def _fields(self, batch: Batch) -> Cond:
         wanted = [
             f"{context.name}_{part}"
             for context in self.config.network.contexts
@@ -212,7 +284,8 @@ class BaseStage(Stage):
         if missing := [name for name in wanted if name not in batch]:
             raise ValueError(
                 f"base: the batch has no {', '.join(missing)} (it has {', '.join(sorted(batch))}): "
-                "encode the captions with these encoders and give their encodings to the stage"
+                "encode captions and pictures with these encoders and give their encodings to the "
+                "stage"
             )
         return {name: batch[name] for name in wanted}
 
@@ -231,12 +304,15 @@ class BaseStage(Stage):
 
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
         """Samples for fixed captions, held-out if there are any: uint8 [n, H, W, 3], n <= 16."""
+        if self.config.data == "embedding":
+            return None
         shown = alike(heldout(loader) or loader)[0]
         batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.shift.device)
         position = torch.arange(len(batch["position"]), device=self.shift.device)
         with evaluating(self):
             eps = normal(seed, "preview", position, self.latent_shape.tolist())
-            x = self.config.preview.sample(self.model, eps, self.cond(batch))
+            cond = self.cond(batch, seed, "preview/")
+            x = self.config.preview.sample(self.model, eps, cond)
             if self.config.data == "pixels":
                 return to_bytes(x).permute(0, 2, 3, 1).cpu().numpy()
             if "autoencoder" not in self.inputs:
@@ -248,16 +324,17 @@ class BaseStage(Stage):
             return codec.decode(self.unscaled(x)).permute(0, 2, 3, 1).cpu().numpy()
 
     def _plain(self, batch: Batch) -> Latents:
-        """Pictures in [-1, 1] or means of latents. ValueError unless they fit the network."""
-        field = self.config.data
-        if field not in batch:
-            raise ValueError(
-                f"base: the batch has no {field} (it has {', '.join(sorted(batch))}): "
-                "encode the pictures first"
-            )
-        x, channels = batch[field], self.config.network.in_channels
-        if field == "pixels":
+        """Pictures in [-1, 1], means of latents, or embeddings of the length that noise has.
+        ValueError unless they fit the network."""
+        data, channels = self.config.data, self.config.channels
+        field = f"{PICTURE_EMBEDDING}_pooled" if data == "embedding" else data
+        x = self._field(batch, field)
+        if data == "pixels":
             x = to_unit(x)
+            x = shrunk(x, self.config.side) if self.config.side else x
+        elif data == "embedding":
+            # Of length 1 it would drown in noise whose values are of deviation 1 each.
+            x = F.normalize(x.float(), dim=1) * channels**0.5
         elif x.shape[1] == 2 * channels:
             x = x.chunk(2, dim=1)[0]
         if x.shape[1] != channels:
@@ -266,6 +343,14 @@ class BaseStage(Stage):
                 f"in_channels {channels}; wanted as many, or twice (mean and log-variance)"
             )
         return x.float()
+
+    def _field(self, batch: Batch, name: str) -> Tensor:
+        if name not in batch:
+            raise ValueError(
+                f"base: the batch has no {name} (it has {', '.join(sorted(batch))}): "
+                "encode the pictures first"
+            )
+        return batch[name]
 
     def _measure(self, loader: Any) -> dict[str, Tensor]:
         """Over samples that are the same for all workers."""
@@ -292,9 +377,14 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
     ValueError when it states others than the inputs have.
     """
     from .encoders import shapes
+    from .encoders.sources import open_source
 
     network = config.network
-    if "autoencoder" in inputs and config.data == "moments":
+    if config.data == "embedding":
+        if "clip" in inputs:
+            _, width = shapes.clip_shape(open_source(inputs["clip"], "clip"))
+            network = replace(network, vector=width)
+    elif "autoencoder" in inputs and config.data == "moments":
         channels = shapes.latent_channels(inputs["autoencoder"])
         if network.in_channels not in (channels, type(network)().in_channels):
             raise ValueError(
@@ -304,11 +394,20 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
         network = replace(network, in_channels=channels)
     elif config.data == "pixels":
         network = replace(network, in_channels=3)
+    if config.low:
+        network = replace(network, low_channels=3)
+    if config.attributes:
+        network = replace(network, classes=class_count(config.attributes))
     found = {
         name: ContextConfig(name, *shapes.text_widths(where, name))
         for name, where in inputs.items()
         if name != "autoencoder" and (config.listens is None or name in config.listens)
     }
+    if PICTURE_EMBEDDING in (config.listens or ()) and "clip" in inputs:
+        _, width = shapes.clip_shape(open_source(inputs["clip"], "clip"))
+        found[PICTURE_EMBEDDING] = ContextConfig(
+            PICTURE_EMBEDDING, pooled_width=width, pooled_tokens=EMBEDDING_TOKENS
+        )
     if config.listens and inputs and (missing := set(config.listens) - found.keys()):
         raise ValueError(
             f"listens names {', '.join(sorted(missing))}, the inputs are {', '.join(inputs)}"
@@ -326,6 +425,26 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
                 "leave contexts out"
             )
     return replace(config, network=network)
+
+
+def class_count(attributes: Sequence[AttributeConfig]) -> int:
+    """How many classes the attributes' answers make."""
+    return math.prod(len(it.answers) for it in attributes)
+
+
+def _class(attributes: Sequence[AttributeConfig], label: Any) -> int:
+    number = 0
+    for it in attributes:
+        answer = (label or {}).get(it.name)
+        if answer not in it.answers:
+            return class_count(attributes)
+        number = number * len(it.answers) + it.answers.index(answer)
+    return number
+
+
+def _channels(values: Tensor, x: Tensor) -> Tensor:
+    """A value of each channel, along axis 1 of x."""
+    return values.view(-1, *(1,) * (x.ndim - 2))
 
 
 def _measured(autoencoder: str | None) -> dict[str, Any] | None:

@@ -1,5 +1,9 @@
 """Text -> pictures: captions are encoded, latents are sampled, the autoencoder decodes them.
 
+A model is a fold over stages: a prior draws the embedding of the picture that is to come, the base
+draws latents or a picture, and what follows enlarges it. Each may be missing but the base, and each
+stage is told the captions, and what the stage before it drew.
+
 A generator is one directory: generator.json and a folder for each stage, JSON and safetensors only.
 Picture i is a function of its own prompt and seed: its noise comes from (seed, "sample"), and its
 words are padded to a length that no neighbour changes.
@@ -10,17 +14,17 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, normalize
 
 from .diffusion import Cond, SamplerConfig, classifier, normal
 from .diffusion.guidance import Guide, clip_log_prob, linear_inverse, reconstruction
@@ -33,7 +37,33 @@ FORMAT = 1
 BATCH = 32
 """Pictures drawn at once: a bound on memory."""
 
+PRIOR, BASE, ENLARGING = "prior", "base", ("sr1", "sr2")
+DENOISING = (PRIOR, BASE, *ENLARGING)
+"""The stages that draw, in their order."""
+EMBEDDING = "clip_image"
+
 Pictures = UInt8[np.ndarray, "picture height width 3"]
+Embeddings = Float[Tensor, "picture width"]
+"""Of pictures by CLIP, of length 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSampler(SamplerConfig):
+    """How a stage before or after the base draws."""
+
+    level: float = 0.0
+    """Of an enlarging stage: how strongly the picture that it enlarges is damaged first, in the
+    units of LowConfig.strongest (CDM and Imagen sweep it)."""
+    candidates: int = 1
+    """Of a prior: embeddings that are drawn, the one nearest to the caption's is taken (unCLIP:
+    2)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.level < 0 or self.candidates < 1:
+            raise ValueError(
+                f"wanted level >= 0 and candidates >= 1, got {self.level} and {self.candidates}"
+            )
 
 
 @dataclass(frozen=True)
@@ -85,6 +115,12 @@ class Generator:
     """Folder of a CLIP stage with both towers, for CLIP guidance; None without one."""
     noisy_clip: Any = None
     """The noise-aware CLIP stage, which guides in that one's place; None without one."""
+    prior: Any = None
+    """The stage that draws embeddings of pictures from captions; None where the base needs none."""
+    enlarging: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The stages that follow the base, by name, in their order."""
+    samplers: Mapping[str, StageSampler] = field(default_factory=dict[str, StageSampler])
+    """Of the prior and the enlarging stages."""
 
     @classmethod
     def load(
@@ -110,8 +146,9 @@ class Generator:
             )
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         sampler = reconstruct(SamplerConfig, described["defaults"], "defaults")
+        samplers = _stage_samplers(described.get("samplers", {}))
         sources = {name: Path(directory, name) for name in described["stages"]}
-        return _open(sources, sampler, device, precision or _precision(device))
+        return _open(sources, sampler, samplers, device, precision or _precision(device))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -131,20 +168,25 @@ class Generator:
         classifier_guidance: float = 0.0,
         clip_guidance: float = 0.0,
         known: Known | None = None,
+        embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         **options: Any,
     ) -> Pictures:
         """Pictures uint8 [n, H, W, 3], one for each prompt; with an integer seed, i has seed + i.
 
         `negative` is what guidance leads away from: one text, or one for each prompt. `sampler` is
-        a kind of SamplerConfig, `options` are any other fields of it (guidance_interval, eta, ...).
-        What is left out is the generator's default. An empty text is no caption at all.
+        a kind of SamplerConfig, `options` are any other fields of it (guidance_interval, eta, ...),
+        and those of another stage's StageSampler by its name (`**{"sr1.level": 0.2}`). What is left
+        out is the generator's default. An empty text is no caption at all. A base that is told
+        classes reads them from `labels`.
 
         `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage, for one
         mapping of attributes to answers a prompt; `clip_guidance` that of the noise-aware CLIP, or
         else of the line's CLIP, which judges the estimate of the picture. Both come on top of
         `guidance`: 0 there leaves the captions to them. `known` is what the pictures must agree
         with, one for each prompt: inpainting and super-resolution by conditioning alone (PiGDM,
-        Song et al. 2023). ValueError where the generator lacks what they need.
+        Song et al. 2023). `embeddings` are what unCLIP's decoder is told of the pictures: what its
+        prior draws, one given for each prompt, the caption's own in the same space ("text"), or
+        nothing. ValueError where the generator lacks what they need.
         """
         chosen = {"guidance": guidance, "steps": steps, "kind": sampler, **options}
         guides = [
@@ -152,12 +194,43 @@ class Generator:
             *self._clip_guide(prompts, clip_guidance),
             *self._known_guide(prompts, known),
         ]
+        asked = _Asked.of(prompts, negative, seed, labels, embeddings)
         pictures = [
-            self._decoded(x)
-            for x in self._latents(prompts, negative, seed, self._sampler(chosen), guides)
+            list(self._stages(asked.rows(rows), chosen, [make(rows) for make in guides]))[-1][1]
+            for rows in asked.batches()
         ]
         shape = (0, self.resolution, self.resolution, 3)
         return np.concatenate(pictures) if pictures else np.zeros(shape, np.uint8)
+
+    def stages(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        labels: Sequence[Mapping[str, str]] | None = None,
+        embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
+        **options: Any,
+    ) -> dict[str, Pictures]:
+        """What each stage that draws pictures drew, by its name, the last of them what a call
+        returns; `options` are fields of SamplerConfig, as there."""
+        asked = _Asked.of(prompts, negative, seed, labels, embeddings)
+        parts = [dict(self._stages(asked.rows(rows), options)) for rows in asked.batches()]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def embed(self, pictures: Pictures) -> Embeddings:
+        """The embeddings of square pictures. ValueError without a CLIP that has an image tower."""
+        if self.clip is None:
+            raise ValueError("embed: this generator has no CLIP with an image tower")
+        x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+        return self._judge.images(x.to(self._device))
+
+    def embed_texts(self, texts: Sequence[str]) -> Embeddings:
+        """The embeddings of captions, in the space of those of pictures."""
+        if "clip" not in self.encoders:
+            raise ValueError("embed_texts: this generator has no CLIP")
+        pooled = torch.from_numpy(self.encoders["clip"](texts)[1]).to(self._device)
+        return normalize(pooled.float(), dim=1)
 
     @torch.no_grad()
     def between(
@@ -167,11 +240,12 @@ class Generator:
         the first seed's picture (DDIM, Song et al. 2021, sec. 5.3). `options` are fields of
         SamplerConfig; without them the sampler is deterministic.
         """
-        sampler = self._sampler({"kind": "ddim", "eta": 0.0, "corrections": 0, **options})
-        first, last = self._drawn([seeds[0]], "sample"), self._drawn([seeds[1]], "sample")
+        first, last = (self._drawn(self.base, [seed], "sample") for seed in seeds)
         eps = torch.cat([slerp(first, last, share) for share in shares])
-        cond = self.cond([prompt] * len(shares))
-        return self._decoded(self._sampled(cond, None, [seeds[0]] * len(shares), sampler, (), eps))
+        # All else, as what the prior or the enlarging stages draw, is the first seed's.
+        asked = _Asked.of([prompt] * len(shares), None, [seeds[0]] * len(shares))
+        chosen = {"kind": "ddim", "eta": 0.0, "corrections": 0, **options}
+        return list(self._stages(asked, chosen, eps=eps))[-1][1]
 
     @torch.no_grad()
     def latents(
@@ -183,7 +257,14 @@ class Generator:
         **options: Any,
     ) -> Float[Tensor, "picture channel height width"]:
         """What a call decodes, still shifted and scaled; `options` are fields of SamplerConfig."""
-        return torch.cat([*self._latents(prompts, negative, seed, self._sampler(options))])
+        asked = _Asked.of(prompts, negative, seed)
+        sampler, samplers = self._samplers(options)
+        return torch.cat(
+            [
+                self._latents(part, self._read(part), sampler, samplers)
+                for part in map(asked.rows, asked.batches())
+            ]
+        )
 
     @torch.no_grad()
     def denoising_loss(
@@ -199,8 +280,8 @@ class Generator:
         self, batch: Mapping[str, Any], seed: int = 0
     ) -> Float[np.ndarray, " sample"] | None:
         """-log2 p(picture | caption) per byte for each row of a loader's batch; None for a model of
-        latents, which has no such density."""
-        if self.codec is not None:
+        latents or a cascade, which has no such density."""
+        if self.codec is not None or self.enlarging or self.prior:
             return None
         return self.base.bits_per_dim(to_tensors(batch, self._device), seed).cpu().numpy()
 
@@ -216,36 +297,92 @@ class Generator:
     def _device(self) -> torch.device:
         return self.base.shift.device
 
-    def _sampler(self, chosen: Mapping[str, Any]) -> SamplerConfig:
+    def _samplers(
+        self, chosen: Mapping[str, Any]
+    ) -> tuple[SamplerConfig, Mapping[str, StageSampler]]:
+        """(the base's sampler, those of the others), with what a call chose."""
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        if unknown := chosen.keys() - asdict(self.sampler).keys():
-            raise ValueError(
-                f"a sampler has no {', '.join(sorted(unknown))}; it has {', '.join(self.defaults)}"
-            )
-        return replace(self.sampler, **chosen)
+        mine = {name: chosen.pop(name) for name in [*chosen] if "." not in name}
+        samplers = dict(self.samplers)
+        for name, value in chosen.items():
+            stage, _, key = name.partition(".")
+            if stage not in samplers:
+                has = ", ".join(samplers) or "none beside the base"
+                raise ValueError(f"{name}: no stage {stage!r} that draws; this generator has {has}")
+            samplers[stage] = _replaced(samplers[stage], {key: value}, f"{stage}: ")
+        return _replaced(self.sampler, mine), samplers
 
     @torch.no_grad()
+    def _stages(
+        self,
+        asked: _Asked,
+        chosen: Mapping[str, Any],
+        guides: Sequence[Guide] = (),
+        eps: Tensor | None = None,
+    ) -> Iterator[tuple[str, Pictures]]:
+        """(name, its pictures) of each stage that draws pictures."""
+        from .autoencoding import to_bytes, to_unit
+
+        sampler, samplers = self._samplers(chosen)
+        told = self._read(asked)
+        x = self._latents(asked, told, sampler, samplers, guides, eps)
+        pixels = to_bytes(x) if self.codec is None else self.codec.decode(self.base.unscaled(x))
+        yield BASE, _numpy(pixels)
+        x = x.clamp(-1, 1) if self.codec is None else to_unit(pixels)
+        for name, stage in self.enlarging.items():
+            low = stage.config.low
+            strength = torch.full((len(x),), samplers[name].level, device=x.device)
+            noise = self._drawn(stage, asked.seeds, f"{name}/level", x.shape[1:])
+            damaged = low.told(x, strength, stage.model, noise)
+            x = self._sampled(name, stage, asked, told, samplers[name], damaged).clamp(-1, 1)
+            yield name, _numpy(to_bytes(x))
+
     def _latents(
         self,
-        prompts: Sequence[str],
-        negative: str | Sequence[str] | None,
-        seed: int | Sequence[int],
+        asked: _Asked,
+        told: _Told,
         sampler: SamplerConfig,
-        guides: Sequence[Callable[[slice], Guide]] = (),
-    ):
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts: wanted a list of texts, got one text: {prompts!r:.80}")
-        count = len(prompts)
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [*map(int, seed)]
-        negatives = [negative] * count if isinstance(negative, str) else negative
-        for name, values in {"seed": seeds, "negative": negatives}.items():
-            if values is not None and len(values) != count:
-                raise ValueError(f"{name}: got {len(values)} for {count} prompts")
-        for start in range(0, count, BATCH):
-            rows = slice(start, start + BATCH)
-            against = None if negatives is None else self.cond(negatives[rows])
-            cond, around = self.cond(prompts[rows]), [make(rows) for make in guides]
-            yield self._sampled(cond, against, seeds[rows], sampler, around)
+        samplers: Mapping[str, StageSampler],
+        guides: Sequence[Guide] = (),
+        eps: Tensor | None = None,
+    ) -> Tensor:
+        """What the base draws."""
+        more: dict[str, Tensor] = {}
+        if self.base.config.attributes:
+            labels = asked.labels or [None] * len(asked.prompts)
+            more["y"] = self.base.classes(labels, self._device)
+        if (z := self._embeddings(asked, told, samplers)) is not None:
+            more[f"{EMBEDDING}_pooled"] = z
+        return self._sampled(BASE, self.base, asked, told, sampler, more, guides, eps)
+
+    def _embeddings(
+        self, asked: _Asked, told: _Told, samplers: Mapping[str, StageSampler]
+    ) -> Embeddings | None:
+        """What the base is told of the pictures to come; None where it is told nothing."""
+        wanted = asked.embeddings
+        listens = any(it.name == EMBEDDING for it in self.base.config.network.contexts)
+        if not listens:
+            if not isinstance(wanted, str) or wanted == "text":
+                raise ValueError("embeddings: the base of this generator is told none")
+            return None
+        if isinstance(wanted, Tensor):
+            return wanted.to(self._device)
+        if wanted == "text":
+            return self.embed_texts(asked.prompts)
+        if wanted == "none" or self.prior is None:
+            return None
+        sampler = samplers[PRIOR]
+        drawn = [
+            self.prior.unscaled(
+                self._sampled(f"{PRIOR}/{k}" if k else PRIOR, self.prior, asked, told, sampler)
+            )
+            for k in range(sampler.candidates)
+        ]
+        if len(drawn) == 1:
+            return drawn[0]
+        texts = normalize(told.texts["clip_pooled"].float(), dim=1)
+        near = torch.stack([(z * texts).sum(1) for z in drawn]).argmax(0)
+        return torch.stack(drawn)[near, torch.arange(len(near), device=near.device)]
 
     def _classifier_guide(
         self, prompts: Sequence[str], labels: Sequence[Mapping[str, str]] | None, scale: float
@@ -293,7 +430,7 @@ class Generator:
             return []
         if self.codec is not None:
             raise ValueError("known: needs a base of pixels, and this generator draws latents")
-        side = self.resolution // known.factor
+        side = self.base.latent_shape.tolist()[-1] // known.factor
         wanted = (len(prompts), side, side, 3)
         masked = wanted[:3] if known.mask is None else known.mask.shape
         if known.pictures.shape != wanted or masked != wanted[:3]:
@@ -304,68 +441,180 @@ class Generator:
         path = self.base.config.diffusion.build_path()
         return [lambda rows: known.guide(rows, path, self._device)]
 
-    def cond(self, texts: Sequence[str]) -> Cond:
-        """What the network is told by these texts; a blank one is the null condition."""
-        cond = {"keep": torch.tensor([bool(text.strip()) for text in texts], device=self._device)}
-        for context in self.base.config.network.contexts:
-            encoder, name = self.encoders[context.name], context.name
+    def cond(self, texts: Sequence[str], stage: Any = None) -> Cond:
+        """What a stage's network (the base's) is told by these texts; a blank one is the null
+        condition."""
+        return _cond(stage or self.base, self._encoded(texts))
+
+    def _encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The fields of all text encoders, and "said": which texts are not blank."""
+        fields = {"said": torch.tensor([bool(text.strip()) for text in texts], device=self._device)}
+        for name, encoder in self.encoders.items():
             tokens, pooled = encoder(texts)
             padded = np.zeros((len(tokens), encoder.limit, tokens[0].shape[1]), np.float32)
             mask = np.zeros(padded.shape[:2], bool)
             for row, found in enumerate(tokens):
                 padded[row, : len(found)], mask[row, : len(found)] = found, True
-            fields = {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled}
-            cond |= to_tensors(fields, self._device)
-        return cond
+            fields |= to_tensors(
+                {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled},
+                self._device,
+            )
+        return fields
+
+    def _read(self, asked: _Asked) -> _Told:
+        negatives = asked.negatives
+        return _Told(
+            self._encoded(asked.prompts), None if negatives is None else self._encoded(negatives)
+        )
 
     def _sampled(
         self,
-        cond: Cond,
-        against: Cond | None,
-        seeds: Sequence[int],
+        name: str,
+        stage: Any,
+        asked: _Asked,
+        told: _Told,
         sampler: SamplerConfig,
+        more: Mapping[str, Tensor] | None = None,
         guides: Sequence[Guide] = (),
         eps: Tensor | None = None,
     ) -> Tensor:
+        """What a stage draws, told the texts and `more`."""
+        purpose = "sample" if name == BASE else f"sample/{name}"
         calls = iter(range(1 << 62))
 
         def network(x: Tensor, label: Tensor, cond: Cond) -> Tensor:
             # Autocast around the network alone: the sampler's arithmetic stays in float32.
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                return self.base.network(x, label, cond)
+                return stage.network(x, label, cond)
 
         return sampler.sample(
-            self.base.build_model(network),
-            self._drawn(seeds, "sample") if eps is None else eps,
-            cond,
-            negative=against,
+            stage.build_model(network),
+            self._drawn(stage, asked.seeds, purpose) if eps is None else eps,
+            _cond(stage, told.texts, more),
+            negative=None if told.against is None else _cond(stage, told.against, more, False),
             guides=guides,
-            noise=lambda x: self._drawn(seeds, f"sample/{next(calls)}").to(x),
+            noise=lambda x: self._drawn(stage, asked.seeds, f"{purpose}/{next(calls)}").to(x),
         )
 
-    def _drawn(self, seeds: Sequence[int], purpose: str) -> Tensor:
-        """Standard normal noise, each row a function of its own seed."""
-        shape = self.base.latent_shape.tolist()
+    def _drawn(
+        self, stage: Any, seeds: Sequence[int], purpose: str, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """Standard normal noise like what a stage draws, each row a function of its own seed."""
+        shape = tuple(shape or stage.latent_shape.tolist())
         origin = torch.zeros(1, dtype=torch.int64, device=self._device)
         return torch.cat([normal(seed, purpose, origin, shape) for seed in seeds])
 
-    @torch.no_grad()
-    def _decoded(self, x: Tensor) -> Pictures:
-        from .autoencoding import to_bytes
 
-        pixels = to_bytes(x) if self.codec is None else self.codec.decode(self.base.unscaled(x))
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+@dataclass(frozen=True)
+class _Asked:
+    """What pictures are asked for: lists of one length."""
+
+    prompts: Sequence[str]
+    negatives: Sequence[str] | None
+    seeds: Sequence[int]
+    labels: Sequence[Mapping[str, str]] | None = None
+    embeddings: Embeddings | Literal["prior", "text", "none"] = "prior"
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None,
+        seed: int | Sequence[int],
+        labels: Sequence[Mapping[str, str]] | None = None,
+        embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
+    ) -> _Asked:
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts: wanted a list of texts, got one text: {prompts!r:.80}")
+        count = len(prompts)
+        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [*map(int, seed)]
+        negatives = [negative] * count if isinstance(negative, str) else negative
+        given = {"seed": seeds, "negative": negatives, "labels": labels}
+        given["embeddings"] = embeddings if isinstance(embeddings, Tensor) else None
+        for name, values in given.items():
+            if values is not None and len(values) != count:
+                raise ValueError(f"{name}: got {len(values)} for {count} prompts")
+        if isinstance(embeddings, str) and embeddings not in ("prior", "text", "none"):
+            raise ValueError(
+                f"embeddings: got {embeddings!r}, wanted 'prior', 'text', 'none' or a tensor"
+            )
+        return cls(prompts, negatives, seeds, labels, embeddings)
+
+    def batches(self) -> list[slice]:
+        return [slice(start, start + BATCH) for start in range(0, len(self.prompts), BATCH)]
+
+    def rows(self, rows: slice) -> _Asked:
+        return _Asked(
+            self.prompts[rows],
+            None if self.negatives is None else self.negatives[rows],
+            self.seeds[rows],
+            None if self.labels is None else self.labels[rows],
+            self.embeddings[rows] if isinstance(self.embeddings, Tensor) else self.embeddings,
+        )
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The encoded texts, and those that guidance leads away from."""
+
+    texts: Mapping[str, Tensor]
+    against: Mapping[str, Tensor] | None
+
+
+def _cond(
+    stage: Any,
+    fields: Mapping[str, Tensor],
+    more: Mapping[str, Tensor] | None = None,
+    embedded: bool = True,
+) -> Cond:
+    """What a stage is told. Where it has a picture's embedding, a blank text silences the text
+    encoders alone; without `embedded` the embedding is silent instead."""
+    said = fields["said"]
+    cond: dict[str, Tensor] = {"keep": said, **(more or {})}
+    texts = stage.config.texts
+    for name in texts:
+        cond |= {
+            key: fields[key] for key in (f"{name}_{it}" for it in ("tokens", "mask", "pooled"))
+        }
+    if f"{EMBEDDING}_pooled" in cond:
+        cond |= {f"{name}_keep": said for name in texts}
+        cond[f"{EMBEDDING}_keep"] = torch.full_like(said, embedded)
+        cond["keep"] = torch.ones_like(said) if embedded else said
+    return cond
+
+
+def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
+    if unknown := chosen.keys() - asdict(sampler).keys():
+        raise ValueError(
+            f"{where}a sampler has no {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(asdict(sampler))}"
+        )
+    return replace(sampler, **chosen)
+
+
+def _numpy(pixels: Tensor) -> Pictures:
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _stage_samplers(samplers: Mapping[str, Mapping[str, Any]]) -> dict[str, StageSampler]:
+    from .stages import reconstruct
+
+    return {name: reconstruct(StageSampler, dict(it), name) for name, it in samplers.items()}
 
 
 def assemble(
-    directory: str | Path, stages: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    directory: str | Path,
+    stages: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
+    samplers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Make a self-contained generator of trained stages.
 
-    `stages` maps "base", "autoencoder" and the names of the base's text encoders to stage
-    directories, or to pretrained models (folder or hub id), whose files are copied. `defaults` are
-    fields of SamplerConfig (guidance, steps, ...). What was in the directory is replaced.
-    ValueError when a stage is missing or not the one that the base was trained with.
+    `stages` maps "base", "prior", "sr1", "sr2", "autoencoder" and the names of the text encoders to
+    stage directories, or to pretrained models (folder or hub id), whose files are copied.
+    `defaults` are fields of SamplerConfig (guidance, steps, ...), `samplers` those of StageSampler
+    for the other stages that draw. What was in the directory is replaced. ValueError when a stage
+    is missing or not the one that another was trained with.
     """
     from .encoders.sources import files, open_source
     from .results import CONFIG, WEIGHTS, committed
@@ -397,14 +646,20 @@ def assemble(
                     shutil.copyfile(origin / file, place / file)
                 done = committed(origin) or {}
                 origins[name] |= {"pretrained": None, "fingerprint": done.get("fingerprint")}
-        generator = _open({name: draft / name for name in sources}, sampler, "cpu", "fp32")
-        _same_encoders(committed(sources["base"].directory()), sources, generator.resolution)
+        places = {name: draft / name for name in sources}
+        generator = _open(places, sampler, _stage_samplers(samplers or {}), "cpu", "fp32")
+        for name in DENOISING:
+            if name in sources:
+                done = committed(sources[name].directory())
+                _same_encoders(name, done, sources, generator.resolution)
         described = {
             "format": FORMAT,
             "stages": origins,
             "resolution": generator.resolution,
             "defaults": generator.defaults,
         }
+        if generator.samplers:
+            described["samplers"] = {name: asdict(it) for name, it in generator.samplers.items()}
         _write(draft / GENERATOR, described)
         draft.chmod(0o755)
         if target.exists():
@@ -417,10 +672,11 @@ def assemble(
 def _open(
     directories: Mapping[str, Path],
     sampler: SamplerConfig,
+    samplers: Mapping[str, StageSampler],
     device: torch.device | str,
     precision: str,
 ) -> Generator:
-    """The generator of these stage folders. ValueError when the base needs another one."""
+    """The generator of these stage folders. ValueError when a stage needs another one."""
     from .encoders import LOADERS
     from .encoders.autoencoder import open_codec
     from .encoders.sources import open_source
@@ -428,9 +684,15 @@ def _open(
 
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision: got {precision!r}, wanted 'bf16' or 'fp32'")
-    base: Any = load(directories["base"]).to(device)
-    texts = [context.name for context in base.config.network.contexts]
-    wanted = [*(["autoencoder"] if base.config.data == "moments" else []), *texts]
+    drawing = {n: load(directories[n]).to(device) for n in DENOISING if n in directories}
+    base: Any = drawing[BASE]
+    texts: list[str] = []
+    wanted = ["autoencoder"] if base.config.data == "moments" else []
+    for stage in drawing.values():
+        texts += (name for name in stage.config.texts if name not in texts)
+        if EMBEDDING in (context.name for context in stage.config.network.contexts):
+            texts += ["clip"] if "clip" not in texts else []
+    wanted += texts
     if missing := [name for name in wanted if name not in directories]:
         raise ValueError(
             f"the base stage needs {', '.join(missing)} too (given: {', '.join(directories)})"
@@ -443,32 +705,57 @@ def _open(
         for name in ("classifier", "noisy_clip")
     )
     towers = directories.get("clip") if "clip" in sources else None
+    if towers is not None and sources["clip"].pretrained:
+        towers = None
     shape = base.latent_shape.tolist()
     side = shape[-1]
     if codec is not None:
         with torch.no_grad():
             side = codec.decode(torch.zeros(1, *shape, device=device)).shape[-1]
-    if towers is not None and sources["clip"].pretrained:
-        towers = None
-    return Generator(base, codec, encoders, sampler, side, precision, judge, towers, noisy)
+    enlarging = {name: drawing[name] for name in ENLARGING if name in drawing}
+    for name, stage in enlarging.items():
+        low = stage.config.low
+        if low is None or low.side != side:
+            raise ValueError(
+                f"{name} enlarges pictures of {low.side if low else 0} px, and those before it are "
+                f"of {side} px: set {name}.config.low.side={side}"
+            )
+        side = stage.latent_shape.tolist()[-1]
+    beside = {name: samplers.get(name, StageSampler()) for name in drawing if name != BASE}
+    return Generator(
+        base=base,
+        codec=codec,
+        encoders=encoders,
+        sampler=sampler,
+        resolution=side,
+        precision=precision,
+        classifier=judge,
+        clip=towers,
+        noisy_clip=noisy,
+        prior=drawing.get(PRIOR),
+        enlarging=enlarging,
+        samplers=beside,
+    )
 
 
 def _same_encoders(
-    base: Mapping[str, Any] | None, sources: Mapping[str, Any], resolution: int
+    stage: str, done: Mapping[str, Any] | None, sources: Mapping[str, Any], resolution: int
 ) -> None:
-    """ValueError when an encoder is not the one whose numbers the base learned from."""
+    """ValueError when an encoder is not the one whose numbers a stage learned from."""
     from .encoders import spec_of
 
-    for encoding in (base or {}).get("encodings", ()):
-        if (name := encoding["name"]) in sources:
+    for encoding in (done or {}).get("encodings", ()):
+        name = encoding["name"]
+        if (source := "clip" if name == EMBEDDING else name) in sources:
             side = encoding.get("side", resolution) if encoding["kind"] == "image" else None
             shown = {key: encoding[key] for key in ("buckets", "flip") if key in encoding}
             precision = encoding.get("precision", "fp32")
-            given = spec_of(sources[name], name, side, **shown, precision=precision).fingerprint
+            given = spec_of(sources[source], name, side, **shown, precision=precision).fingerprint
             if given != encoding["fingerprint"]:
                 raise ValueError(
-                    f"{name} at {sources[name].where} is encoder {given}, the base was trained "
-                    f"with {encoding['fingerprint']}: give that one, or train the base anew"
+                    f"{source} at {sources[source].where} is encoder {given}, the {stage} was "
+                    f"trained with {encoding['fingerprint']}: give that one, or train the {stage} "
+                    "anew"
                 )
 
 

@@ -20,6 +20,7 @@ from .autoencoding import to_unit
 from .contrastive import ClipStage, ClipStageConfig, TextTransformerConfig, VisionTransformerConfig
 from .diffusion import DiffusionConfig, normal
 from .diffusion.guidance import LogProb, clip_log_prob
+from .enlarging import shrunk
 from .networks.classifier import Classifier, ClassifierConfig, HeadConfig
 from .stage import Batch
 
@@ -36,6 +37,8 @@ class NoisyClipStageConfig:
     """The image tower; its one head is the embedding."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """That of the base which is guided; its times may be others."""
+    side: int = 0
+    """To which pictures are shrunk, as the base's are; 0: the data's."""
     text: TextTransformerConfig = field(default_factory=TextTransformerConfig)
     temperature: float = 0.07
     """Where the learned temperature starts; it never falls below 0.01."""
@@ -71,7 +74,7 @@ class NoisyClipStage(ClipStage):
     def seen(self, batch: Batch) -> Float[Tensor, "batch embed"]:
         diffusion, position = self.config.diffusion, batch["position"]
         t = diffusion.draw_times(self.seed, position)
-        x0 = to_unit(batch["pixels"])
+        x0 = self._sized(to_unit(batch["pixels"]))
         a, s = diffusion.build_path().at(t, x0)
         x = a * x0 + s * normal(self.seed, "noise", position, x0.shape[1:])
         return self.noisy_features(x, t)
@@ -84,7 +87,10 @@ class NoisyClipStage(ClipStage):
 
     def features(self, x: Tensor) -> Float[Tensor, "batch embed"]:
         """The same of pictures without noise."""
-        return self.noisy_features(x, torch.zeros(len(x), device=x.device))
+        return self.noisy_features(self._sized(x), torch.zeros(len(x), device=x.device))
+
+    def _sized(self, x: Tensor) -> Tensor:
+        return shrunk(x, self.config.side) if self.config.side else x
 
     def log_prob(self, captions: Sequence[str]) -> LogProb:
         """(x, t, cond) -> log p(caption | x_t = x) [batch] up to a constant, as guidance takes

@@ -296,7 +296,7 @@ def test_a_batch_that_lacks_words_is_refused(base, batch):
     ("changes", "message"),
     [
         ({"caption_dropout": 1.0}, r"caption_dropout must lie in \[0, 1\)"),
-        ({"network": {"low_channels": 3}}, "has no low_channels"),
+        ({"network": {"low_channels": 3}}, "low_channels: nothing is enlarged"),
         (
             {"diffusion": {"path": "flow", "prediction": "eps"}},
             "base.diffusion: prediction 'eps' on path 'flow'",

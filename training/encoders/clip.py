@@ -1,4 +1,6 @@
-"""CLIP's text tower: each word and its last state up to the end token, and the end's projection.
+"""CLIP's towers: pictures and captions as vectors of one space, and a caption's words.
+
+The text tower gives each word and its last state up to the end token, and the end's projection.
 
 A state says what a word means where it stands, as far as pictures were told apart by it; the word's
 own embedding beside it says which word it is, which a small tower forgets on the way up.
@@ -29,6 +31,29 @@ def load(
 ) -> TextEncoder:
     """The text tower of a CLIP stage or of a pretrained folder."""
     return text_encoder(*open_towers(source), device, precision)
+
+
+def load_image(
+    source: Source, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """The image tower: uint8 [n, 3, side, side] -> {"clip_image_pooled": float16 [n, width]}, each
+    of length 1 as the text tower's are."""
+    model, _ = open_towers(source)
+    model = model.to(device).eval().requires_grad_(False)
+    kind, half = torch.device(device).type, precision == "bf16"
+    mean, deviation = (
+        torch.tensor(values, device=device).view(3, 1, 1) for values in normalisation(source, model)
+    )
+
+    @torch.no_grad()
+    def encode(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float() / 255
+        with torch.autocast(kind, torch.bfloat16, enabled=half):
+            found = model.encode_image((x - mean) / deviation)
+        pooled = F.normalize(found.float(), dim=-1)
+        return {"clip_image_pooled": pooled.to(torch.float16).cpu().numpy()}
+
+    return encode
 
 
 def open_towers(source: Source) -> tuple[Any, Padded]:

@@ -1,0 +1,101 @@
+"""The smaller picture that a stage of a cascade enlarges, and the damage that is done to it.
+
+A stage that has only seen small copies of real pictures believes every mistake of the stage before
+it. Conditioning augmentation (CDM, Ho et al. 2022, section 4) shows it damaged copies and tells it
+how damaged they are: by Gaussian noise at low resolution, by a Gaussian blur at high resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from .diffusion import Model, normal, uniform
+
+Picture = Float[Tensor, "batch channel height width"]
+Strength = Float[Tensor, " batch"]
+LARGEST_BLUR = 4.0
+"""Deviation in pixels of the small picture: the kernel's length is bounded by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowConfig:
+    """What picture is enlarged."""
+
+    kind: Literal["low"] = "low"
+    side: int
+    """Of the small picture, in pixels; the side of the large one is a multiple."""
+    augment: Literal["noise", "blur", "none"] = "noise"
+    """noise: that of the stage's own path, which holds for sampling too; blur: training alone has
+    it as a rule."""
+    strongest: float = 0.5
+    """The damage of each row is drawn evenly from 0 to this: a time of the path from 0 to 1 (Imagen
+    goes to 1), or the deviation of the blur in pixels of the small picture (CDM: .6)."""
+
+    def __post_init__(self):
+        if self.side < 1:
+            raise ValueError(f"low.side: got {self.side}, wanted at least 1 pixel")
+        most = LARGEST_BLUR if self.augment == "blur" else 1.0
+        if not 0 <= self.strongest <= most:
+            raise ValueError(
+                f"low.strongest: got {self.strongest}, wanted 0 to {most:g} for {self.augment}"
+            )
+
+    def draw(self, seed: int, position: Tensor, purpose: str = "") -> Strength:
+        """How strongly each row at these global positions is damaged."""
+        return uniform(seed, f"{purpose}level", position).float() * self.strongest
+
+    def told(
+        self, x: Picture, strength: Strength, model: Model, noise: Picture
+    ) -> dict[str, Tensor]:
+        """The condition's "low", damaged, and its "level". `noise` is standard normal, like x."""
+        if self.augment == "blur":
+            return {"low": blurred(x, strength), "level": strength}
+        if self.augment == "none":
+            return {"low": x, "level": torch.zeros_like(strength)}
+        a, s = model.path.at(strength, x)
+        return {"low": a * x + s * noise, "level": model.labels(strength, x)}
+
+    def noise(self, seed: int, position: Tensor, x: Picture, purpose: str = "") -> Picture:
+        """What `told` damages the rows at these global positions by."""
+        return normal(seed, f"{purpose}level/noise", position, tuple(x.shape[1:])).to(x)
+
+
+def shrunk(x: Picture, side: int) -> Picture:
+    """Square pictures as means over squares of pixels: [batch, channel, side, side].
+
+    ValueError unless they are squares of a multiple of `side`.
+    """
+    height, width = x.shape[-2:]
+    if height != width or height % side:
+        raise ValueError(
+            f"pictures of {width} x {height} pixels cannot be shrunk to {side} x {side}: "
+            "wanted squares whose side is a multiple of it"
+        )
+    return F.avg_pool2d(x, height // side) if height > side else x
+
+
+def blurred(x: Picture, deviation: Strength) -> Picture:
+    """Each row under a Gaussian of its own deviation, in pixels; 0 leaves it. Edges are repeated.
+
+    ValueError above LARGEST_BLUR.
+    """
+    most = deviation.max().item() if len(deviation) else 0.0
+    if most > LARGEST_BLUR:
+        raise ValueError(f"blur: got a deviation of {most:g} pixels, wanted up to {LARGEST_BLUR:g}")
+    reach = max(1, math.ceil(3 * most))
+    place = torch.arange(-reach, reach + 1, device=x.device)
+    weights = torch.exp(-0.5 * (place / deviation.clamp(min=1e-3)[:, None]).square())
+    weights = (weights / weights.sum(1, keepdim=True)).to(x)
+    rows, channels, height, width = x.shape
+    kernel = weights.repeat_interleave(channels, 0)[:, None]  # [rows channels, 1, length]
+    flat = x.reshape(1, rows * channels, height, width)
+    flat = F.pad(flat, (reach,) * 4, mode="replicate")
+    flat = F.conv2d(flat, kernel[:, :, None], groups=rows * channels)
+    return F.conv2d(flat, kernel[..., None], groups=rows * channels).reshape(x.shape)
