@@ -23,7 +23,7 @@ from .features import Extractor
 from .page import PIXELATED, image, page
 from .prompts import Prompt
 from .sample import Pictures, Progress
-from .techniques import Technique
+from .techniques import Technique, described
 
 TEMPLATE = "comparison.html.jinja"
 AMONG = 100
@@ -186,19 +186,7 @@ def render(
         TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
         table=table, rows=pictures, count=len(prompts),
         names=[it.name for it in drawn],
-        techniques=[
-            {
-                "title": it.title,
-                "lead": it.lead,
-                "columns": it.columns,
-                "error": it.error,
-                "rows": [
-                    {"text": text, "images": [image(picture) for picture in row]}
-                    for text, row in zip(it.labels, it.rows, strict=True)
-                ],
-            }
-            for it in shown
-        ],
+        techniques=[described(it) for it in shown],
         judge="every attribute is read from the pixels" if _scenes(prompts)
         else "the line's CLIP finds the caption again among others",
     )  # fmt: skip

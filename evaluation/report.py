@@ -32,6 +32,7 @@ from .page import (
     percent,
 )
 from .scorecard import Scored, Value
+from .techniques import Technique, described
 
 TEMPLATE = "report.html.jinja"
 
@@ -112,6 +113,7 @@ class ReportInputs:
     champion: Scored | None = None
     """The model in service, scored in the same run."""
     stages: Sequence[StageStory] = ()
+    techniques: Sequence[Technique] = ()
     data: DataStory | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Other things that took time, such as ingest and scoring."""
@@ -200,6 +202,7 @@ class _Page:
             "values": self._values(),
             "basis": self._basis(),
             "stages": [self._stage(stage) for stage in inputs.stages],
+            "techniques": [described(it) for it in inputs.techniques],
             "reconstructions": self._reconstructions(),
             "data": self._data(),
             "cost": self._cost(),

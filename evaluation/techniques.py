@@ -1,20 +1,25 @@
-"""What a model of pixels does without having been trained for it: pictures between two noises,
-holes filled, small copies enlarged. Nothing but the sampling is conditioned.
+"""What a model does beside drawing from a caption: what each of its stages draws, variations and
+mixtures of pictures by their embeddings (unCLIP), pictures between two noises, holes filled, small
+copies enlarged. Nothing but the sampling is conditioned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .page import image
 from .sample import Pictures
 
 if TYPE_CHECKING:
     from training.generator import Generator, Known
 
+EMBEDDING = "clip_image"
+TURN = 0.5
+"""Of a right angle: as far as unCLIP turns an embedding (sec. 3.3)."""
 SHARES = 7
 DRAWS = 4
 FACTOR = 4
@@ -33,19 +38,124 @@ class Technique:
     """Root mean square grey levels by which the drawn pictures miss what was known of them."""
 
 
+def described(it: Technique) -> dict[str, Any]:
+    """As the templates take it."""
+    return {
+        "title": it.title,
+        "lead": it.lead,
+        "columns": it.columns,
+        "error": it.error,
+        "rows": [
+            {"text": text, "images": [image(picture) for picture in row]}
+            for text, row in zip(it.labels, it.rows, strict=True)
+        ],
+    }
+
+
 def techniques(
     generator: Generator, prompts: Sequence[str], pictures: Pictures, seed: int
 ) -> list[Technique]:
-    """All of them: `prompts` for what lies between two noises, real `pictures` for the rest. None
-    for a generator of latents, which cannot be held to pixels.
+    """All that the generator can do: `prompts` for what is drawn, real `pictures` for the rest.
+    Only what draws its last pictures as pixels, in one stage, can be held to some of them.
     """
-    if getattr(generator, "codec", generator) is not None:
+    if not hasattr(generator, "codec"):  # a painter of another make
         return []
-    return [
-        interpolation(generator, prompts, seed),
-        inpainting(generator, pictures, seed),
-        super_resolution(generator, pictures, seed),
-    ]
+    found = stages_apart(generator, prompts, seed)
+    if hears_embeddings(generator):
+        found += [
+            variations(generator, pictures, seed),
+            mixtures(generator, pictures, seed),
+            text_differences(generator, prompts, seed),
+        ]
+    if generator.codec is None:
+        found.append(interpolation(generator, prompts, seed))
+        if not generator.enlarging:
+            found.append(inpainting(generator, pictures, seed))
+            found.append(super_resolution(generator, pictures, seed))
+    return found
+
+
+def hears_embeddings(generator: Generator) -> bool:
+    """Whether its base is told the embedding of a picture, and it can embed pictures."""
+    contexts = generator.base.config.network.contexts
+    return generator.clip is not None and any(it.name == EMBEDDING for it in contexts)
+
+
+def stages_apart(generator: Generator, prompts: Sequence[str], seed: int) -> list[Technique]:
+    """One prompt a row: what each stage drew. Nothing for a model of one stage."""
+    if not generator.enlarging:
+        return []
+    drawn = generator.stages(list(prompts), seed=seed)
+    side = generator.resolution
+    columns = [f"{name}, {it.shape[1]} px" for name, it in drawn.items()]
+    shown = [_enlarged(it, side // it.shape[1]) for it in drawn.values()]
+    lead = "One prompt a row. Each stage is told what the one before it drew."
+    rows = list(np.stack(shown, axis=1))
+    return [Technique("From stage to stage", lead, columns, rows, prompts)]
+
+
+def variations(generator: Generator, pictures: Pictures, seed: int) -> Technique:
+    """Pictures told the embedding of a real one alone (Ramesh et al. 2022, section 3.1)."""
+    z = generator.embed(pictures)
+    blank = [""] * len(pictures)
+    drawn = [generator(blank, seed=seed + k * len(pictures), embeddings=z) for k in range(DRAWS)]
+    return Technique(
+        "Variations",
+        "Of a real held-out picture only its CLIP embedding is told: what CLIP saw is kept, the "
+        "rest differs.",
+        ["The picture", *(f"Drawn {k + 1}" for k in range(DRAWS))],
+        list(np.stack([pictures, *drawn], axis=1)),
+        [""] * len(pictures),
+    )
+
+
+def mixtures(generator: Generator, pictures: Pictures, seed: int) -> Technique:
+    """Pictures with the embeddings between those of two, on the sphere (sec. 3.2)."""
+    import torch
+
+    from training.diffusion.samplers import slerp
+
+    shares = [k / (SHARES - 1) for k in range(SHARES)]
+    z, rows = generator.embed(pictures), []
+    for k in range(0, len(pictures) - 1, 2):
+        between = torch.cat([slerp(z[k : k + 1], z[k + 1 : k + 2], share) for share in shares])
+        drawn = generator([""] * SHARES, seed=[seed + k] * SHARES, embeddings=between)
+        rows.append(np.concatenate([pictures[k : k + 1], drawn, pictures[k + 1 : k + 2]]))
+    return Technique(
+        "Between two pictures",
+        "From the CLIP embedding of one real picture to that of another on the sphere, the noise "
+        "being the same.",
+        ["The one", *(f"{share:.2f}" for share in shares), "The other"],
+        rows,
+        [""] * len(rows),
+    )
+
+
+def text_differences(generator: Generator, prompts: Sequence[str], seed: int) -> Technique:
+    """A picture's embedding turned towards the difference of two captions (sec. 3.3)."""
+    import torch
+    from torch.nn.functional import normalize
+
+    from training.diffusion.samplers import slerp
+
+    shares = [TURN * k / (SHARES - 1) for k in range(SHARES)]
+    rows, labels = [], []
+    for k, (before, after) in enumerate(zip(prompts, [*prompts[1:], prompts[0]], strict=True)):
+        drawn = generator([before], seed=[seed + k])
+        z, texts = generator.embed(drawn), generator.embed_texts([before, after])
+        way = normalize(texts[1:] - texts[:1], dim=1)
+        turned = torch.cat([slerp(z, way, share) for share in shares])
+        told = {"seed": [seed + k] * SHARES, "sampler": "ddim"}
+        rows.append(generator([""] * SHARES, embeddings=turned, **told))
+        labels.append(f"{before} → {after}")
+    return Technique(
+        "Along the difference of two captions",
+        "The CLIP embedding of a picture of the first caption is turned towards what the second "
+        "says and the first does not.",
+        [f"{share:.2f}" for share in shares],
+        rows,
+        labels,
+    )
 
 
 def interpolation(generator: Generator, prompts: Sequence[str], seed: int) -> Technique:
@@ -121,6 +231,11 @@ def _shrunk(pictures: Pictures) -> np.ndarray:
         count, height // FACTOR, FACTOR, width // FACTOR, FACTOR, channels
     ).astype(np.float64)
     return squares.mean((2, 4)).round()
+
+
+def _enlarged(pictures: Pictures, factor: int) -> Pictures:
+    """Each pixel as a square of so many."""
+    return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _columns(known: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import recipe as recipes
 from .line import Line
-from .recipe import Recipe, RecipeError
+from .recipe import DENOISING, FROZEN, Recipe, RecipeError, kind_of
 from .settings import settings
 
 PICTURE_BYTES = 0.6
@@ -73,15 +73,15 @@ def plan(
 
 
 def encoder_shapes(recipe: Recipe) -> dict[str, Any]:
-    """What the base's encoders will give, by their names."""
+    """What the encoders of pictures and texts will give, by their names."""
     from training.encoders.shapes import foreseen
     from training.stages import config_of
 
     found = {}
-    for name in recipe.inputs("base"):
+    for name in (it for it in recipe.stages if it in FROZEN):
         stage = recipe.stage(name)
         try:
-            found[name] = foreseen(name, config_of(name, stage.config), stage.pretrained)
+            found[name] = foreseen(name, config_of(kind_of(name), stage.config), stage.pretrained)
         except ValueError as error:
             raise RecipeError(f"{name}.pretrained: {error}") from None
     return found
@@ -99,8 +99,8 @@ def _stage(
     from training.stages import config_of, training_of
 
     stage = recipe.stage(name)
-    config, training = config_of(name, stage.config), training_of(stage.training)
-    width, height = _bucket(recipe) if name == "base" else (recipe.data.side, recipe.data.side)
+    config, training = config_of(kind_of(name), stage.config), training_of(stage.training)
+    width, height = _bucket(recipe) if name in DENOISING else (recipe.data.side, recipe.data.side)
     try:
         config = planning.informed(config, shapes)
         it = planning.estimate(
@@ -162,6 +162,8 @@ def _storage(
     each = {"pictures": samples.picture_bytes, "pixels": 3.0 * data.side**2}
     if line.recipe.in_pixels and (data.encode.flip or data.encode.max_aspect > 1):
         each["pixels in buckets"] = 3.0 * width * height * looks
+    if any(line.recipe.is_told_embedding(name) for name in line.recipe.drawing):
+        each["embeddings"] = 2.0 * shapes["clip"].pooled
     for name, shape in shapes.items():
         if name == "autoencoder":
             area = width * height / shape.factor**2

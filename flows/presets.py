@@ -436,14 +436,170 @@ def latent_dit_512() -> Recipe:
     )
 
 
+def sd_512() -> Recipe:
+    """Stable Diffusion 1 at 512 px as published (Rombach et al. 2022; its model cards): noise is
+    predicted, 1000 scaled-linear betas, a tenth of the captions dropped; set data.sources. The
+    194,000 and 515,000 updates of versions 1.1 and 1.2 at this side in one. Not trained here.
+    """
+    batch = 2048
+    recipe = _at_scale(
+        "sd-512",
+        side=512,
+        network=latent_unet_256().base.config["network"],
+        listens=["clip"],
+        diffusion={"path": "ddpm_scaled_linear", "prediction": "eps", "times": "discrete"},
+        training=_published(
+            images=709_000 * batch, batch=batch, warmup_images=10_000 * batch, weight_decay=0.01
+        ),
+    )
+    return recipe.model_copy(update={"sampler": {"kind": "ddim", "steps": 50, "guidance": 7.5}})
+
+
+def glide_64_256() -> Recipe:
+    """GLIDE (Nichol et al. 2022, section 4): ADM's U-Net, 512 channels, at 64 px, batches of 2048
+    for 2.5 million updates, then one of 384 channels to 256 px, 512 for 1.6 million; a fifth of the
+    captions dropped. It reads T5's text instead of a transformer of its own. Not trained here.
+    """
+    return _pixels_at_scale(
+        "glide-64-256",
+        text="google/flan-t5-xl",
+        base=_adm(512, batch=2048, updates=2_500_000, caption_dropout=0.2),
+        sr1=_adm(
+            384, low=64, side=256, batch=512, updates=1_600_000, mult=(1, 1, 2, 2, 4, 4),
+            blocks=2, attention=(0, 0, 0, 1, 1, 1),
+        ),
+    )  # fmt: skip
+
+
+def imagen_64_256_1024() -> Recipe:
+    """Imagen (Saharia et al. 2022, appendix F): T5-XXL, a U-Net of 512 channels at 64 px, Efficient
+    U-Nets of 128 to 256 and to 1024 px, all in batches of 2048 for 2.5 million updates at 1e-4.
+    Its last one was trained on crops; here it sees whole pictures. Not trained here.
+    """
+    efficient = {"kind": "efficient_unet", "recompute": True}
+    common = {"batch": 2048, "updates": 2_500_000, "strongest": 1.0}
+    recipe = _pixels_at_scale(
+        "imagen-64-256-1024",
+        text="google/flan-t5-xxl",
+        base=_adm(512, batch=2048, updates=2_500_000),
+        sr1=_adm(128, low=64, side=256, network=efficient, **common),
+        sr2=_adm(128, low=256, side=1024, network=efficient, **common),
+    )
+    dynamic = {"threshold": "dynamic", "threshold_quantile": 0.95}
+    return recipe.model_copy(update={"sampler": {**recipe.sampler, **dynamic}})
+
+
+def unclip_64_256_1024() -> Recipe:
+    """unCLIP (Ramesh et al. 2022, table 3): a prior of width 2048 and depth 24, a decoder of 512
+    channels at 64 px, then 320 to 256 px (noise) and 192 to 1024 px (a blur), without attention and
+    without text. Text is dropped with the embedding, at one rate. Not trained here.
+    """
+    return _pixels_at_scale(
+        "unclip-64-256-1024",
+        text="google/flan-t5-xl",
+        prior=StageRecipe(
+            config={
+                "data": "embedding",
+                "listens": ["clip"],
+                "network": {"kind": "prior", "width": 2048, "depth": 24, "head_width": 64},
+                "diffusion": {"path": "cosine", "prediction": "x0", "times": "uniform"},
+            },
+            training={
+                **_published(images=600_000 * 4096, batch=4096),
+                "learning_rate": 1.1e-4,
+                "optimizer": {"kind": "adamw", "beta2": 0.96, "weight_decay": 0.06},
+            },
+            sampler={"kind": "ddim", "steps": 64, "candidates": 2},
+        ),
+        base=_adm(
+            512, batch=2048, updates=800_000, rate=1.2e-4,
+            listens=["clip", "t5", "clip_image"], context_dropout=0.1,
+        ),
+        sr1=_adm(
+            320, low=64, side=256, batch=1024, updates=1_000_000, rate=1.2e-4,
+            attention=(0, 0, 0, 0), listens=[],
+        ),
+        sr2=_adm(
+            192, low=256, side=1024, batch=512, updates=1_000_000, mult=(1, 1, 2, 2, 4, 4),
+            blocks=2, attention=(0,) * 6, listens=[], augment="blur", strongest=0.6,
+        ),
+    )  # fmt: skip
+
+
+def _pixels_at_scale(name: str, *, text: str, base: StageRecipe, **stages: StageRecipe) -> Recipe:
+    """Cascades in pixels, as published but for the text, which frozen encoders read."""
+    side = max(stage.config.get("side", 0) for stage in stages.values())
+    return Recipe(
+        name=name,
+        data=DataRecipe(side=side, ingest=IngestRules(min_side=side, heldout_share=0.01)),
+        clip=StageRecipe(pretrained="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        t5=StageRecipe(pretrained=text),
+        base=base,
+        sampler={"kind": "ddim", "steps": 100, "threshold": "static"},
+        evaluation=EvaluationConfig(kind="captions", guidance_scales=(1.5, 3.0, 6.0)),
+        gate=GatePolicy.model_validate(
+            {"absolute": {"retrieval": 0.05}, "non_inferior": {"retrieval": 0.05}}
+        ),
+        **stages,
+    )
+
+
+def _adm(
+    channels: int,
+    *,
+    batch: int,
+    updates: int,
+    side: int = 64,
+    low: int = 0,
+    rate: float = 1e-4,
+    mult: tuple[int, ...] = (1, 2, 3, 4),
+    blocks: int = 3,
+    attention: tuple[int, ...] = (0, 1, 1, 1),
+    network: dict[str, Any] | None = None,
+    listens: list[str] | None = None,
+    augment: str = "noise",
+    strongest: float = 0.5,
+    **more: Any,
+) -> StageRecipe:
+    """ADM's U-Net (Dhariwal & Nichol 2021) in pixels, its insides computed twice."""
+    enlarged = {"side": low, "augment": augment, "strongest": strongest}
+    return StageRecipe(
+        config={
+            "data": "pixels",
+            "side": side,
+            "low": enlarged if low else None,
+            "network": network
+            or {
+                "kind": "unet",
+                "channels": channels,
+                "channel_mult": list(mult),
+                "blocks": blocks,
+                "attention": list(attention),
+                "head_width": 64,
+                "context_width": 1024,
+                "recompute": True,
+            },
+            "listens": ["t5"] if listens is None else listens,
+            "diffusion": {"path": "cosine", "prediction": "v", "times": "uniform"},
+            **more,
+        },
+        training={
+            **_published(images=updates * batch, batch=batch, warmup_images=10_000 * batch),
+            "learning_rate": rate,
+        },
+        sampler={"kind": "ddim", "steps": 27, "threshold": "static"} if low else None,
+    )
+
+
 def _at_scale(
     name: str,
     *,
     side: int,
     network: dict[str, Any],
     listens: list[str] | None,
-    shift: float,
     training: dict[str, Any],
+    shift: float = 1.0,
+    diffusion: dict[str, Any] | None = None,
     max_aspect: float = 1.0,
     warm_start: str | None = None,
 ) -> Recipe:
@@ -461,7 +617,11 @@ def _at_scale(
         clip=StageRecipe(pretrained="laion/CLIP-ViT-L-14-laion2B-s32B-b82K"),
         t5=StageRecipe(pretrained="google/flan-t5-xl"),
         base=StageRecipe(
-            config={"network": network, "diffusion": {"shift": shift}, "listens": listens},
+            config={
+                "network": network,
+                "diffusion": diffusion or {"shift": shift},
+                "listens": listens,
+            },
             training=training,
             warm_images=training["images"] // 10,
             warm_start=warm_start,
@@ -535,4 +695,8 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "latent-unet-256": latent_unet_256,
     "latent-dit-256": latent_dit_256,
     "latent-dit-512": latent_dit_512,
+    "sd-512": sd_512,
+    "glide-64-256": glide_64_256,
+    "imagen-64-256-1024": imagen_64_256_1024,
+    "unclip-64-256-1024": unclip_64_256_1024,
 }

@@ -14,7 +14,15 @@ from prefect.artifacts import create_markdown_artifact
 from pipeline.manifest import Manifest
 
 from .line import Line
-from .score_model import SCORES, Question, ask, lineage, score_candidate
+from .score_model import (
+    GENERATOR,
+    SCORES,
+    Question,
+    ask,
+    heldout_pictures,
+    lineage,
+    score_candidate,
+)
 
 if TYPE_CHECKING:
     from evaluation.gate import Verdict
@@ -22,6 +30,8 @@ if TYPE_CHECKING:
     from evaluation.scorecard import Scored
 
 REPORT = "report.html"
+SHOWN = 6
+"""Prompts and pictures with which the report shows what else a model does."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ def write_report(
 ) -> Path:
     """The page that shows the model, in its directory."""
     from evaluation import report
+    from evaluation.techniques import techniques
+    from training.generator import Generator
 
     path = line.model_dir(data) / REPORT
     stages = [
@@ -107,10 +119,15 @@ def write_report(
         for stage in line.recipe.stages
         if not line.recipe.stage(stage).pretrained
     ]
+    scored = _as_scored(line, data, name)
+    shown = [prompt.text for prompt in scored.prompts[:SHOWN]]
+    pictures = heldout_pictures(line, data, SHOWN)
+    generator = Generator.load(line.model_dir(data) / GENERATOR)
     inputs = report.ReportInputs(
         name=line.recipe.name,
         version=name.rpartition("/")[2],
-        scored=_as_scored(line, data, name),
+        scored=scored,
+        techniques=techniques(generator, shown, pictures, line.recipe.evaluation.seed),
         verdict=decision.verdict,
         champion=decision.champion,
         stages=stages,

@@ -65,23 +65,34 @@ def ask(line: Line, data: Manifest) -> Question:
     """The same for every model that is scored on this version of the data."""
     from evaluation.features import ClipFeatures, pictures_of
     from evaluation.prompts import caption_prompts, shape_prompts
-    from pipeline.load import Loader
 
     config = line.recipe.evaluation
     choose = shape_prompts if config.kind == "shapes" else caption_prompts
-
-    def loader(specs: Sequence[EncoderSpec], *splits: str) -> Loader:
-        opened = [Encoding.at(line.dataset, s.name, s.kind, s.fingerprint) for s in specs]
-        return Loader(data, opened, splits=splits, global_batch=64, seed=config.seed)
 
     pixels = [pixels_spec(line.recipe.data.side)]
     return Question(
         prompts=choose(data, config.prompts, seed=config.seed),
         clip=ClipFeatures(line.source("clip", data)),
-        reference=pictures_of(loader(pixels, "heldout"), config.reference_count),
-        train=pictures_of(loader(pixels, "train"), config.train_count),
-        heldout=loader(encodings(line, "base", data), "heldout"),
+        reference=heldout_pictures(line, data, config.reference_count),
+        train=pictures_of(_loader(line, data, pixels, "train"), config.train_count),
+        heldout=_loader(line, data, encodings(line, "base", data), "heldout"),
     )
+
+
+def heldout_pictures(line: Line, data: Manifest, count: int) -> Pictures:
+    """Real pictures, spread evenly over those that nothing learns from."""
+    from evaluation.features import pictures_of
+
+    pixels = [pixels_spec(line.recipe.data.side)]
+    return pictures_of(_loader(line, data, pixels, "heldout"), count)
+
+
+def _loader(line: Line, data: Manifest, specs: Sequence[EncoderSpec], *splits: str) -> Loader:
+    from pipeline.load import Loader
+
+    opened = [Encoding.at(line.dataset, s.name, s.kind, s.fingerprint) for s in specs]
+    seed = line.recipe.evaluation.seed
+    return Loader(data, opened, splits=splits, global_batch=64, seed=seed)
 
 
 def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:

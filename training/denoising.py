@@ -126,6 +126,11 @@ class BaseStageConfig:
         return network.vector if isinstance(network, PriorConfig) else network.in_channels
 
     @property
+    def heard(self) -> tuple[str, ...]:
+        """What `listens` names."""
+        return self.listens or ()
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """The contexts that are of captions."""
         names = (context.name for context in self.network.contexts)
@@ -379,42 +384,28 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
     from .encoders import shapes
     from .encoders.sources import open_source
 
-    network = config.network
-    if config.data == "embedding":
-        if "clip" in inputs:
-            _, width = shapes.clip_shape(open_source(inputs["clip"], "clip"))
-            network = replace(network, vector=width)
-    elif "autoencoder" in inputs and config.data == "moments":
+    texts = {
+        name: shapes.text_widths(where, name)
+        for name, where in inputs.items()
+        if name != "autoencoder"
+    }
+    channels = embedding = None
+    if "autoencoder" in inputs and config.data == "moments":
         channels = shapes.latent_channels(inputs["autoencoder"])
-        if network.in_channels not in (channels, type(network)().in_channels):
+        stated = config.channels
+        if stated not in (channels, type(config)().channels):
             raise ValueError(
-                f"network.in_channels is {network.in_channels}, the autoencoder has {channels} "
+                f"network.in_channels is {stated}, the autoencoder has {channels} "
                 "latent channels: leave it out"
             )
-        network = replace(network, in_channels=channels)
-    elif config.data == "pixels":
-        network = replace(network, in_channels=3)
-    if config.low:
-        network = replace(network, low_channels=3)
-    if config.attributes:
-        network = replace(network, classes=class_count(config.attributes))
-    found = {
-        name: ContextConfig(name, *shapes.text_widths(where, name))
-        for name, where in inputs.items()
-        if name != "autoencoder" and (config.listens is None or name in config.listens)
-    }
-    if PICTURE_EMBEDDING in (config.listens or ()) and "clip" in inputs:
-        _, width = shapes.clip_shape(open_source(inputs["clip"], "clip"))
-        found[PICTURE_EMBEDDING] = ContextConfig(
-            PICTURE_EMBEDDING, pooled_width=width, pooled_tokens=EMBEDDING_TOKENS
-        )
-    if config.listens and inputs and (missing := set(config.listens) - found.keys()):
+    if "clip" in inputs and (config.data == "embedding" or PICTURE_EMBEDDING in config.heard):
+        embedding = shapes.clip_shape(open_source(inputs["clip"], "clip"))[1]
+    found = {it.name: it for it in contexts_of(config, texts, embedding)}
+    if inputs and (missing := set(config.heard) - found.keys()):
         raise ValueError(
             f"listens names {', '.join(sorted(missing))}, the inputs are {', '.join(inputs)}"
         )
-    if not network.contexts:
-        return replace(config, network=replace(network, contexts=tuple(found.values())))
-    for context in network.contexts:
+    for context in config.network.contexts:
         has = found.get(context.name)
         if has and (
             context.width not in (0, has.width) or context.pooled_width not in (0, has.pooled_width)
@@ -424,7 +415,44 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
                 f"{context.pooled_width}, the encoder gives {has.width} and {has.pooled_width}: "
                 "leave contexts out"
             )
-    return replace(config, network=network)
+    return filled(config, channels, texts, embedding)
+
+
+def filled(
+    config: BaseStageConfig,
+    channels: int | None,
+    texts: Mapping[str, tuple[int, int]],
+    embedding: int | None,
+) -> BaseStageConfig:
+    """The config with what its inputs decide: the latents' channels, the (tokens', pooled) widths
+    of the text encoders, the width of CLIP's embeddings; None where there is no such input."""
+    more: dict[str, Any] = {}
+    if config.data == "embedding":
+        more |= {"vector": embedding} if embedding else {}
+    elif config.data == "pixels":
+        more["in_channels"] = 3
+    elif channels:
+        more["in_channels"] = channels
+    if config.low:
+        more["low_channels"] = 3
+    if config.attributes:
+        more["classes"] = class_count(config.attributes)
+    if not config.network.contexts:
+        more["contexts"] = contexts_of(config, texts, embedding)
+    return replace(config, network=replace(config.network, **more))
+
+
+def contexts_of(
+    config: BaseStageConfig, texts: Mapping[str, tuple[int, int]], embedding: int | None
+) -> tuple[ContextConfig, ...]:
+    """What the network listens to."""
+    heard = texts if config.listens is None else config.listens
+    found = [ContextConfig(it, *texts[it]) for it in texts if it in heard]
+    if PICTURE_EMBEDDING in heard and embedding:
+        found.append(
+            ContextConfig(PICTURE_EMBEDDING, pooled_width=embedding, pooled_tokens=EMBEDDING_TOKENS)
+        )
+    return tuple(found)
 
 
 def class_count(attributes: Sequence[AttributeConfig]) -> int:

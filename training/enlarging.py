@@ -47,6 +47,14 @@ class LowConfig:
                 f"low.strongest: got {self.strongest}, wanted 0 to {most:g} for {self.augment}"
             )
 
+    def check(self, strength: float, where: str) -> None:
+        """ValueError for a damage that was not trained for."""
+        if not 0 <= strength <= self.strongest:
+            raise ValueError(
+                f"{where}: got {strength:g}, and it learnt {self.augment} from 0 to "
+                f"{self.strongest:g}"
+            )
+
     def draw(self, seed: int, position: Tensor, purpose: str = "") -> Strength:
         """How strongly each row at these global positions is damaged."""
         return uniform(seed, f"{purpose}level", position).float() * self.strongest
@@ -56,7 +64,7 @@ class LowConfig:
     ) -> dict[str, Tensor]:
         """The condition's "low", damaged, and its "level". `noise` is standard normal, like x."""
         if self.augment == "blur":
-            return {"low": blurred(x, strength), "level": strength}
+            return {"low": blurred(x, strength, self.strongest), "level": strength}
         if self.augment == "none":
             return {"low": x, "level": torch.zeros_like(strength)}
         a, s = model.path.at(strength, x)
@@ -81,14 +89,10 @@ def shrunk(x: Picture, side: int) -> Picture:
     return F.avg_pool2d(x, height // side) if height > side else x
 
 
-def blurred(x: Picture, deviation: Strength) -> Picture:
-    """Each row under a Gaussian of its own deviation, in pixels; 0 leaves it. Edges are repeated.
-
-    ValueError above LARGEST_BLUR.
+def blurred(x: Picture, deviation: Strength, most: float = LARGEST_BLUR) -> Picture:
+    """Each row under a Gaussian of its own deviation, in pixels, at most `most` (the kernel is made
+    for it, without a look at the device); 0 leaves it. Edges are repeated.
     """
-    most = deviation.max().item() if len(deviation) else 0.0
-    if most > LARGEST_BLUR:
-        raise ValueError(f"blur: got a deviation of {most:g} pixels, wanted up to {LARGEST_BLUR:g}")
     reach = max(1, math.ceil(3 * most))
     place = torch.arange(-reach, reach + 1, device=x.device)
     weights = torch.exp(-0.5 * (place / deviation.clamp(min=1e-3)[:, None]).square())

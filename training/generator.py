@@ -254,10 +254,11 @@ class Generator:
         *,
         negative: str | Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
+        embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         **options: Any,
     ) -> Float[Tensor, "picture channel height width"]:
         """What a call decodes, still shifted and scaled; `options` are fields of SamplerConfig."""
-        asked = _Asked.of(prompts, negative, seed)
+        asked = _Asked.of(prompts, negative, seed, embeddings=embeddings)
         sampler, samplers = self._samplers(options)
         return torch.cat(
             [
@@ -310,6 +311,7 @@ class Generator:
                 has = ", ".join(samplers) or "none beside the base"
                 raise ValueError(f"{name}: no stage {stage!r} that draws; this generator has {has}")
             samplers[stage] = _replaced(samplers[stage], {key: value}, f"{stage}: ")
+        _check_levels(self.enlarging, samplers)
         return _replaced(self.sampler, mine), samplers
 
     @torch.no_grad()
@@ -592,6 +594,11 @@ def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
     return replace(sampler, **chosen)
 
 
+def _check_levels(enlarging: Mapping[str, Any], samplers: Mapping[str, StageSampler]) -> None:
+    for name, stage in enlarging.items():
+        stage.config.low.check(samplers[name].level, f"{name}.level")
+
+
 def _numpy(pixels: Tensor) -> Pictures:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -722,6 +729,7 @@ def _open(
             )
         side = stage.latent_shape.tolist()[-1]
     beside = {name: samplers.get(name, StageSampler()) for name in drawing if name != BASE}
+    _check_levels(enlarging, beside)
     return Generator(
         base=base,
         codec=codec,

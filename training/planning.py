@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .denoising import PICTURE_EMBEDDING, filled
 from .ema import Ema
 from .encoders.shapes import Shape, foreseen
 from .loop import TrainingConfig
-from .networks import ContextConfig
 from .optimizer import Optimizer, gradient_norm
 from .stage import Batch, Stage, distinct_tensors, trainable
 from .stages import create
@@ -270,8 +270,8 @@ def count(
         from .contrastive import tokenizer
 
         tokenizer(config.text.vocabulary, config.text.context)([CAPTION])
-    with FakeTensorMode():
-        return carry_out(create(kind, config), training, batch(), workers)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return carry_out(create(config.kind, config), training, batch(), workers)
 
 
 def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int = 1) -> Update:
@@ -394,17 +394,10 @@ def informed(config: Any, shapes: Mapping[str, Shape]) -> Any:
     denoising.resolved fills them in once these are there."""
     if config.kind != "base":
         return config
-    network = config.network
-    if config.data == "pixels":
-        network = replace(network, in_channels=3)
-    elif "autoencoder" in shapes:
-        network = replace(network, in_channels=shapes["autoencoder"].width)
-    if not network.contexts:
-        texts = [n for n in shapes if n != "autoencoder"]
-        heard = [n for n in texts if config.listens is None or n in config.listens]
-        contexts = (ContextConfig(n, shapes[n].width, shapes[n].pooled) for n in heard)
-        network = replace(network, contexts=tuple(contexts))
-    return replace(config, network=network)
+    texts = {name: (it.width, it.pooled) for name, it in shapes.items() if name != "autoencoder"}
+    channels = shapes["autoencoder"].width if "autoencoder" in shapes else None
+    embedding = shapes["clip"].pooled if "clip" in shapes else None
+    return filled(config, channels, texts, embedding)
 
 
 def batch_of(
@@ -436,8 +429,15 @@ def batch_of(
         f = shapes["autoencoder"].factor
         channels = (1 + shapes["autoencoder"].posterior) * config.network.in_channels
         batch["moments"] = torch.zeros(rows, channels, height // f, width // f)
+    embedding = f"{PICTURE_EMBEDDING}_pooled"
+    if config.data == "embedding":
+        batch[embedding] = torch.ones(rows, config.channels)
     for context in config.network.contexts:
-        name, length = context.name, captions.longest(shapes[context.name])
+        name = context.name
+        if name == PICTURE_EMBEDDING:
+            batch[embedding] = torch.ones(rows, context.pooled_width)
+            continue
+        length = captions.longest(shapes[name])
         batch[f"{name}_tokens"] = torch.zeros(rows, length, context.width)
         batch[f"{name}_mask"] = torch.ones(rows, length, dtype=torch.bool)
         batch[f"{name}_pooled"] = torch.zeros(rows, context.pooled_width)

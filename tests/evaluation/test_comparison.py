@@ -82,7 +82,7 @@ def test_the_page_is_self_contained_and_escapes_captions():
 class Filler:
     """A model of pixels that knows how to keep what is known, and draws grey elsewhere."""
 
-    codec, resolution = None, 16
+    codec, clip, enlarging, resolution = None, None, {}, 16
 
     def __call__(self, prompts, *, seed, guidance, known):
         assert set(prompts) == {""}

@@ -93,7 +93,7 @@ class Path:
         kept = s_u if fresh is None else (s_u**2 - fresh**2).clamp(min=0).sqrt()
         return a_u * x0 + kept / s * (x - a * x0)
 
-    @property
+    @functools.cached_property
     def ends_in_pure_noise(self) -> bool:
         """Whether a(1) = 0: nothing of x0 can be told from x_1, nor x0 be had from eps."""
         return self.level(torch.ones((), dtype=torch.float64))[0].item() == 0
@@ -217,8 +217,9 @@ def table(betas: Float[Tensor, " steps"], name: str = "table") -> Path:
         all_kept, all_lost = knots(t.device)
         place = t.double() * steps
         index = place.long().clamp(0, steps - 1)
-        begin = all_kept[index], all_lost[index]
-        end = all_kept[index + 1], all_lost[index + 1]
+        # Not all_kept[index]: the index of a single time would be read from the device first.
+        begin = all_kept.take(index), all_lost.take(index)
+        end = all_kept.take(index + 1), all_lost.take(index + 1)
         part = place - index
         return torch.lerp(begin[0], end[0], part), torch.lerp(begin[1], end[1], part), begin, end
 

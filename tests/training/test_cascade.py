@@ -1,0 +1,225 @@
+"""A model is a fold over stages: prior -> base -> enlarging stages, each told what came before."""
+
+import numpy as np
+import pytest
+import torch
+
+from training import encoders, stages
+from training.autoencoding import to_unit
+from training.denoising import BaseStage, BaseStageConfig
+from training.enlarging import shrunk
+from training.generator import Generator, _Asked, assemble
+from training.stage import to_tensors
+
+SIDE = 16
+PROMPTS = ["a red circle on the left", "a small blue square", "one green ring, black canvas"]
+NETWORK = {
+    "kind": "unet", "channels": 16, "channel_mult": [1], "attention": [1], "head_width": 16,
+    "context_width": 32, "blocks": 1,
+}  # fmt: skip
+DIFFUSION = {"path": "cosine", "prediction": "v"}
+CONFIGS = {
+    "prior": {
+        "data": "embedding",
+        "listens": ["clip"],
+        "network": {"kind": "prior", "width": 32, "depth": 1, "head_width": 16},
+        "diffusion": {"path": "cosine", "prediction": "x0", "weight": "x0"},
+    },
+    "base": {
+        "data": "pixels",
+        "side": 8,
+        "listens": ["clip", "clip_image"],
+        "network": NETWORK,
+        "diffusion": DIFFUSION,
+        "preview": {"steps": 2},
+    },
+    "sr1": {
+        "data": "pixels",
+        "low": {"side": 8, "strongest": 0.4},
+        "listens": [],
+        "network": {**NETWORK, "patch": 2},
+        "diffusion": DIFFUSION,
+        "preview": {"steps": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def cascade(line, tmp_path_factory) -> dict[str, str]:
+    """The directories of clip, prior, base and sr1, trained for a few updates."""
+    from pipeline.encode import encode, pixels_spec
+    from pipeline.execute import Executor
+    from training.job import Job, run
+
+    clip = line.stages["clip"]
+    text, image = encoders.spec_of(clip, "clip"), encoders.spec_of(clip, "clip_image")
+    assert (image.kind, image.side) == ("image", SIDE)
+    assert image.fingerprint != text.fingerprint
+    encode(line.data, [text, image], encoders.build, Executor(kind="local"))
+    root, made = tmp_path_factory.mktemp("cascade"), {"clip": clip}
+    needs = {
+        "prior": [text, image],
+        "base": [pixels_spec(SIDE), text, image],
+        "sr1": [pixels_spec(SIDE)],
+    }
+    for name, specs in needs.items():
+        run(
+            Job(
+                kind="base", fingerprint=name, config=CONFIGS[name],
+                training={
+                    "images": 640, "batch": 16, "learning_rate": 3e-3, "log_images": 80,
+                    "checkpoint_images": 10_000, "ema_halflife_images": 20,
+                },
+                dataset=line.data.dataset, version=1,
+                encodings=tuple(
+                    {"name": s.name, "kind": s.kind, "fingerprint": s.fingerprint}
+                    | ({"side": s.side} if s.side else {})
+                    for s in specs
+                ),
+                inputs={} if name == "sr1" else {"clip": clip}, output=str(root / name),
+            )
+        )  # fmt: skip
+        made[name] = str(root / name)
+    return made
+
+
+SAMPLERS = {
+    "prior": {"steps": 4, "candidates": 2},
+    "sr1": {"steps": 3, "level": 0.1, "kind": "ddim", "eta": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def generator(cascade, tmp_path_factory) -> Generator:
+    where = tmp_path_factory.mktemp("assembled") / "generator"
+    assemble(where, cascade, {"steps": 4, "guidance": 2.0}, SAMPLERS)
+    return Generator.load(where, "cpu", precision="fp32")
+
+
+def test_each_stage_draws_at_its_own_side(generator):
+    assert generator.resolution == SIDE
+    assert list(generator.enlarging) == ["sr1"]
+    assert generator.samplers["sr1"].level == 0.1
+    shown = generator.stages(PROMPTS, seed=3)
+    assert [(name, it.shape) for name, it in shown.items()] == [
+        ("base", (3, 8, 8, 3)),
+        ("sr1", (3, SIDE, SIDE, 3)),
+    ]
+    np.testing.assert_array_equal(generator(PROMPTS, seed=3), shown["sr1"])
+
+
+def test_a_picture_is_a_function_of_its_own_prompt_and_seed(generator):
+    together = generator(PROMPTS, seed=[5, 6, 7])
+    alone = generator(PROMPTS[1:2], seed=6)
+    assert np.abs(together[1:2].astype(int) - alone).max() <= 1
+    assert (generator(PROMPTS[1:2], seed=8) != alone).any()
+
+
+def test_a_call_may_choose_how_each_stage_draws(generator):
+    plain = generator.stages(PROMPTS, seed=1)
+    noisier = generator.stages(PROMPTS, seed=1, **{"sr1.level": 0.4})
+    np.testing.assert_array_equal(plain["base"], noisier["base"])
+    assert (plain["sr1"] != noisier["sr1"]).any()
+    once = generator.stages(PROMPTS, seed=1, **{"prior.candidates": 1})
+    assert (once["base"] != plain["base"]).any()
+    for wrong, said in {
+        "sr2.level": "no stage 'sr2' that draws; this generator has prior, sr1",
+        "sr1.levle": "sr1: a sampler has no levle",
+        "stepps": "a sampler has no stepps",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            generator(PROMPTS, **{wrong: 1})
+
+
+def test_the_base_follows_the_embedding_that_it_is_given(generator, scenes):
+    pictures = np.ascontiguousarray(scenes[0][:3].transpose(0, 2, 3, 1))
+    z = generator.embed(pictures)
+    assert torch.allclose(z.norm(dim=1), torch.ones(3), atol=1e-5)
+    blank = [""] * 3
+    varied = generator(blank, seed=4, embeddings=z, guidance=1.0)
+    assert (varied != generator(blank, seed=4, embeddings=z.flip(0), guidance=1.0))[[0, 2]].any()
+    # Without a caption and without an embedding nothing is told: the null of guidance.
+    silent = generator.latents(blank, seed=4, guidance=1.0, embeddings="none")
+    unguided = generator.latents(PROMPTS, seed=4, guidance=0.0, embeddings=z)
+    torch.testing.assert_close(silent, unguided, atol=2e-3, rtol=2e-3)
+    text = generator(PROMPTS, seed=4, embeddings="text")
+    given = generator(PROMPTS, seed=4, embeddings=generator.embed_texts(PROMPTS))
+    np.testing.assert_array_equal(text, given)
+    with pytest.raises(ValueError, match="embeddings: got 2 for 3 prompts"):
+        generator(PROMPTS, embeddings=z[:2])
+
+
+def test_the_nearest_of_a_prior_s_candidates_is_taken(generator):
+    texts = generator.embed_texts(PROMPTS)
+
+    def nearness(candidates: int) -> torch.Tensor:
+        asked = _Asked.of(PROMPTS, None, 2)
+        _, samplers = generator._samplers({"prior.candidates": candidates})
+        with torch.no_grad():
+            z = generator._embeddings(asked, generator._read(asked), samplers)
+        assert torch.allclose(z.norm(dim=1), torch.ones(3), atol=1e-5)
+        return (z * texts).sum(1)
+
+    one, many = nearness(1), nearness(6)
+    assert (many >= one - 1e-6).all()
+    assert (many > one + 1e-6).any()
+
+
+def test_a_negative_prompt_leads_away_with_the_embedding_silent(generator):
+    plain = generator(PROMPTS, seed=1)
+    away = generator(PROMPTS, seed=1, negative="a red circle")
+    assert away.shape == plain.shape
+    assert (away != plain).any()
+
+
+def test_an_enlarging_stage_needs_the_picture_it_enlarges(cascade, line):
+    stage = stages.load(cascade["sr1"])
+    rows = line.loader("pixels").rows(np.arange(8))
+    batch = to_tensors(rows)
+    x0 = stage.latents(batch, 0)
+    assert torch.equal(x0, to_unit(batch["pixels"]))
+    cond = stage.cond(batch, 0)
+    small = shrunk(x0, 8)
+    a, s = stage.model.path.at(stage.config.low.draw(0, batch["position"]), small)
+    noise = (cond["low"] - a * small) / s.clamp(min=1e-3)
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    told = stage.heldout_loss(batch)
+    blind = dict(batch, pixels=batch["pixels"])
+    other = stage._loss(blind, {**cond, "low": torch.zeros_like(cond["low"])}, 0, "heldout/")
+    assert told.mean() < other.mean()
+    with pytest.raises(ValueError, match="the batch has no pixels"):
+        stage.cond({k: v for k, v in batch.items() if k != "pixels"})
+
+
+def test_what_does_not_fit_together_is_refused(cascade, tmp_path):
+    with pytest.raises(ValueError, match="needs clip too"):
+        assemble(tmp_path / "g", {k: v for k, v in cascade.items() if k != "clip"})
+    for config, said in [
+        ({"data": "embedding"}, "network.kind 'unet' does not denoise embedding"),
+        ({"side": 8}, "side is of data 'pixels' alone"),
+        ({"data": "pixels", "side": 8, "low": {"side": 3}}, "wanted a proper divisor of side 8"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            stages.config_of("base", config)
+
+
+def test_labels_are_told_as_one_class():
+    config = stages.config_of(
+        "base",
+        {
+            "data": "pixels",
+            "network": NETWORK,
+            "attributes": [
+                {"name": "colour", "answers": ["red", "blue"]},
+                {"name": "size", "answers": ["small", "big", "huge"]},
+            ],
+        },
+    )
+    assert isinstance(config, BaseStageConfig)
+    stage = BaseStage(config)
+    assert stage.config.network.classes == 6
+    labels = [
+        {"colour": "red", "size": "small"}, {"colour": "blue", "size": "huge"}, None,
+        {"colour": "red"},
+    ]  # fmt: skip
+    assert stage.classes(labels, "cpu").tolist() == [0, 5, 6, 6]
