@@ -77,7 +77,8 @@ def compare(
 
     def options(it: Contender, asked: Sequence[Prompt]) -> dict[str, Any]:
         told = {"labels": [prompt.truth or {} for prompt in asked]}
-        return {**it.options, **(told if it.options.get("classifier_guidance") else {})}
+        wanted = it.options.get("classifier_guidance") or getattr(it.generator, "reads_labels", 0)
+        return {**it.options, **(told if wanted else {})}
 
     for it in contenders:  # a wrong option is found at once, and nobody's time has the first call's
         it.generator([prompts[0].text], seed=[seed], **options(it, prompts[:1]))
@@ -118,24 +119,25 @@ def judged(pictures: Pictures, prompts: Sequence[Prompt], clip: Extractor | None
 
 @contextmanager
 def evaluations(generator: Any) -> Iterator[Any]:
-    """A function that says how many rows went through the generator's network so far; NaN for a
-    generator that shows no network.
+    """A function that says how many rows went through the generator's networks that draw so far;
+    NaN for a generator that shows none.
     """
-    network = getattr(getattr(generator, "base", None), "network", None)
+    networks = getattr(generator, "networks", ())
     rows = 0
 
     def count(module: Any, arguments: tuple[Any, ...]) -> None:
         nonlocal rows
         rows += len(arguments[0])
 
-    if network is None:
+    if not networks:
         yield lambda: float("nan")
         return
-    hook = network.register_forward_pre_hook(count)
+    hooks = [network.register_forward_pre_hook(count) for network in networks]
     try:
         yield lambda: float(rows)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def write(

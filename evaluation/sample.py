@@ -34,7 +34,8 @@ class Painter(Protocol):
 class Sampler:
     """Draws prompts in batches, tells the progress and adds up the time.
 
-    Picture i of `prompts[first:]` is drawn from seed + first + i, whatever the batch size.
+    Picture i of `prompts[first:]` is drawn from seed + first + i, whatever the batch size. A
+    generator that reads labels is given those of the prompts.
     """
 
     def __init__(
@@ -46,11 +47,13 @@ class Sampler:
         batch: int = 64,
         total: int = 0,
         progress: Progress | None = None,
+        labels: Sequence[Any] | None = None,
     ):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         self.generator, self.steps, self.seed, self.batch = generator, steps, seed, batch
         self.total, self.progress, self.done = total, progress, 0
+        self.labels = labels if getattr(generator, "reads_labels", False) else None
 
     def __call__(
         self, prompts: Sequence[str], guidance: float | None, first: int = 0
@@ -63,8 +66,9 @@ class Sampler:
             texts = list(prompts[start : start + self.batch])
             begun = time.perf_counter()
             seeds = [self.seed + start + k for k in range(len(texts))]
+            told = {"labels": self.labels[start : start + len(texts)]} if self.labels else {}
             pictures = np.asarray(
-                self.generator(texts, guidance=guidance, steps=self.steps, seed=seeds)
+                self.generator(texts, guidance=guidance, steps=self.steps, seed=seeds, **told)
             )
             seconds += time.perf_counter() - begun
             if (

@@ -244,6 +244,7 @@ class _Scoring:
             batch=config.batch,
             total=len(self.scales) * self.first + 2 * (len(self.prompts) - self.first),
             progress=progress,
+            labels=[it.truth for it in self.prompts],
         )
         self.features = clip.images(reference).astype(np.float64)
         self.text_features = clip.texts(self.texts).astype(np.float64)

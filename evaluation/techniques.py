@@ -77,8 +77,9 @@ def techniques(
 
 def hears_embeddings(generator: Generator) -> bool:
     """Whether its base is told the embedding of a picture, and it can embed pictures."""
-    contexts = generator.base.config.network.contexts
-    return generator.clip is not None and any(it.name == EMBEDDING for it in contexts)
+    if generator.clip is None:
+        return False
+    return any(it.name == EMBEDDING for it in generator.base.config.network.contexts)
 
 
 def stages_apart(generator: Generator, prompts: Sequence[str], seed: int) -> list[Technique]:

@@ -221,8 +221,7 @@ def _cascade(
         gate=GatePolicy.model_validate(
             {"absolute": {"correct": 0.85}, "non_inferior": {"correct": 0.02}}
         ),
-        **stages,
-    )
+    ).model_copy(update=stages)
 
 
 def _pixel_base(side: int, diffusion: dict[str, Any], **more: Any) -> StageRecipe:
@@ -540,8 +539,7 @@ def _pixels_at_scale(name: str, *, text: str, base: StageRecipe, **stages: Stage
         gate=GatePolicy.model_validate(
             {"absolute": {"retrieval": 0.05}, "non_inferior": {"retrieval": 0.05}}
         ),
-        **stages,
-    )
+    ).model_copy(update=stages)
 
 
 def _adm(

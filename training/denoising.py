@@ -100,7 +100,7 @@ class BaseStageConfig:
             raise ValueError(f"side is of data 'pixels' alone, got {self.side} for {self.data!r}")
         if self.low and prior:
             raise ValueError("low: embeddings are not enlarged; set it to null")
-        if not prior and self.network.low_channels and not self.low:
+        if not self.low and getattr(self.network, "low_channels", 0):
             raise ValueError("network.low_channels: nothing is enlarged here; set low, or leave it")
         if self.low and self.side and (self.side % self.low.side or self.side == self.low.side):
             raise ValueError(

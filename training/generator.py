@@ -295,6 +295,17 @@ class Generator:
         return load(self.clip).to(self._device)
 
     @property
+    def networks(self) -> list[torch.nn.Module]:
+        """Of the stages that draw, in their order."""
+        drawing = [*([self.prior] if self.prior else []), self.base, *self.enlarging.values()]
+        return [stage.network for stage in drawing]
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the base is told classes, which a call gives as `labels`."""
+        return bool(self.base.config.attributes)
+
+    @property
     def _device(self) -> torch.device:
         return self.base.shift.device
 
@@ -691,7 +702,9 @@ def _open(
 
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision: got {precision!r}, wanted 'bf16' or 'fp32'")
-    drawing = {n: load(directories[n]).to(device) for n in DENOISING if n in directories}
+    drawing: dict[str, Any] = {
+        n: load(directories[n]).to(device) for n in DENOISING if n in directories
+    }
     base: Any = drawing[BASE]
     texts: list[str] = []
     wanted = ["autoencoder"] if base.config.data == "moments" else []

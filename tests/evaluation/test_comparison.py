@@ -1,7 +1,5 @@
 """Side by side: the same prompts and seeds, and what is said of a difference is paired."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -24,13 +22,13 @@ class Painter:
 
     def __init__(self, slip: int = 0):
         self.slip, self.seeds = slip, []
-        self.base = SimpleNamespace(network=torch.nn.Identity())
+        self.networks = [torch.nn.Identity()]
 
     def __call__(self, prompts, *, seed, steps=1, labels=None, classifier_guidance=0.0):
         self.seeds += seed
         self.labels = labels
         for _ in range(steps):
-            self.base.network(torch.zeros(len(prompts), 1))
+            self.networks[0](torch.zeros(len(prompts), 1))
         numbers = [int(text.split()[0]) for text in prompts]
         moved = [n + 1 if self.slip and n % self.slip == 0 else n for n in numbers]
         return np.stack([shapes.draw(SCENES[n % len(SCENES)], 32) for n in moved])
