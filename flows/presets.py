@@ -201,6 +201,56 @@ def shapes_unclip() -> Recipe:
     )
 
 
+def shapes_ldm() -> Recipe:
+    """LDM (Rombach et al. 2022): `shapes` with the published autoencoder's losses, a perceptual one
+    through the recipe's own CLIP and a discriminator of patches.
+    """
+    like = shapes()
+    judged = {"perceptual": {"weight": 0.5}, "adversarial": {"weight": 0.5}}
+    autoencoder = {"config": {**like.autoencoder.config, **judged}}
+    return like.model_copy(
+        update={
+            "name": "shapes-ldm",
+            "data": like.data.model_copy(update={"dataset": "shapes"}),
+            "autoencoder": like.autoencoder.model_copy(update=autoencoder),
+        }
+    )
+
+
+def emoji_imagen() -> Recipe:
+    """shapes-imagen for your own captioned pictures at 64 px: set data.sources and a name; T5 reads
+    the captions, 16 px are drawn and enlarged to 64.
+    """
+    return _of_pictures("emoji-imagen", shapes_imagen(), images=300_000)
+
+
+def emoji_unclip() -> Recipe:
+    """shapes-unclip for your own captioned pictures at 64 px: set data.sources and a name; a prior
+    draws CLIP embeddings, 16 px are drawn and enlarged to 64.
+    """
+    like = shapes_unclip()
+    efficient = shapes_imagen().sr1
+    assert efficient is not None
+    silent = efficient.model_copy(update={"config": {**efficient.config, "listens": []}})
+    return _of_pictures("emoji-unclip", like.model_copy(update={"sr1": silent}), images=300_000)
+
+
+def _of_pictures(name: str, like: Recipe, *, images: int) -> Recipe:
+    """A recipe of scenes for the data of `pictures`, its base wider and trained for longer."""
+    own = pictures()
+    network = {**like.base.config["network"], "channels": 96}
+    base = like.base.model_copy(
+        update={
+            "config": {**like.base.config, "network": network},
+            "training": _training(images=images, batch=64, learning_rate=1.5e-3),
+        }
+    )
+    taken = ("data", "clip", "t5", "evaluation", "gate")
+    return like.model_copy(
+        update={"name": name, "base": base} | {key: getattr(own, key) for key in taken}
+    )
+
+
 def _cascade(
     name: str, *, sides: tuple[int, ...], base: StageRecipe, **stages: StageRecipe
 ) -> Recipe:
@@ -689,7 +739,10 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-cdm": shapes_cdm,
     "shapes-imagen": shapes_imagen,
     "shapes-unclip": shapes_unclip,
+    "shapes-ldm": shapes_ldm,
     "pictures": pictures,
+    "emoji-imagen": emoji_imagen,
+    "emoji-unclip": emoji_unclip,
     "latent-unet-256": latent_unet_256,
     "latent-dit-256": latent_dit_256,
     "latent-dit-512": latent_dit_512,
