@@ -138,6 +138,21 @@ def load(model: str, *, tracking_uri: str | None = None, device: str | None = No
     return open_generator(folder, device, sha256)
 
 
+def application(model: str, *, tracking_uri: str | None = None) -> tuple[str, Any]:
+    """(the registered version, MLflow's scoring server of it, an ASGI application): POST
+    /invocations with {"inputs": [prompts], "params": {...}} answers with PNG files in base64.
+    Everything is checked as `load` does. ValueError where there is no such version.
+    """
+    from mlflow.pyfunc import scoring_server
+
+    locate(model, tracking_uri=tracking_uri)
+    version = find(MlflowClient(tracking_uri), model)
+    mlflow.set_tracking_uri(tracking_uri or mlflow.get_tracking_uri())
+    name = candidate(version.name, version.version)
+    served = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+    return name, scoring_server.init(served)
+
+
 def locate(model: str, *, tracking_uri: str | None = None) -> tuple[Path, str | None]:
     """The local package folder of a model, and the sha256 that its manifest was registered with."""
     if (Path(model) / MANIFEST).is_file():

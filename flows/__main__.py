@@ -132,6 +132,11 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--seed", type=int, default=0, metavar="K")
     it.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each prompt")
 
+    it = verb("serve", "a registered model over HTTP, by MLflow's server", commands.serve)
+    it.add_argument("model", metavar="MODEL")
+    it.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")
+    it.add_argument("--port", type=int, default=8080, metavar="N")
+
     it = verb("evaluate", "score a registered model anew", commands.evaluate)
     it.add_argument("model", metavar="MODEL")
 

@@ -134,6 +134,21 @@ def sample(
     return {"files": files, "text": "\n".join(files)}
 
 
+def serve(model: str, host: str, port: int) -> dict[str, Any]:
+    """Answers over HTTP until it is stopped."""
+    import uvicorn
+
+    from evaluation.registry import application
+
+    name, app = application(model, tracking_uri=settings().mlflow_uri)
+    say(
+        f"{name} answers on http://{host}:{port}: POST /invocations "
+        '{"inputs": ["a prompt"], "params": {"seed": 1}}; GET /health'
+    )
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+    return {"model": name, "text": f"{name}: stopped"}
+
+
 def compare(models: list[str], out: str, prompts: int, title: str | None) -> dict[str, Any]:
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,24 @@ def test_a_service_needs_two_lines(darkroom, first):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert Image.open(io.BytesIO(done.stdout)).size == (32, 32)
+
+
+def test_a_registered_model_answers_over_http(darkroom, first, tmp_path):
+    port, log = darkroom.free_port(), tmp_path / "serve.log"
+    words = darkroom.command("serve", "shapes", "--port", str(port))
+    with darkroom.beside(words, darkroom.environment, log):
+        url = f"http://127.0.0.1:{port}"
+        darkroom.until(lambda: urllib.request.urlopen(f"{url}/health").status == 200, 120, log)
+        asked = {"inputs": ["a red circle", "a blue ring"], "params": {"seed": 3}}
+        request = urllib.request.Request(
+            f"{url}/invocations", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        answers = json.load(urllib.request.urlopen(request))["predictions"]
+    darkroom("sample", "shapes", *asked["inputs"], "--out", str(tmp_path / "out"), "--seed", "3")
+    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").iterdir())]
+    for answer, picture in zip(answers, drawn, strict=True):
+        served = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer))))
+        assert np.abs(served.astype(int) - picture).max() <= 1
 
 
 def test_sampling_depends_on_prompt_and_seed_alone(darkroom, first, tmp_path):
