@@ -17,6 +17,7 @@ from flows.recipe import RecipeError, load
 from training import planning, stages
 
 AT_SCALE = ("latent-unet-256", "latent-dit-256", "latent-dit-512")
+PUBLISHED = ("sd-512", "glide-64-256", "imagen-64-256-1024", "unclip-64-256-1024")
 
 
 @pytest.fixture(autouse=True)
@@ -135,20 +136,35 @@ def test_a_wrong_device_is_bad_usage(home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AT_SCALE)
+@pytest.mark.parametrize("name", [*AT_SCALE, *PUBLISHED])
 def test_presets_of_real_size_build_and_learn_on_the_meta_device(name):
     recipe = load(name)
     shapes = encoder_shapes(recipe)
     assert all(shape.known == "as published" for shape in shapes.values())
-    config = planning.informed(stages.config_of("base", recipe.base.config), shapes)
     size = (recipe.data.side, recipe.data.side)
     if recipe.data.encode.max_aspect > 1:
         size = recipe.data.encode.buckets(recipe.data.side)[0]
-    with torch.device("meta"):
-        stage = stages.create("base", config)
-        batch = planning.batch_of(config, 2, size, planning.Captions(), shapes)
-    stage(batch)["loss"].sum().backward()
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in stage.parameters())
+    for part in recipe.drawing:
+        config = planning.informed(stages.config_of("base", recipe.stage(part).config), shapes)
+        with torch.device("meta"):
+            stage = stages.create("base", config)
+            batch = planning.batch_of(config, 2, size, planning.Captions(), shapes)
+        stage(batch)["loss"].sum().backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape for p in stage.parameters()), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_systems_claim_what_the_plan_says(name):
+    claimed = " ".join((PRESETS[name].__doc__ or "").split()).partition("By `plan`")[2]
+    told = plan(name, [], device="h100", workers=64)
+    said = re.findall(r"(prior|base|sr1|sr2) ([\d,]+) M parameters, ([\d,]+) device-hours", claimed)
+    assert [part for part, _, _ in said] == list(told["stages"])
+    for part, parameters, hours in said:
+        it = told["stages"][part]
+        assert int(parameters.replace(",", "")) == pytest.approx(it["parameters"] / 1e6, abs=0.51)
+        assert int(hours.replace(",", "")) == pytest.approx(it["device_hours"], abs=0.51)
+    assert ("not fit" in claimed) == (not all(it["fits"] for it in told["stages"].values()))
 
 
 @pytest.mark.slow
