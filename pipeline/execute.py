@@ -95,9 +95,9 @@ def run(
             finished(index)
         if progress:
             progress(done, len(units))
-    finished = [result for result in results if result is not None]
-    assert len(finished) == len(units), f"{len(units) - len(finished)} units without a result"
-    return finished
+    given = [result for result in results if result is not None]
+    assert len(given) == len(units), f"{len(units) - len(given)} units without a result"
+    return given
 
 
 def _local(factory: Factory, units: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
