@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline import dedup
+from pipeline.execute import Executor
 from tests.benchmarks import ingest as benchmark
 from tests.benchmarks import loader
 from tests.benchmarks.peers import loading
