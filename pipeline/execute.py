@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 Factory = Callable[[], Work]
+Stream = Generator[tuple[int, dict[str, Any]]]
 Progress = Callable[[int, int], None]
 
 _AHEAD = 2  # units that a process has been given: it does not wait for the caller in between
 _DEATHS = 3  # of workers, by the same unit
 _PRELOADED = [
     *("__main__", "pyarrow.parquet", "pandas"),  # which pyarrow imports for its first array
-    *(f"{__package__}.{it}" for it in ("units", "images", "dedup", "shards")),
+    *(f"{__package__}.{it}" for it in ("execute", "units", "images", "dedup", "shards")),
 ]
 
 
@@ -89,18 +90,19 @@ def run(
         stream = _processes(factory, units, executor.workers, keep)
     else:
         stream = _local(factory, units)
-    for done, (index, result) in enumerate(stream, start=1):
-        results[index] = result
-        if finished:
-            finished(index)
-        if progress:
-            progress(done, len(units))
+    with contextlib.closing(stream):  # nobody works on when a caller's function raises
+        for done, (index, result) in enumerate(stream, start=1):
+            results[index] = result
+            if finished:
+                finished(index)
+            if progress:
+                progress(done, len(units))
     given = [result for result in results if result is not None]
     assert len(given) == len(units), f"{len(units) - len(given)} units without a result"
     return given
 
 
-def _local(factory: Factory, units: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _local(factory: Factory, units: list[dict[str, Any]]) -> Stream:
     work = factory()
     for index, unit in enumerate(units):
         yield index, work(unit)
@@ -112,7 +114,7 @@ def _local(factory: Factory, units: list[dict[str, Any]]) -> Iterator[tuple[int,
 class _Process:
     """A worker, and the units that it was given and has not answered."""
 
-    def __init__(self, factory: Factory, threads: int, device: str | None):
+    def __init__(self, factory: Factory, environment: dict[str, str]):
         from multiprocessing import get_context
 
         # A fork of this process could inherit a lock that one of its threads holds; the server that
@@ -122,7 +124,7 @@ class _Process:
         self.pipe, theirs = context.Pipe()
         self.given: deque[int] = deque()
         self._process = context.Process(
-            target=_serve, args=(theirs, factory, threads, device), daemon=True
+            target=_serve, args=(theirs, factory, environment), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -148,9 +150,7 @@ class _Process:
         return self._process.exitcode
 
 
-def _processes(
-    factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _processes(factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool) -> Stream:
     from multiprocessing.connection import wait
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -159,8 +159,10 @@ def _processes(
     waiting, deaths = deque(range(len(units))), Counter[int]()
 
     def made(number: int) -> _Process:
-        device = devices[number % len(devices)] if devices else None
-        return _Process(factory, max(1, cpus // size), device)
+        environment = {"OMP_NUM_THREADS": str(max(1, cpus // size)), **os.environ}
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+        return _Process(factory, environment)
 
     crew: list[_Process] = []
     try:
@@ -209,7 +211,7 @@ def _devices() -> list[str]:
     return [it.strip() for it in visible.split(",") if it.strip() not in ("", "-1")]
 
 
-def _serve(pipe: Connection, factory: Factory, threads: int, device: str | None) -> None:
+def _serve(pipe: Connection, factory: Factory, environment: dict[str, str]) -> None:
     """What a worker does until its pipe is closed."""
     import gc
     import signal
@@ -219,9 +221,8 @@ def _serve(pipe: Connection, factory: Factory, threads: int, device: str | None)
     threading.Thread(target=_die_with_the_caller, daemon=True).start()
     gc.freeze()  # what was imported stays: it need not be looked at again
     _keep_freed_memory()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    if device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    os.environ.clear()  # of the server, as it was when that was started
+    os.environ.update(environment)
     work: Work | None = None
     while True:
         try:
@@ -297,9 +298,7 @@ def _work_table(table: Any, work: Work) -> Any:
     return pa.table({"index": table["index"], "result": pa.array(results, pa.large_string())})
 
 
-def _ray(
-    factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _ray(factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool) -> Stream:
     import ray
     import ray.data as _data
 

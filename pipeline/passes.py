@@ -618,7 +618,7 @@ class Run:
             yield {
                 "id": row,
                 "stamp": stamp,
-                "source": sources[source].url,
+                "source": sources[int(source)].url,
                 "outcome": outcome,
                 "reason": found.get("reason", "") or reason,
                 "detail": found.get("detail", ""),

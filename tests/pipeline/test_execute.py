@@ -135,6 +135,23 @@ def test_a_unit_that_kills_every_process_ends_the_run(tmp_path):
         run(functools.partial(dying, tmp_path, 9), [{"n": n} for n in range(9)], executor=PROCESSES)
 
 
+def test_nobody_works_on_when_a_caller_stops(tmp_path):
+    def stop(done, total):
+        if done == 2:
+            raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        run(
+            functools.partial(dying, tmp_path, 0),
+            [{"n": n} for n in range(500)],
+            executor=PROCESSES,
+            progress=stop,
+        )
+    left = len(list(tmp_path.iterdir()))
+    time.sleep(0.2)
+    assert len(list(tmp_path.iterdir())) == left < 500
+
+
 def test_each_process_that_keeps_a_model_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -142,6 +159,7 @@ def test_each_process_that_keeps_a_model_has_a_gpu_of_its_own(monkeypatch):
     seen = run(surroundings, units, executor=Executor(kind="processes"))
     assert {it["CUDA_VISIBLE_DEVICES"] for it in seen} == {"4", "6"}
     assert len({it["pid"] for it in seen}) == 2
+    assert all(int(it["OMP_NUM_THREADS"]) >= 1 for it in seen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert execute._devices() == []
 
