@@ -107,4 +107,4 @@ def build_dataset(line: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _ray(line: Line) -> Any:
-    return ray_session(line.recipe.executor.kind == "ray")
+    return ray_session(line.recipe.executor.chosen == "ray")

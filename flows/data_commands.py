@@ -22,11 +22,11 @@ def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dic
     from .cluster import ray_session
     from .recipe import check_places, ingest_rules
 
-    executor = Executor(kind="ray")
+    executor = Executor(kind="auto")
     chosen = ingest_rules([f"max_side={side}", *rules])
     dataset = place(dataset)
     check_places(executor, dataset, *sources)
-    with ray_session(), meter("ingest") as progress:
+    with ray_session(executor.chosen == "ray"), meter("ingest") as progress:
         result = read(
             [_url(source) for source in sources],
             dataset,
@@ -54,10 +54,10 @@ def reproduce(dataset: str, version: int | None, into: str) -> dict[str, Any]:
     from .cluster import ray_session
     from .recipe import check_places
 
-    executor, into = Executor(kind="ray"), place(into)
+    executor, into = Executor(kind="auto"), place(into)
     wanted = _version(dataset, version)
     check_places(executor, into)
-    with ray_session(), meter("reproduce") as progress:
+    with ray_session(executor.chosen == "ray"), meter("reproduce") as progress:
         made = make_again(
             wanted, into, executor, lambda stage, done, total: progress(done, total, stage)
         )

@@ -145,7 +145,7 @@ class Recipe(_Part):
     """How pictures are drawn (training.diffusion.SamplerConfig); the sweep chooses the guidance."""
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GatePolicy = GatePolicy()
-    executor: Executor = Executor(kind="ray")
+    executor: Executor = Executor(kind="auto")
     schedule: str = "0 3 * * *"
     """Cron line of the scheduled retraining."""
 
@@ -238,9 +238,9 @@ class Recipe(_Part):
 def check_places(executor: Executor, *urls: str) -> None:
     """RecipeError where the executor's workers would not find what lies at a URL."""
     here = [url for url in urls if url.startswith("memory://")]
-    if here and executor.kind == "ray":
+    if here and executor.chosen != "local":
         raise RecipeError(
-            f"{here[0]}: each of Ray's workers has a memory of its own; "
+            f"{here[0]}: each worker has a memory of its own; "
             "give a folder or an object store (s3://..., gs://...)"
         )
 

@@ -31,7 +31,8 @@ def key(data: bytes) -> str:
 
 def look(image: Image.Image) -> str:
     """22 hex characters: the 64-bit difference hash, then the mean colour (3 bytes)."""
-    small = np.asarray(images.resized(image, (9, 8), "box"))  # [8, 9, 3]
+    pixels = images.resized(image, (9, 8), "box").tobytes()  # a tenth of the time of np.asarray
+    small = np.frombuffer(pixels, np.uint8).reshape(8, 9, 3)
     grey = small @ _LUMA
     signs = np.packbits(grey[:, 1:] > grey[:, :-1] + 0.5)  # half a level of slack: flat stays flat
     mean = np.add.reduce(small.reshape(-1, 3), dtype=np.float32) / 72 + 0.5

@@ -73,8 +73,11 @@ _TRANSPOSE = {
 _EXIF_PLACES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _OBJECT = re.compile(" <[^<>]* object at 0x[0-9a-f]+>")  # another one in every run
 _RESIZER: Any = fast.Resizer()
-_ALGORITHMS: dict[str, Any] = {
-    name: fast.ResizeAlg.convolution(getattr(fast.FilterType, name)) for name in ("lanczos3", "box")
+_OPTIONS: dict[str, Any] = {
+    name: fast.ResizeOptions(
+        resize_alg=fast.ResizeAlg.convolution(getattr(fast.FilterType, name)), use_alpha=False
+    )
+    for name in ("lanczos3", "box")
 }
 _MAX_ICC_BYTES = 4 << 20
 _MAX_JPEG_SIDE = 65_500  # libjpeg reads 65,535 and writes less
@@ -222,12 +225,11 @@ def resized(
     """The box (left, top, right, bottom) of an RGB picture at another size. The filters are
     Pillow's, 57 dB from its own; vector instructions make them five times as fast.
     """
-    left, top, right, bottom = box or (0, 0, *image.size)
-    options: Any = fast.ResizeOptions(
-        resize_alg=_ALGORITHMS[kind],
-        crop_box=fast.CropBox(left, top, right - left, bottom - top),
-        use_alpha=False,
-    )
+    options = _OPTIONS[kind]
+    if box and box != (0, 0, *image.size):
+        left, top, right, bottom = box
+        options = options.copy()
+        options.crop_box = fast.CropBox(left, top, right - left, bottom - top)
     out = Image.new("RGB", size)
     _RESIZER.resize_pil(image, out, options)
     return out

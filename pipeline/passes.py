@@ -19,7 +19,7 @@ import itertools
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -61,7 +61,7 @@ from .ingest import (
 )
 from .manifest import Manifest, Shard, blocked, fingerprint, publish
 from .outcomes import STORED, batch_of, read_batches, restated, writing
-from .rows import Lines, Positions, names_of, names_of_keys, row_name
+from .rows import Lines, Positions, names_of, names_of_keys, parsed, row_name
 from .select import left_out, select
 from .sources import Row, Source
 from .units import captioner, reader, result_url, writer
@@ -158,9 +158,9 @@ class _Rows:
         self.web.append(not row.problem and is_remote(row.image))
         self.again.append(again)
 
-    def captions(self, number: int) -> list[tuple[str, float, float]]:
-        """Each with the hashes of its pair and of its name."""
-        texts, others = self.said[number][3], self.said[number][6]
+    def captions(self, number: int, said: Sequence[Any] = ()) -> list[tuple[str, float, float]]:
+        """Each with the hashes of its pair and of its name; `said` is read if it is not given."""
+        _, _, _, texts, _, _, others = said or self.said[number]
         return [
             (text, place, unseen)
             for text, (place, unseen) in zip(
@@ -253,15 +253,42 @@ class Run:
         # scheduling
         size = min(512, max(32, -(-len(rows) // 64)))
         parts = [(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-        units = self._reading(rows.asked, parts, [any(rows.web[a:b]) for a, b in parts], download)
-        tried = set(storage.list_names(storage.join(self.dataset, "staging")))
-        self._pass_one(rows.asked, units, download)
+        web = [any(rows.web[start:stop]) for start, stop in parts]
+        units = self._reading(rows.asked, parts, web, download)
+        there = set(storage.list_names(storage.join(self.dataset, "staging")))
+        tried = {at for at, unit in enumerate(units) if f"{unit['unit']}.jsonl" in there}
+        again = any(web[at] for at in tried)
+        wanted, taken = self.rules.rules_of_files(), 0
+
+        def take(done: set[int]) -> None:
+            """In their order, those that are read, while others are."""
+            nonlocal taken
+            while taken < len(units) and taken in done and not again:
+                lines = self._lines_of(units[taken], parts[taken])
+                self._take(rows, parts[taken], itertools.repeat(taken), lines, wanted)
+                taken += 1
+
+        self._pass_one(rows.asked, units, download, take)
+        take(tried)  # nothing was left to read
+        assert again or taken == len(units)
+        more = self._read_again(rows, units, parts, tried, download) if again else []
+        return [unit["unit"] for unit in [*units, *more]]
+
+    def _read_again(
+        self,
+        rows: _Rows,
+        units: list[Record],
+        parts: Sequence[tuple[int, int]],
+        tried: set[int],
+        download: DownloadRules,
+    ) -> list[Record]:
+        """What the web did not give a run that ended before this one; the units that staged it."""
         # A run that ended before this one may have found the web out of reach: that is tried again,
         # what it did get is not.
         missed: dict[int, int] = {}
         again = Lines(self.dataset)
-        for unit, (start, stop) in zip(units, parts, strict=True):
-            if f"{unit['unit']}.jsonl" in tried and any(rows.web[start:stop]):
+        for at, (unit, (start, stop)) in enumerate(zip(units, parts, strict=True)):
+            if at in tried and any(rows.web[start:stop]):
                 for number, found in enumerate(self._results(unit), start):
                     if json.loads(found).get("reason") in _MAY_CHANGE:
                         missed[number] = len(again)
@@ -276,23 +303,29 @@ class Run:
                 ):
                     storage.delete(url)
             self._pass_one(again, more, download)
-        retried = [(at, found) for at, unit in enumerate(more) for found in self._results(unit)]
+        retried = [
+            (at, found) for at, unit in enumerate(more, len(units)) for found in self._results(unit)
+        ]
         wanted = self.rules.rules_of_files()
         for at, (unit, part) in enumerate(zip(units, parts, strict=True)):
-            lines = self._results(unit)
-            if len(lines) != part[1] - part[0]:
-                url = result_url(self.dataset, unit["unit"], "jsonl")
-                raise ValueError(
-                    f"{url}: {len(lines)} lines, wanted {part[1] - part[0]}; delete the folder "
-                    f"{storage.parent(url)} and run again"
-                )
-            for number, found in enumerate(lines, part[0]):
-                of = at
+            found = [(at, line) for line in self._lines_of(unit, part)]
+            for number in range(*part):
                 if number in missed:
-                    of, found = retried[missed[number]]
-                    of += len(units)
-                self._take(rows, number, of, found, wanted)
-        return [unit["unit"] for unit in [*units, *more]]
+                    found[number - part[0]] = retried[missed[number]]
+            staged, lines = zip(*found, strict=True)
+            self._take(rows, part, staged, lines, wanted)
+        return more
+
+    def _lines_of(self, unit: Record, part: tuple[int, int]) -> list[bytes]:
+        """What a unit has found, a line for each of its rows."""
+        lines = self._results(unit)
+        if len(lines) != part[1] - part[0]:
+            url = result_url(self.dataset, unit["unit"], "jsonl")
+            raise ValueError(
+                f"{url}: {len(lines)} lines, wanted {part[1] - part[0]}; delete the folder "
+                f"{storage.parent(url)} and run again"
+            )
+        return lines
 
     def _reading(
         self,
@@ -310,12 +343,18 @@ class Run:
             units.append({"unit": name, **asked.place(start, stop)})
         return units
 
-    def _pass_one(self, asked: Lines, units: list[Record], download: DownloadRules) -> None:
+    def _pass_one(
+        self,
+        asked: Lines,
+        units: list[Record],
+        download: DownloadRules,
+        ready: Callable[[set[int]], None] | None = None,
+    ) -> None:
         if units:
             lines = self._share(asked, "rows")
             work = functools.partial(reader, self.dataset, self.rules.reading(), download, lines)
             self.used.update(f"{unit['unit']}{end}" for unit in units for end in (".bin", ".jsonl"))
-            self._resume("read", work, units, "jsonl")
+            self._resume("read", work, units, "jsonl", ready)
 
     def _share(self, lines: Lines, kind: str) -> str:
         """The URL under which workers read these lines."""
@@ -329,18 +368,25 @@ class Run:
         return storage.read_bytes(result_url(self.dataset, unit["unit"], "jsonl")).splitlines()
 
     def _take(
-        self, rows: _Rows, number: int, unit: int, line: bytes, wanted: Sequence[filters.Rule]
+        self,
+        rows: _Rows,
+        part: tuple[int, int],
+        staged: Iterable[int],
+        lines: Sequence[bytes],
+        wanted: Sequence[filters.Rule],
     ) -> None:
-        found, ok = json.loads(line), False
-        if not found.get("reason"):
-            scores = {**found["scores"], "caption": rows.said[number][3][0]}
-            ok = not filters.first_reason(wanted, scores)
-        rows.found.append(line)
-        rows.unit.append(unit)
-        rows.keys += bytes.fromhex(found.get("key", "0" * 32))
-        rows.rejected.append(bool(found.get("reason")))
-        rows.wanted.append(ok)
-        rows.length.append(found.get("length", 0))
+        """What was found of some rows, each in the unit that staged it."""
+        for said, unit, line in zip(rows.said.some(*part), staged, lines, strict=False):
+            found, ok = parsed(line), False
+            rejected = bool(found.get("reason"))
+            if not rejected:
+                ok = not filters.first_reason(wanted, {**found["scores"], "caption": said[3][0]})
+            rows.found.append(line)
+            rows.unit.append(unit)
+            rows.keys += bytes.fromhex(found.get("key", "0" * 32))
+            rows.rejected.append(rejected)
+            rows.wanted.append(ok)
+            rows.length.append(found.get("length", 0))
 
     # ---- the decision ----------------------------------------------------------------------------
 
@@ -420,9 +466,10 @@ class Run:
         holding: Holding,
     ) -> Record:
         """What pass 2 needs of a sample."""
-        (row, _, _, _, label, flags, _), found = rows.said[number], rows.found[number]
+        said, found = rows.said[number], rows.found[number]
+        row, _, _, _, label, flags, _ = said
         captions = decision.captions.get(number) or of_split(
-            rows.captions(number), int(decision.split[number]), holding
+            rows.captions(number, said), int(decision.split[number]), holding
         )
         meta = {
             "source": row,
@@ -524,9 +571,9 @@ class Run:
         with writing(self.dataset) as (table, publish_table):
             for batch in read_batches(self.base) if self.base else ():
                 table.add(restated(self._still_past(batch, rows), *dropped))
-            numbers = iter(range(len(rows)))
-            while some := list(itertools.islice(numbers, 8192)):
-                batch = batch_of(self._outcome(rows, it, sources, decision) for it in some)
+            for start in range(0, len(rows), 8192):
+                some = range(start, min(start + 8192, len(rows)))
+                batch = batch_of(self._outcomes(rows, some, sources, decision))
                 batch = restated(batch, *dropped)
                 new += sum(it == "kept" for it in batch["outcome"].to_pylist())
                 table.add(batch)
@@ -559,22 +606,26 @@ class Run:
         self._clean()
         return IngestResult(manifest, counts, new, reused=False)
 
-    def _outcome(
-        self, rows: _Rows, number: int, sources: Sequence[Source], decision: Decision
-    ) -> Record:
-        (row, stamp, source, _, _, flags, _), found = rows.said[number], rows.found[number]
-        outcome, reason = OUTCOMES[int(decision.outcome[number])]
-        return {
-            "id": row,
-            "stamp": stamp,
-            "source": sources[int(source)].url,
-            "outcome": outcome,
-            "reason": found.get("reason", "") or reason,
-            "detail": found.get("detail", ""),
-            "key": found.get("key", ""),
-            "split": SPLITS[decision.split[number]],
-            "flags": sorted({*flags, *found.get("flags", ())}),
-        }
+    def _outcomes(
+        self, rows: _Rows, some: range, sources: Sequence[Source], decision: Decision
+    ) -> Iterator[Record]:
+        part = some.start, some.stop
+        for number, said, found in zip(
+            some, rows.said.some(*part), rows.found.some(*part), strict=True
+        ):
+            row, stamp, source, _, _, flags, _ = said
+            outcome, reason = OUTCOMES[int(decision.outcome[number])]
+            yield {
+                "id": row,
+                "stamp": stamp,
+                "source": sources[int(source)].url,
+                "outcome": outcome,
+                "reason": found.get("reason", "") or reason,
+                "detail": found.get("detail", ""),
+                "key": found.get("key", ""),
+                "split": SPLITS[decision.split[number]],
+                "flags": sorted({*flags, *found.get("flags", ())}),
+            }
 
     def _still_past(self, batch: Any, rows: _Rows) -> Any:
         """Without the rows that were out of reach or not there, and are new again."""
@@ -614,21 +665,35 @@ class Run:
     # ---- units -----------------------------------------------------------------------------------
 
     def _resume(
-        self, stage: str, factory: Any, units: list[Record], kind: str
+        self,
+        stage: str,
+        factory: Any,
+        units: list[Record],
+        kind: str,
+        ready: Callable[[set[int]], None] | None = None,
     ) -> dict[str, Record]:
-        """Have all units done; what those that an earlier, killed run left gave."""
-        staging = storage.join(self.dataset, "staging")
-        present = set(storage.list_names(staging))
-        todo = [unit for unit in units if f"{unit['unit']}.{kind}" not in present]
-        past, progress = len(units) - len(todo), self.progress
+        """Have all units done that an earlier, killed run has not; what they gave. `ready` is told
+        which are done, whenever there are more of them.
+        """
+        present = set(storage.list_names(storage.join(self.dataset, "staging")))
+        todo = [at for at, unit in enumerate(units) if f"{unit['unit']}.{kind}" not in present]
+        done = set(range(len(units))).difference(todo)
+        past, progress = len(done), self.progress
+
+        def finished(index: int) -> None:
+            done.add(todo[index])
+            if ready:
+                ready(done)
+
         fresh = run(
             factory,
-            todo,
+            [units[at] for at in todo],
             executor=self.executor,
             keep=False,
             progress=progress and (lambda done, _: progress(stage, past + done, len(units))),
+            finished=finished,
         )
-        return {unit["unit"]: result for unit, result in zip(todo, fresh, strict=True)}
+        return {units[at]["unit"]: result for at, result in zip(todo, fresh, strict=True)}
 
     def _resume_shards(self, factory: Any, units: list[Record]) -> list[Shard]:
         self.used.update(f"{unit['unit']}.json" for unit in units)

@@ -110,9 +110,11 @@ def reader(
         ):
             after.callback(release)
 
+            end = 0
+
             def stage(data: bytes) -> int:
-                offset = file.tell()
-                file.write(data)
+                nonlocal end
+                offset, end = end, end + file.write(data)
                 return offset
 
             for row in rows:

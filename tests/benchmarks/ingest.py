@@ -4,12 +4,13 @@ The photographs are repeated, each copy with a comment of its own in its file, s
 new and the work on pixels stays the same. In turns, each in a fresh process:
 
     bare          read the file, decode it behind the same guard, resize, encode; nothing kept
-    ours          pipeline.ingest from the folder, all its bookkeeping on
+    ours          pipeline.ingest from the folder, all its bookkeeping on, by two processes
+    ours, Ray     the same by Ray Data
     ours, served  the same from URLs, by the server that img2dataset is given
     img2dataset   from a threaded static server on loopback, on the same cores
 
-"bare" and "ours" also run on one core, one process each, without Ray. A steady rate leaves out
-starting: ours is the whole call of `ingest` in a session that has ingested 64 pictures before;
+"bare" and "ours" also run on one core, one process each. A steady rate leaves out starting: ours
+is the whole call of `ingest` in a process that has ingested 64 pictures before;
 img2dataset's is by its own clock, which runs within a shard, over all its processes; it is given no
 more shards than its processes do before they are replaced. The whole call is the wall of the
 process, from its start to its end. Processor time is that of all processes which a contender has
@@ -137,18 +138,17 @@ def run_bare(folder: Path, processes: int) -> dict[str, Any]:
     return {"pictures": len(files), "seconds": end - start, "cpu": cpu}
 
 
-def run_ours(folder: Path, warm: Path, out: Path, workers: int) -> dict[str, Any]:
-    """From a folder or, where it is a file, from a table of URLs; on Ray if there are workers."""
+def run_ours(folder: Path, warm: Path, out: Path, executor: Executor) -> dict[str, Any]:
+    """From a folder or, where it is a file, from a table of URLs."""
     rules = IngestRules(max_side=SIDE, download=DownloadRules(private_hosts=("127.0.0.1",)))
-    executor = Executor(kind="ray", workers=workers) if workers else Executor()
-    if workers:
+    if executor.kind == "ray":
         os.environ["RAY_AUTH_MODE"] = "disabled"
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         import ray
 
         ray.init(
             address="local",
-            num_cpus=max(4, workers),
+            num_cpus=max(4, executor.workers),
             include_dashboard=False,
             object_store_memory=256 << 20,
             log_to_driver=False,
@@ -229,7 +229,11 @@ def bare(folders: dict[str, Path], _: Path) -> dict[str, Any]:
 
 
 def ours(folders: dict[str, Path], out: Path) -> dict[str, Any]:
-    return fresh("ours", folders["all"], folders["warm"], out, str(PROCESSES))
+    return fresh("processes", folders["all"], folders["warm"], out)
+
+
+def ours_on_ray(folders: dict[str, Path], out: Path) -> dict[str, Any]:
+    return fresh("ray", folders["all"], folders["warm"], out)
 
 
 def bare_alone(folders: dict[str, Path], _: Path) -> dict[str, Any]:
@@ -237,13 +241,13 @@ def bare_alone(folders: dict[str, Path], _: Path) -> dict[str, Any]:
 
 
 def ours_alone(folders: dict[str, Path], out: Path) -> dict[str, Any]:
-    return fresh("ours", folders["half"], folders["warm"], out, "0", core=0)
+    return fresh("local", folders["half"], folders["warm"], out, core=0)
 
 
 def ours_served(folders: dict[str, Path], out: Path) -> dict[str, Any]:
     with serving(folders["all"]) as (port, end):
         urls = table_of_urls(folders["all"], port, out.with_name("urls.jsonl"))
-        result = fresh("ours", urls, folders["warm"], out, str(PROCESSES))
+        result = fresh("processes", urls, folders["warm"], out)
         server = end()
     return {**result, "server": server, "cpu": result["cpu"] + server}
 
@@ -290,6 +294,7 @@ def _img2dataset(folder: Path, out: Path) -> tuple[dict[str, Any], float, float]
 CONTENDERS: dict[str, Callable[[dict[str, Path], Path], dict[str, Any]]] = {
     "bare": bare,
     "ours": ours,
+    "ours, Ray": ours_on_ray,
     "img2dataset": img2dataset,
     "ours, served": ours_served,
     "bare, one core": bare_alone,
@@ -426,7 +431,9 @@ def inside(kind: str, *words: str) -> None:
     if kind == "bare":
         measured = run_bare(Path(words[0]), int(words[1]))
     else:
-        measured = run_ours(Path(words[0]), Path(words[1]), Path(words[2]), int(words[3]))
+        chosen: Any = kind
+        executor = Executor(kind=chosen, workers=0 if kind == "local" else PROCESSES)
+        measured = run_ours(Path(words[0]), Path(words[1]), Path(words[2]), executor)
     print(json.dumps(measured))
 
 

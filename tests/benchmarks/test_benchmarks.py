@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline import dedup
+from pipeline.execute import Executor
 from tests.benchmarks import ingest as benchmark
 from tests.benchmarks import loader
 from tests.benchmarks.peers import loading
@@ -40,7 +41,7 @@ def test_copies_have_new_keys_and_the_same_pixels(folders):
 
 def test_the_bare_loop_does_the_work_on_pixels_that_ingest_does(folders, tmp_path):
     out = tmp_path / "out" / "data"
-    measured = benchmark.run_ours(folders["all"], folders["warm"], out, workers=0)
+    measured = benchmark.run_ours(folders["all"], folders["warm"], out, Executor())
     assert measured["pictures"] == benchmark.run_bare(folders["all"], 2)["pictures"] == 8
     assert benchmark.same_files(out, folders["all"])
     level, count = benchmark.psnr(out, folders["all"])
@@ -51,7 +52,7 @@ def test_the_bare_loop_does_the_work_on_pixels_that_ingest_does(folders, tmp_pat
 def test_served_pictures_arrive(folders, tmp_path):
     with benchmark.serving(folders["all"]) as (port, end):
         urls = benchmark.table_of_urls(folders["all"], port, tmp_path / "urls.jsonl")
-        benchmark.run_ours(urls, folders["warm"], tmp_path / "data", workers=0)
+        benchmark.run_ours(urls, folders["warm"], tmp_path / "data", Executor())
         assert end() > 0
     found = dict(benchmark.stored(tmp_path / "data"))
     assert sorted(found) == benchmark.names(folders["all"])

@@ -43,9 +43,9 @@ def test_status_of_an_empty_home(tmp_path):
         (["rollback", "shapes"], "was ever promoted"),
         (["compare", "shapes"], "two models or more"),
         (["compare", "shapes", "shapes?steps="], "expected MODEL?key=value"),
-        (["ingest", "shapes://?scenes=4", "--dataset", "memory://x"], "memory://x: each of Ray's"),
-        (["ingest", "memory://in", "--dataset", "x"], "memory://in: each of Ray's workers has a"),
-        (["run", "shapes", "data.dataset=memory://x"], "memory://x: each of Ray's workers"),
+        (["ingest", "shapes://?scenes=4", "--dataset", "memory://x"], "memory://x: each worker"),
+        (["ingest", "memory://in", "--dataset", "x"], "memory://in: each worker has a"),
+        (["run", "shapes", "data.dataset=memory://x"], "memory://x: each worker"),
     ],
 )
 def test_bad_usage_is_exit_code_2_and_says_why(tmp_path, words, told):

@@ -216,6 +216,60 @@ def test_a_run_killed_while_downloading_asks_again_for_what_was_under_way_alone(
     assert tree(dataset) == tree(tmp_path / "calm")
 
 
+# ---- F1 and F5: processes of this machine that die -----------------------------------------------
+
+
+def test_the_work_of_dead_processes_is_done_by_others(tmp_path):
+    source, struck = fill(tmp_path / "in", 200), []
+    ingest([source], str(tmp_path / "calm"), RULES)
+
+    def strike(stage: str, done: int, total: int) -> None:
+        workers = [pid for pid in descendants(os.getpid()) if working(pid)]
+        if done in (1, 3) and workers:
+            os.kill(workers[0], signal.SIGKILL)
+            struck.append(stage)
+
+    ingest([source], str(tmp_path / "set"), RULES, Executor(kind="processes", workers=2), strike)
+    assert struck == ["read", "read", "write", "write"]
+    assert visible(tmp_path / "set") == visible(tmp_path / "calm")
+
+
+def working(pid: int) -> bool:
+    """Whether the server of forks, our child, has forked it."""
+    with contextlib.suppress(OSError):
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        server = Path(f"/proc/{parent}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return b"forkserver" in server and parent != os.getpid() and state != "Z"
+    return False
+
+
+READS_WITH_PROCESSES = """
+import sys
+from pipeline.execute import Executor
+from pipeline.ingest import IngestRules, ingest
+ingest([sys.argv[1]], sys.argv[2], IngestRules(shard_samples=24, min_heldout=8),
+       Executor(kind="processes", workers=2), lambda *it: print(*it, flush=True))
+print("end")
+"""
+
+
+def test_a_run_with_processes_that_is_killed_ends_like_an_undisturbed_one(tmp_path):
+    source, dataset = fill(tmp_path / "in", 200), str(tmp_path / "set")
+    ingest([source], str(tmp_path / "calm"), RULES)
+    command = [sys.executable, "-c", READS_WITH_PROCESSES, source, dataset]
+    for lines in (3, 11):
+        killed = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert killed.stdout
+        said = [killed.stdout.readline() for _ in range(lines)]
+        assert all(said)
+        killed.kill()  # the caller alone: its workers see that it is gone
+        assert "end" not in killed.communicate()[0].splitlines()
+        whole(dataset)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert visible(dataset) == visible(tmp_path / "calm")
+
+
 # ---- F1 and F5: processes that die under Ray -----------------------------------------------------
 
 RAY_RULES = IngestRules(shard_samples=48, min_heldout=8, max_side=64)

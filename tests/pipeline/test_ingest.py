@@ -825,6 +825,16 @@ def test_ray_and_local_give_the_same_bytes(ray_session, tmp_path):
     assert {stage for stage, _, _ in steps} == {"read", "write"}
 
 
+def test_processes_and_local_give_the_same_bytes(tmp_path):
+    sources = [source(tmp_path / "in", plain(70)), "shapes://?scenes=150&side=16"]
+    rules, steps = IngestRules(shard_samples=50, max_side=20, near_duplicates="keep"), []
+    ingest(sources, str(tmp_path / "local"), rules)
+    there = Executor(kind="processes", workers=2)
+    ingest(sources, str(tmp_path / "set"), rules, there, lambda *step: steps.append(step))
+    assert tree(tmp_path / "set") == tree(tmp_path / "local")
+    assert {stage for stage, _, _ in steps} == {"read", "write"}
+
+
 def test_a_data_set_in_an_object_store(tmp_path, monkeypatch):
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
     url, remote = source(tmp_path / "in", plain(20)), "memory://ingested/set"
