@@ -22,6 +22,7 @@ from .progress import meter
 
 _CHANGEABLE = (
     "workers",
+    "min_workers",
     "threads",
     "micro_batch",
     "keep_last",

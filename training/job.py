@@ -168,7 +168,7 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
             window.add(progress)
             last, stop = progress.step == config.steps, False
             if last or progress.passed(config.log_images):
-                record = window.close(progress)
+                record = window.close(progress) | {"workers": world.size}
                 stop = world.stop()
                 if history:
                     history.append(record)
