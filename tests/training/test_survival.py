@@ -23,7 +23,7 @@ import torch
 
 from tests.training.test_distributed import BATCH, Lines, assert_close, drawn, job, rays
 from tests.training.test_distributed import build as build_line
-from training import checkpoint, distributed, results
+from training import distributed, results
 from training.distributed import fit
 from training.job import Job, run
 from training.loop import World
@@ -153,6 +153,125 @@ def test_ten_dead_workers_and_three_dead_drivers_change_no_bit(tmp_path, rounds)
     # A worker may have begun a batch when another one dies.
     assert calm.repeated((2,)) == 0
     assert hit.repeated((2,)) <= (dead_workers + dead_drivers) * (INTERVAL + BATCH)
+
+
+class Host:
+    """A network, mount and process namespace, behind a bridge in another one; it ends with `off`.
+
+    `ray` is where it keeps what Ray has in /tmp/ray, `log` what was said in it.
+    """
+
+    def __init__(self, directory: Path):
+        directory.mkdir()
+        (directory / "ray").mkdir()
+        self.log = directory / "log"
+        Path("/tmp/ray").mkdir(exist_ok=True)
+        begin = f"mount --bind {directory}/ray /tmp/ray && mount -t tmpfs tmpfs /dev/shm"
+        begin += " && ip link set lo up && echo up && exec sleep infinity"
+        separate = ("--net", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
+        self._unshare = subprocess.Popen(
+            ["unshare", *separate, "sh", "-c", begin],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        with self._unshare.stdout as out:
+            if (said := out.readline()) != "up\n":
+                self.off()
+                pytest.skip(f"no namespaces can be made here: {said.strip()}")
+        ours = self._unshare.pid
+        self.pid = int(Path(f"/proc/{ours}/task/{ours}/children").read_text())
+
+    @property
+    def enter(self) -> tuple[str, ...]:
+        return ("nsenter", "--target", str(self.pid), "--net", "--mount", "--pid", "--")
+
+    def __call__(self, command: str) -> None:
+        enter = ("nsenter", "--target", str(self.pid), "--net")  # the network alone: pids are ours
+        done = subprocess.run([*enter, *command.split()], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{command}: {done.stderr.strip()}")
+
+    def cable(self, other: Host, name: str, address: str) -> None:
+        """`eth0` here is the end of a cable that is `name` in the other's bridge."""
+        other(f"ip link add {name} type veth peer name eth0 netns {self.pid}")
+        other(f"ip link set {name} master bridge up")
+        self(f"ip address add {address}/24 dev eth0")
+        self("ip link set eth0 up")
+
+    def ray(self, *options: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        """A node with room for one worker."""
+        ray = Path(sys.executable).with_name("ray")
+        with self.log.open("ab") as out:
+            return subprocess.Popen(
+                [*self.enter, sys.executable, ray, "start", "--num-cpus=1", "--block", *options],
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    def off(self) -> None:
+        self._unshare.kill()
+        self._unshare.wait()
+
+
+@pytest.fixture
+def hosts(tmp_path) -> Iterator[tuple[Host, Host, Host]]:
+    """Two hosts, 10.77.0.1 and 10.77.0.2, and the switch between them."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("two hosts are network namespaces: needs Linux and root")
+    with contextlib.ExitStack() as stack:
+        found = []
+        for name in ("switch", "one", "two"):
+            found.append(Host(tmp_path / name))
+            stack.callback(found[-1].off)
+        switch, one, two = found
+        switch("ip link add bridge type bridge")
+        switch("ip link set bridge up")
+        one.cable(switch, "one", "10.77.0.1")
+        two.cable(switch, "two", "10.77.0.2")
+        yield one, two, switch
+
+
+@rays
+def test_a_host_is_cut_off_and_comes_back(tmp_path, hosts):
+    """Item by item: two hosts train, one is cut off, the other goes on, both go on together."""
+    one, two, switch = hosts
+    it = Trouble(tmp_path / "trouble", 600, min_workers=1)
+    whole = Trouble(tmp_path / "whole", 600, workers=1)
+    head = "10.77.0.1:6399"
+    watchful = {  # dead after 5 s of silence, and not after 25
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_initial_delay_ms": "0",
+    }
+    environment = it.environment | watchful
+    join = (f"--address={head}", "--node-ip-address=10.77.0.2")
+    begin = ("--head", "--port=6399", "--node-ip-address=10.77.0.1", "--include-dashboard=false")
+    with nothing_left(it):
+        one.ray(*begin, environment=environment)
+        time.sleep(8)
+        node = two.ray(*join, environment=environment)
+        time.sleep(8)
+        it.go(0.05)
+        driver = it.start(*one.enter, RAY_ADDRESS=head, GLOO_SOCKET_IFNAME="eth0")
+        it.until(lambda: it.logged() >= 350, driver)
+        switch("ip link set two down")
+        it.until(lambda: 1 in it.workers(), driver)
+        switch("ip link set two up")
+        node.wait()  # a raylet that was given up ends itself; whoever watches it starts another
+        two.ray(*join, environment=environment)
+        it.go(0.3)
+        it.until(lambda: it.workers()[-1] == 2, driver)
+        it.go(0)
+        it.done(driver)
+    run(whole.job, build=build)
+    assert_close(it.output, whole.output)
+    spans = [n for n, before in zip(it.workers(), [0, *it.workers()], strict=False) if n != before]
+    assert spans == [2, 1, 2]
+    assert it.repeated((1, 2)) <= 2 * (INTERVAL + BATCH)
+    found = drawn(it.output.parent, "stage", 2) | drawn(it.output.parent, "stage", 1)
+    assert found == drawn(whole.output.parent, "stage", 1)
 
 
 if __name__ == "__main__":
