@@ -35,6 +35,13 @@ GROW_SECONDS = 60.0
 did since their last checkpoint."""
 GRACE_SECONDS = 25.0
 """How long workers have for a checkpoint once the driver was told to stop."""
+_RAY_TRAIN = {
+    # After the loss of a node Ray asks for all workers once more, before it knows of the loss.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Two processes more to start, which tell a training that asks, and ours does not.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 _PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG")
 log = logging.getLogger(__name__)
 
@@ -62,9 +69,7 @@ def fit(
         return run(job, World(), None, build)  # what is finished is only checked and read
 
 
-def _fit(
-    job: Job, config: TrainingConfig, on_progress: OnProgress | None, build: Build
-) -> None:
+def _fit(job: Job, config: TrainingConfig, on_progress: OnProgress | None, build: Build) -> None:
     output = Path(job.output).absolute()
     (output / STOP).unlink(missing_ok=True)
     outcome: dict[str, Any] = {}
@@ -124,8 +129,8 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, least = config.workers, config.min_workers or config.workers
-    # After the loss of a node Ray asks for all workers once more, before it knows of the loss.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    for name, value in _RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= least
     cores = int(ray.cluster_resources().get("CPU", 1))
     threads = config.threads or max(1, cores // workers)

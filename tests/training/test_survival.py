@@ -200,15 +200,20 @@ class Host:
         self("ip link set eth0 up")
 
     def ray(self, *options: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """A node with room for one worker."""
+        """A node with room for one worker, once it is up."""
         ray = Path(sys.executable).with_name("ray")
+        said = self.log.read_text() if self.log.exists() else ""
         with self.log.open("ab") as out:
-            return subprocess.Popen(
+            node = subprocess.Popen(
                 [*self.enter, sys.executable, ray, "start", "--num-cpus=1", "--block", *options],
                 env=environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
+        while "block forever" not in self.log.read_text()[len(said) :]:
+            assert node.poll() is None, self.log.read_text()[-4000:]
+            time.sleep(0.1)
+        return node
 
     def off(self) -> None:
         self._unshare.kill()
@@ -235,26 +240,25 @@ def hosts(tmp_path) -> Iterator[tuple[Host, Host, Host]]:
 
 @rays
 def test_a_host_is_cut_off_and_comes_back(tmp_path, hosts):
-    """Item by item: two hosts train, one is cut off, the other goes on, both go on together."""
+    """What is drawn and the losses are those of one worker that nothing happened to."""
     one, two, switch = hosts
     it = Trouble(tmp_path / "trouble", 600, min_workers=1)
     whole = Trouble(tmp_path / "whole", 600, workers=1)
     head = "10.77.0.1:6399"
-    watchful = {  # dead after 5 s of silence, and not after 25
+    environment = it.environment | {  # dead after 5 s of silence, and not after 25
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "1000",
         "RAY_health_check_initial_delay_ms": "0",
     }
-    environment = it.environment | watchful
+    given = {"RAY_ADDRESS": head, "GLOO_SOCKET_IFNAME": "eth0"}
+    given["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
     join = (f"--address={head}", "--node-ip-address=10.77.0.2")
     begin = ("--head", "--port=6399", "--node-ip-address=10.77.0.1", "--include-dashboard=false")
     with nothing_left(it):
         one.ray(*begin, environment=environment)
-        time.sleep(8)
         node = two.ray(*join, environment=environment)
-        time.sleep(8)
         it.go(0.05)
-        driver = it.start(*one.enter, RAY_ADDRESS=head, GLOO_SOCKET_IFNAME="eth0")
+        driver = it.start(*one.enter, **given)
         it.until(lambda: it.logged() >= 350, driver)
         switch("ip link set two down")
         it.until(lambda: 1 in it.workers(), driver)
