@@ -39,7 +39,7 @@ _RAY_TRAIN = {
     # After the loss of a node Ray asks for all workers once more, before it knows of the loss.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Two processes more to start, which tell a training that asks, and ours does not.
+    # One more process to start, which tells a training that asks, and ours does not.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG")
