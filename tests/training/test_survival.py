@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,6 +226,8 @@ def hosts(tmp_path) -> Iterator[tuple[Host, Host, Host]]:
     """Two hosts, 10.77.0.1 and 10.77.0.2, and the switch between them."""
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("two hosts are network namespaces: needs Linux and root")
+    if missing := [it for it in ("ip", "unshare", "nsenter") if not shutil.which(it)]:
+        pytest.skip(f"two hosts need {', '.join(missing)}: iproute2 and util-linux")
     with contextlib.ExitStack() as stack:
         found = []
         for name in ("switch", "one", "two"):
