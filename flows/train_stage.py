@@ -23,6 +23,7 @@ from .recipe import DENOISING, kind_of
 
 _CHANGEABLE = (
     "workers",
+    "min_workers",
     "threads",
     "micro_batch",
     "keep_last",

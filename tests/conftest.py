@@ -38,11 +38,19 @@ if importlib.util.find_spec("beartype") is not None:
     )
 
 
+SOAK = os.environ.get("DARKROOM_SOAK", "0") not in ("", "0")
+
+
 @pytest.fixture(scope="session")
 def rounds():
     """`rounds(few, all)`: how often to repeat; all of it in `make soak`."""
-    soak = os.environ.get("DARKROOM_SOAK", "0") not in ("", "0")
-    return lambda few, all: all if soak else few
+    return lambda few, all: all if SOAK else few
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A mark's time limit is for few rounds, and goes before `--timeout=0`."""
+    for item in items if SOAK else ():
+        item.add_marker(pytest.mark.timeout(0), append=False)
 
 
 class Gallery(http.server.ThreadingHTTPServer):

@@ -21,15 +21,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import results
+from . import checkpoint, results
 from .job import Build, Job, OnProgress, build, run
-from .loop import Diverged, World
+from .loop import Diverged, TrainingConfig, World
 from .supervision import Interrupts, Stopped
 
 RAY, STOP = "ray", "stop"
+TRIES = 4
+"""So many failures end a run of Ray's; another one is begun where it left a new checkpoint."""
 POLL_SECONDS = 0.5
+GROW_SECONDS = 60.0
+"""How often to look whether there is room for more workers again; making room costs them what they
+did since their last checkpoint."""
 GRACE_SECONDS = 25.0
 """How long workers have for a checkpoint once the driver was told to stop."""
+_RAY_TRAIN = {
+    # After the loss of a node Ray asks for all workers once more, before it knows of the loss.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # One more process to start, which tells a training that asks, and ours does not.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
 _PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG")
 log = logging.getLogger(__name__)
 
@@ -47,62 +59,29 @@ def fit(
     `build` must then be picklable. On SIGTERM or Ctrl-C in the main thread they write a checkpoint
     at the next log point.
     """
-    workers = job.training_config().workers
-    if workers == 1 and not force_ray:
+    config = job.training_config()
+    if config.workers == 1 and not force_ray:
         return run(job, None, on_progress, build)
     with results.owning(job.output):
         if results.committed(job.output) is None:
-            with _ray(workers):
-                _fit(job, workers, on_progress, build)
+            with _ray(config):
+                _fit(job, config, on_progress, build)
         return run(job, World(), None, build)  # what is finished is only checked and read
 
 
-def _fit(job: Job, workers: int, on_progress: OnProgress | None, build: Build) -> None:
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+def _fit(job: Job, config: TrainingConfig, on_progress: OnProgress | None, build: Build) -> None:
     output = Path(job.output).absolute()
     (output / STOP).unlink(missing_ok=True)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
-    cores = int(ray.cluster_resources().get("CPU", 1))
-    config = job.training_config()
-    threads = config.threads or max(1, cores // workers)
-    environment = {"OMP_NUM_THREADS": str(threads)}
-    environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "job": job.to_json(),
-            "build": build,
-            "threads": threads,
-            "directory": os.getcwd(),
-        },
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.stall_seconds) or 1800
-        ),
-        # No CPU is reserved for what is computed on a GPU or by OpenMP's threads; Ray only places.
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=_resources(use_gpu)
-        ),
-        run_config=RunConfig(
-            # Ray resumes by name from what it remembers of it; only our checkpoints count.
-            name=f"{job.fingerprint}-{secrets.token_hex(4)}",
-            storage_path=str(output / RAY),
-            failure_config=FailureConfig(max_failures=3),
-            worker_runtime_env={"env_vars": environment},
-        ),
-    )
     outcome: dict[str, Any] = {}
 
     def work() -> None:
         try:
-            outcome["returned"] = trainer.fit().return_value
+            outcome["returned"] = _persist(job, config, build, output)
         except BaseException as error:
             outcome["error"] = error
 
     thread = threading.Thread(target=work, name="ray-train", daemon=True)
-    follow = _follow(job.output, on_progress or (lambda record: None))
+    follow = _follow(job.output, on_progress or (lambda record: None), config.workers)
     patience = GRACE_SECONDS
     with Interrupts() as interrupts:
         thread.start()
@@ -123,6 +102,65 @@ def _fit(job: Job, workers: int, on_progress: OnProgress | None, build: Build) -
         raise Diverged(failure["message"], failure["keys"])
     if results.committed(job.output) is None:
         raise Stopped(f"training in {job.output} was stopped; run it again to go on")
+
+
+def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> Any:
+    """What the workers return. They are started again for as long as they get anywhere: who trains
+    for a month loses more of them than any fixed number of tries."""
+    from ray.train import TrainingFailedError
+
+    def reached() -> str:
+        paths = checkpoint.visible(output / results.CHECKPOINTS)
+        return paths[-1].name if paths else ""
+
+    while True:
+        before = reached()
+        try:
+            return _trainer(job, config, build, output).fit().return_value
+        except TrainingFailedError as error:
+            if reached() <= before or (output / STOP).exists():
+                raise
+            log.warning("workers failed %d times, but got further: going on: %s", TRIES, error)
+
+
+def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path) -> Any:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, least = config.workers, config.min_workers or config.workers
+    for name, value in _RAY_TRAIN.items():
+        os.environ.setdefault(name, value)
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    threads = config.threads or max(1, cores // workers)
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return TorchTrainer(
+        _worker,
+        train_loop_config={
+            "job": job.to_json(),
+            "build": build,
+            "threads": threads,
+            "directory": os.getcwd(),
+        },
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(config.stall_seconds) or 1800
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=(least, workers) if least < workers else workers,
+            elastic_resize_monitor_interval_s=GROW_SECONDS,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": _cpus(config), **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            # Ray resumes by name from what it remembers of it; only our checkpoints count.
+            name=f"{job.fingerprint}-{secrets.token_hex(4)}",
+            storage_path=str(output / RAY),
+            failure_config=FailureConfig(max_failures=TRIES - 1),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -182,30 +220,37 @@ def of_process_group(
     return World(rank, size, device, wrap, alone, total, gather, any_stops, restarts=True)
 
 
-def _follow(stage_dir: str, on_progress: OnProgress) -> Callable[[], None]:
-    """A function that hands over what is new in history.jsonl since it was called last."""
+def _follow(stage_dir: str, on_progress: OnProgress, workers: int) -> Callable[[], None]:
+    """A function that hands over what is new in history.jsonl since it was called last, and says
+    when it is by more or fewer workers."""
     reported = max((r["images_seen"] for r in results.history(stage_dir)), default=0)
-    path, size = Path(stage_dir, results.HISTORY), -1
+    path, size, present = Path(stage_dir, results.HISTORY), -1, workers
 
     def follow() -> None:
-        nonlocal reported, size
+        nonlocal reported, size, present
         if not path.exists() or path.stat().st_size == size:
             return
         size = path.stat().st_size
         for record in results.history(stage_dir):
             if record["images_seen"] > reported:  # what a restarted worker repeats is not new
                 reported = record["images_seen"]
+                if (found := record.get("workers", present)) != present:
+                    present = found
+                    log.warning("%d images: %d of %d workers", reported, present, workers)
                 on_progress(record)
 
     return follow
 
 
-def _resources(use_gpu: bool) -> dict[str, float]:
-    return {"CPU": 0.5, "GPU": 1} if use_gpu else {"CPU": 0.5}
+def _cpus(config: TrainingConfig) -> float:
+    """What a worker reserves. None would be needed, for Ray only places what is computed on a GPU
+    or by OpenMP's threads; but of elastic workers, those of a lost node shall not crowd the
+    others'."""
+    return 1.0 if 0 < config.min_workers < config.workers else 0.5
 
 
 @contextmanager
-def _ray(workers: int) -> Iterator[None]:
+def _ray(config: TrainingConfig) -> Iterator[None]:
     """Ray, for as long as the block lasts where nobody has started it."""
     import signal
 
@@ -221,10 +266,11 @@ def _ray(workers: int) -> Iterator[None]:
                 signal.signal(signal.SIGTERM, before)  # ray.init takes it and never gives it back
             stack.callback(ray.shutdown)
         free = ray.cluster_resources().get("CPU", 0)
-        if free < 0.5 * workers:
+        workers = config.min_workers or config.workers
+        if free < _cpus(config) * workers:
             raise ValueError(
-                f"{workers} workers need {0.5 * workers:g} CPUs in the Ray cluster, it has "
-                f"{free:g}: set training.workers lower or add nodes"
+                f"{workers} workers need {_cpus(config) * workers:g} CPUs in the Ray cluster, it "
+                f"has {free:g}: set training.workers lower or add nodes"
             )
         yield
 

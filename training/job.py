@@ -127,8 +127,10 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
     elif leads:
         storage.publish_json(str(output / results.JOB), job.to_json())
 
+    start = Start()
     torch.manual_seed(job.seed)
     stage, loader, data_digest = build(job, world)
+    start.done("stage and data")
     stage.seed = job.seed
     stage.to(world.device)
     state = checkpoint.newest(output / results.CHECKPOINTS, job.fingerprint)
@@ -140,6 +142,7 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         stage.adapt(loader)
     else:
         stage.prepare(loader)
+    start.done("checkpoint" if state else "first weights")
 
     unseen = measuring.heldout(loader) if leads and config.heldout_pictures else None
     if leads and config.heldout_pictures and unseen is None:
@@ -165,10 +168,11 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         interrupts = stack.enter_context(Interrupts())
         for progress in train(stage, loader, config, world, state):
             watchdog.beat()
+            start.over(job.kind)
             window.add(progress)
             last, stop = progress.step == config.steps, False
             if last or progress.passed(config.log_images):
-                record = window.close(progress)
+                record = window.close(progress) | {"workers": world.size}
                 stop = world.stop()
                 if history:
                     history.append(record)
@@ -242,6 +246,27 @@ def _commit(
     done = results.committed(job.output)
     assert done is not None
     return done
+
+
+class Start:
+    """Says, once, what the first update took to come, phase by phase."""
+
+    def __init__(self):
+        self._began = self._last = time.perf_counter()
+        self._phases: list[str] | None = []
+
+    def done(self, phase: str) -> None:
+        now = time.perf_counter()
+        if self._phases is not None:
+            self._phases.append(f"{phase} {now - self._last:.1f}")
+        self._last = now
+
+    def over(self, kind: str) -> None:
+        if self._phases is not None:
+            self.done("first update")
+            taken = self._last - self._began
+            log.info("%s: started in %.1f s: %s", kind, taken, ", ".join(self._phases))
+            self._phases = None
 
 
 class Window:

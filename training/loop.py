@@ -81,6 +81,9 @@ class TrainingConfig:
     """Without an update for so long, all stacks are dumped, and a worker that gets restarted
     ends."""
     workers: int = 1
+    min_workers: int = 0
+    """Where a node is lost, training goes on with as many workers as there is room for, down to so
+    few, and with all of them again when it is back; 0: it waits until there is room for all."""
     threads: int = 0
     """CPU threads of each worker; 0: torch's choice, or the cores shared between the workers."""
     compile: bool = False
@@ -123,6 +126,11 @@ class TrainingConfig:
             raise ValueError(
                 f"batch {self.batch} is smaller than workers {self.workers}: "
                 "each worker needs an image per update"
+            )
+        if self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is more than workers {self.workers}: "
+                "it is the least of them that may go on without the others"
             )
         if self.micro_batches(self.workers) < self.workers:
             raise ValueError(

@@ -308,8 +308,11 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
 def test_a_signal_makes_rays_workers_write_a_checkpoint(alone, tmp_path, ray):
     """F2 with several workers: it is obeyed at the next log point."""
 
+    sent = []
+
     def terminate(record):
         if record["images_seen"] == 80:
+            sent.append(time.time())
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -321,6 +324,9 @@ def test_a_signal_makes_rays_workers_write_a_checkpoint(alone, tmp_path, ray):
     assert results.committed(tmp_path) is None
     assert 80 < reached(tmp_path) < BATCH * STEPS
     assert reached(tmp_path) % (BATCH * 4) == 0
+    newest = checkpoint.visible(tmp_path / results.CHECKPOINTS)[-1]
+    written = json.loads((newest / checkpoint.DESCRIPTION).read_bytes())["written"]
+    assert 0 < written - sent[0] < 30
     run(replace(job(tmp_path), meta={}), build=build)
     assert_close(tmp_path, alone)
 

@@ -339,8 +339,11 @@ def take(number, frame):
     ],
 )
 def test_a_signal_waits_for_a_checkpoint(tmp_path, undisturbed, number, handler, ending):
+    sent = []
+
     def interrupt(record):
         if record["images_seen"] == 280:
+            sent.append(time.time())
             os.kill(os.getpid(), number)
 
     before = signal.signal(number, handler)
@@ -353,6 +356,9 @@ def test_a_signal_waits_for_a_checkpoint(tmp_path, undisturbed, number, handler,
     if ending is SystemExit:
         assert caught.value.code == 143
     assert reached(tmp_path) in (280, 288)
+    newest = checkpoint.visible(tmp_path / results.CHECKPOINTS)[-1]
+    written = json.loads((newest / checkpoint.DESCRIPTION).read_bytes())["written"]
+    assert 0 <= written - sent[0] < 30
     run(tiny(tmp_path), build=build)
     assert_same(tmp_path, undisturbed)
 

@@ -383,6 +383,7 @@ def test_learning_rates(schedule, expected):
         ("ema_sigma_rel", (0.1, 0.1), "ema_sigma_rel must be different lengths"),
         ("keep_last", 0, "keep_last must be greater than 0"),
         ("keep_best", True, "keep_best goes by the held-out loss: set heldout_pictures"),
+        ("min_workers", 2, "min_workers 2 is more than workers 1"),
         ("micro_batch", -1, "micro_batch must be finite and not negative"),
     ],
 )
