@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from training import tracking
 from training.tracking import FINGERPRINT, Run, deliver, flatten
@@ -56,6 +57,17 @@ def begin(tmp_path: Path, uri: str, spool: str = "spool", **more) -> Run:
 
 def history(client, run_id: str | None, key: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
+
+
+def pictures(info) -> dict[str, list[int]]:
+    """Name -> the steps that MLflow's slider has, of the names that it gives a run's pictures."""
+    found: dict[str, list[int]] = {}
+    for path in Path(info.artifact_uri, "images").glob("*.png"):
+        name, _, step, *_ = path.stem.split("%")
+        found[name] = sorted([*found.get(name, []), int(step)])
+        with Image.open(path) as shown:
+            assert shown.size[0] == shown.size[1]
+    return found
 
 
 def test_a_run_holds_all_that_was_logged(tmp_path, uri, client):
@@ -153,19 +165,26 @@ def test_a_server_that_comes_back_gets_it_while_the_run_goes_on(tmp_path, templa
 @pytest.mark.parametrize("spool", ["spool", "another"])
 def test_a_resumed_training_goes_on_with_its_run(tmp_path, uri, client, spool):
     tags = {FINGERPRINT: "abc"}
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(picture)
     first = begin(tmp_path, uri, tags=tags, params={"a": 1})
     with pytest.raises(KeyboardInterrupt), first:  # noqa: PT012
         first.log({"loss": 3.0}, 100)
         first.log({"loss": 2.0}, 200)
+        first.image("preview", picture, 200)
         raise KeyboardInterrupt
     assert client.get_run(first.id()).info.status == "KILLED"
     with begin(tmp_path, uri, spool=spool, tags=tags, params={"a": 1}) as second:
-        if spool == "spool":
-            second.log({"loss": 2.0}, 200)  # done again since the checkpoint
+        if spool == "spool":  # done again since the checkpoint
+            second.log({"loss": 2.0}, 200)
+            second.image("preview", picture, 200)
+        second.image("preview", picture, 300)
         second.log({"loss": 1.0}, 300)
     assert second.id() == first.id()
     assert history(client, first.id(), "loss") == [(100, 3.0), (200, 2.0), (300, 1.0)]
-    assert client.get_run(first.id()).info.status == "FINISHED"
+    found = client.get_run(first.id()).info
+    assert found.status == "FINISHED"
+    assert pictures(found) == {"preview": [200, 300]}
     with begin(tmp_path, uri, spool="third", tags={FINGERPRINT: "def"}) as other:
         pass
     assert other.id() != first.id()
