@@ -47,7 +47,13 @@ from training.stage import to_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 64
-NETWORK = UNetConfig(channels=96, channel_mult=(1, 2), contexts=(ContextConfig("text", 64, 64),))
+NETWORK = UNetConfig(
+    channels=56,
+    embedding=128,
+    channel_mult=(1, 2),
+    head_width=28,
+    contexts=(ContextConfig("text", 64, 64),),
+)
 SPECS = [
     EncoderSpec("latents", "image", "latents", {"batch": 256}, side=8),
     EncoderSpec("text", "text", "text", {"batch": 256}),
@@ -76,9 +82,7 @@ def write(folder: str, samples: int, shape: tuple[int, ...] = (8, 8, 8), text: b
 
 
 def loader(folder: str, batch: int, world: World = World(), text: bool = True) -> Loader:
-    encodings = [
-        Encoding.at(folder, it.name, it.kind, it.fingerprint) for it in SPECS[: 1 + text]
-    ]
+    encodings = [Encoding.at(folder, it.name, it.kind, it.fingerprint) for it in SPECS[: 1 + text]]
     return Loader(
         manifest.read(folder, 1),
         encodings,
