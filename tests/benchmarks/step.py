@@ -127,7 +127,9 @@ def bare(
         model.compile()
     live = list(network.parameters())
     averages = [p.detach().clone() for p in live]
-    optimizer = torch.optim.AdamW(live, config.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        live, config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     decay = 0.5 ** (config.batch / config.ema_halflife_images)
     device = torch.device(world.device).type
     step = 0
