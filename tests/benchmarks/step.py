@@ -6,7 +6,8 @@ their log lines. Bare is a plain PyTorch loop over batches that are tensors in m
 and times from torch's generator, the same network, forward, backward, clip_grad_norm_, the fused
 AdamW, averages by lerp. The network is a U-Net of 3.9 M parameters on latents of 4 x 8 x 8 with
 text, the batch 64, in fp32. They take turns update by update, now the one first and now the other;
-the ratio is that of the bare seconds to ours, the median over the pairs.
+the ratio is that of the bare seconds to ours, the median over the pairs; that of the processor's
+seconds tells more than the clock on a busy machine.
 
 Then both on two workers of one thread each, over gloo: theirs is DistributedDataParallel. What two
 workers gain over one, ours over theirs, is the last line.
@@ -46,7 +47,7 @@ from training.networks import ContextConfig, DenoiserConfig, UNetConfig
 from training.stage import to_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
-WIDTH = 64
+WIDTH, PROCESSOR = 64, ", processor"
 NETWORK = UNetConfig(
     channels=56,
     embedding=128,
@@ -164,18 +165,19 @@ def measure(folder: str, pairs: int, world: World) -> dict[str, list[float]]:
         "bare": bare(stages[0], batches, config, world),
         "ours": ours(stages[1], batches, config, world),
     }
-    took: dict[str, list[float]] = {name: [] for name in contenders}
+    took = {name + of: list[float]() for name in contenders for of in ("", PROCESSOR)}
     for turn in range(-4, pairs):
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), time.process_time()
             next(contenders[name])
             if turn >= 0:
                 took[name].append(time.perf_counter() - start)
+                took[name + PROCESSOR].append(time.process_time() - before)
     return took | {"parameters": [parameters]}
 
 
-def ratio(took: dict[str, list[float]]) -> list[float]:
-    return [b / o for b, o in zip(took["bare"], took["ours"], strict=True)]
+def ratios(took: dict[str, list[float]], of: str) -> list[float]:
+    return sorted(b / o for b, o in zip(took["bare" + of], took["ours" + of], strict=True))
 
 
 def inside(folder: str, pairs: int, rank: int, size: int) -> None:
@@ -229,11 +231,12 @@ def main() -> None:
                 seconds = statistics.median(took[name])
                 gained[name].append(seconds)
                 print(f"{name:6s} {1000 * seconds:8.1f} ms {64 / seconds:8.1f} images/s")
-            found = sorted(ratio(took))
-            print(
-                f"bare / ours: {statistics.median(found):.3f} "
-                f"(half of them {found[len(found) // 4]:.3f} to {found[-len(found) // 4]:.3f})"
-            )
+            for of in ("", PROCESSOR):
+                found = ratios(took, of)
+                print(
+                    f"bare / ours{of}: {statistics.median(found):.3f} "
+                    f"(half of them {found[len(found) // 4]:.3f} to {found[-len(found) // 4]:.3f})"
+                )
     speedup = {name: one / two for name, (one, two) in gained.items()}
     print(
         f"two workers for one: ours {speedup['ours']:.2f} times, bare {speedup['bare']:.2f}; "

@@ -129,7 +129,7 @@ def test_an_average_of_another_length_is_made_afterwards(tmp_path):
     words = ["shapes", "t5", "data.scenes=64", f"t5.config={json.dumps(network)}"]
     words += [f"t5.training={json.dumps(training)}", 'executor={"kind": "local"}']
     early = darkroom(tmp_path, "posthoc", *words, "--sigma-rel", "0.07", "--out", "x")
-    assert early.returncode == 1 and "has no version yet" in early.stderr
+    assert early.returncode == 2 and "has no version yet" in early.stderr
     done = darkroom(tmp_path, "train", *words, "--json")
     assert done.returncode == 0, done.stderr
     where = json.loads(done.stdout.splitlines()[-1])["directory"]

@@ -375,11 +375,10 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
 
 
 @rays
-@pytest.mark.parametrize("how", ["SIGSTOP", "sleep"])
-def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, ray, how):
-    """Promise 5: a hung collective, a hung loader."""
+def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, ray):
+    """Promise 5: the other hangs in a collective, until its watchdog or gloo gives up."""
     (tmp_path / "once").touch()
-    output, hangs = tmp_path / "stage", {how: str(tmp_path / "once"), "seconds": 600}
+    output, hangs = tmp_path / "stage", {"SIGSTOP": str(tmp_path / "once")}
     done = fit(job(output, 2, training={"stall_seconds": 15.0}, **hangs), build=build)
     assert not (tmp_path / "once").exists()
     assert done["images_seen"] == BATCH * STEPS

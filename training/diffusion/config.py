@@ -132,8 +132,7 @@ class DiffusionConfig:
         fall, int64 [batch]; and the bands' names, the time in the middle of each."""
         drawn = self._draw(seed, position, purpose)
         middles = self.build_times()((torch.arange(count) + 0.5) / count)
-        names = tuple(f"{t:.3g}" for t in middles.tolist())
-        return (drawn * count).long().clamp(max=count - 1), names
+        return (drawn * count).long(), tuple(f"{float(t):.3g}" for t in middles)
 
     def _draw(self, seed: int, position: draws.Position, purpose: str) -> Tensor:
         draw = draws.stratified if self.stratified else draws.uniform
