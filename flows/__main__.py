@@ -122,6 +122,21 @@ def parser() -> argparse.ArgumentParser:
     overrides(it)
     it.add_argument("--fresh", action="store_true", help="start over instead of resuming")
 
+    it = verb("posthoc", "averages of another length of a trained stage", commands.posthoc)
+    recipe(it)
+    it.add_argument("stage", metavar="STAGE")
+    overrides(it)
+    it.add_argument(
+        "--sigma-rel",
+        type=float,
+        required=True,
+        metavar="S",
+        help="length, as a share of the training (0.03 to 0.25); it must have left snapshots "
+        "(training.ema_sigma_rel)",
+    )
+    it.add_argument("--images", type=int, metavar="N", help="as it was then; default: at the end")
+    it.add_argument("--out", required=True, metavar="DIR")
+
     it = verb("sample", "draw pictures from prompts", commands.sample)
     it.add_argument("model", metavar="MODEL")
     it.add_argument("prompts", nargs="+", metavar="PROMPT")

@@ -107,6 +107,30 @@ def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) ->
     }
 
 
+def posthoc(
+    recipe: str,
+    stage: str,
+    overrides: list[str],
+    sigma_rel: float,
+    images: int | None,
+    out: str,
+) -> dict[str, Any]:
+    from training.posthoc import export
+
+    line = _line(recipe, overrides)
+    line.recipe.stage(stage)
+    try:
+        told = export(line.stage_dir(stage, line.manifest()), out, sigma_rel, images)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return told | {
+        "directory": out,
+        "text": f"{stage}: the average of length {sigma_rel:g} at {told['images_seen']} images, "
+        f"from snapshots at {told['snapshots']} times, its profile {told['profile_error']:.2%} "
+        f"off, is in {out}",
+    }
+
+
 def sample(
     model: str,
     prompts: list[str],

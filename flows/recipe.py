@@ -249,7 +249,9 @@ def learning(training: Mapping[str, Any]) -> dict[str, Any]:
     """A training config without what may differ between machines."""
     machine = ("workers", "min_workers", "threads", "micro_batch")
     machine += ("checkpoint_images", "log_images")
-    machine += ("keep_last", "keep_best", "keep_images", "heldout_pictures")
+    machine += ("keep_last", "keep_best", "keep_images", "accelerator")
+    if not training.get("patience_images"):  # which decides when it ends, and goes by these
+        machine += ("heldout_pictures", "heldout_images")
     return {key: value for key, value in training.items() if key not in machine}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -30,8 +31,11 @@ _CHANGEABLE = (
     "keep_best",
     "keep_images",
     "heldout_pictures",
+    "heldout_images",
+    "accelerator",
 )
-"""What of a training may be another when it goes on."""
+"""What of a training may be another when it goes on; with patience, what patience goes by is part
+of the training's identity, so that it is the same."""
 
 
 def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
@@ -111,20 +115,37 @@ def train(
         artifact_location=line.settings.artifacts,
     )
     with ray_session(job.training_config().workers > 1), meter(f"train {name}") as progress, run:
+        told: dict[str, float | None] = {}
 
         def show(record: dict[str, Any]) -> None:
-            loss = record["loss"]  # None where every update since the last record was skipped
-            note = "updates skipped" if loss is None else f"loss {loss:.4f}"
-            progress(record["images_seen"], images, note)
+            told.update(record)
+            progress(record["images_seen"], images, note(told))
             run.log(record, record["images_seen"])
+            _log_previews(run, job.output)
 
         stage = fit(job, show)
+        _log_previews(run, job.output)
         run.log(stage["measured"], stage["images_seen"])
         run.dict("stage.json", stage)
         preview = line.stage_dir(name, data) / results.PREVIEW
         if preview.exists():
             run.file(results.PREVIEW, preview)
     return stage, False
+
+
+def note(record: dict[str, Any]) -> str:
+    """What the progress line says of the newest records together."""
+    loss, unseen = record["loss"], record.get("heldout_loss")
+    # None where every update since the record before was skipped
+    said = ["updates skipped" if loss is None else f"loss {loss:.4f}"]
+    said += [] if unseen is None else [f"held out {unseen:.4f}"]
+    return ", ".join([*said, f"{record['images_per_second']:.0f} images/s"])
+
+
+def _log_previews(run: Any, stage_dir: str) -> None:
+    """Those that are new."""
+    for path in sorted(Path(stage_dir, results.PREVIEWS).glob("[0-9]*.png")):
+        run.image("preview", path, int(path.stem))
 
 
 @flow(name="train-stage", flow_run_name="train {name}")

@@ -104,6 +104,9 @@ class ClassifierStage(Stage):
             right &= (logits[it.name].argmax(1) == asked) | (asked == UNASKED)
         return {"loss": loss, "accuracy": right.float().mean()}
 
+    def heldout_bands(self, batch: Batch) -> tuple[Tensor, tuple[str, ...]]:
+        return self.config.diffusion.bands(self.seed, batch["position"])
+
     def logits(self, x: Tensor, t: Tensor) -> dict[str, Float[Tensor, "batch answer"]]:
         """Of noisy pictures at time t, by attribute."""
         model = self.model

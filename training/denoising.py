@@ -207,6 +207,9 @@ class BaseStage(Stage):
         """The loss on (latent, time, noise) fixed by seed and position, with every caption."""
         return self._loss(batch, self.cond(batch, seed, "heldout/"), seed, "heldout/")
 
+    def heldout_bands(self, batch: Batch) -> tuple[Tensor, tuple[str, ...]]:
+        return self.config.diffusion.bands(0, batch["position"], "heldout/time")
+
     def bits_per_dim(self, batch: Batch, seed: int = 0, steps: int = 40) -> Float[Tensor, " batch"]:
         """-log2 p(picture | caption) per byte: the probability-flow ODE, a uniform draw added to
         each byte (Song et al. 2021b, section 4.3), one random direction for the trace.

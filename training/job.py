@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import logging
 import math
+import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import storage
 
-from . import checkpoint, measuring, results
-from .loop import Progress, TrainingConfig, World, train
+from . import checkpoint, measuring, repro, results
+from .loop import Diverged, Progress, TrainingConfig, World, train
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .supervision import Interrupts, Stopped, Watchdog
+from .validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +146,16 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         stage.prepare(loader)
     start.done("checkpoint" if state else "first weights")
 
-    unseen = measuring.heldout(loader) if leads and config.heldout_pictures else None
-    if leads and config.heldout_pictures and unseen is None:
+    unseen = measuring.heldout(loader) if config.heldout_pictures else None
+    if config.heldout_pictures and unseen is None:
         raise ValueError(
             f"heldout_pictures is {config.heldout_pictures}, but {job.dataset}, version "
             f"{job.version}, has none that are held out and encoded: set it to 0 or ingest some"
         )
-    window = Window(state.numbers if state else {})
+    numbers = state.numbers if state else {}
+    validation = Validation(stage, unseen, config, world, numbers)
+    flops = numbers.get("flops_per_image") or measuring.flops_per_image(stage, loader)
+    window = Window(numbers, Speed(flops, _peak(config, world)), world.device)
     with ExitStack() as stack:
         history = saver = snapshots = None
         if leads:
@@ -166,61 +171,98 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 stack.enter_context(snapshots)
         watchdog = stack.enter_context(Watchdog(config.stall_seconds, end=world.restarts))
         interrupts = stack.enter_context(Interrupts())
-        for progress in train(stage, loader, config, world, state):
+        updates = _reproducible(job, world, train(stage, loader, config, world, state))
+        stack.enter_context(closing(updates))
+        for progress in () if validation.over else updates:
             watchdog.beat()
             start.over(job.kind)
             window.add(progress)
+<<<<<<< HEAD
             last, stop = progress.step == config.steps, False
             if last or progress.passed(config.log_images):
                 record = window.close(progress) | {"workers": world.size}
+=======
+            last, due, stop = progress.step == config.steps, validation.due(progress), False
+            record, found = None, {}
+            if last or due or progress.passed(config.log_images):
+                record = window.close(progress)
+>>>>>>> watch
                 stop = world.stop()
-                if history:
-                    history.append(record)
-                    on_progress(record)
             signalled = interrupts.received is not None
+            told = stop or (signalled and world.size == 1)  # and all workers know it
+            if due and (config.patience_images or not told):  # who was told to stop has seconds
+                with window.aside():
+                    found = validation.measure(progress, watchdog.beat)
+                last = last or validation.over
+            if history and record is not None:
+                history.append(record | found)
+                on_progress(record | found)
             stop = stop or signalled
+            if leads and not (last or stop) and progress.passed(config.preview_images):
+                with window.aside(), progress.ema.applied():
+                    _preview(stage, loader, job, progress.images_seen)
             if snapshots and (last or progress.passed(config.ema_snapshot_images)):
                 # Waits, because resuming from the next checkpoint does not come here again.
                 sigma_rel = {"sigma_rel": list(config.ema_sigma_rel)}
                 snapshots.save(progress.state.only(checkpoint.POWER, sigma_rel), wait=True)
             if saver and (last or stop or progress.passed(config.checkpoint_images)):
                 state = progress.state
-                state.numbers |= window.numbers()
-                if unseen is not None and not stop:  # who was told to stop has seconds
-                    found = _heldout_loss(stage, unseen, config, progress)
-                    state.numbers[checkpoint.HELDOUT_LOSS] = found
+                state.numbers |= window.numbers() | validation.numbers()
+                state.numbers["flops_per_image"] = flops
+                if found:
+                    state.numbers[checkpoint.HELDOUT_LOSS] = found[checkpoint.HELDOUT_LOSS]
                 saver.save(state, wait=last or stop)
             if signalled:
                 interrupts.deliver()
             if stop:
                 raise Stopped(f"stopped at {progress.images_seen} images, as asked")
-            if leads and not last and progress.passed(config.preview_images):
-                with progress.ema.applied():
-                    _preview(stage, loader, job)
+            if last:
+                break
+    if validation.over:
+        log.info("%s: no lower held-out loss since %d images", job.kind, validation.least_at)
     if not leads:
         return {}
-    assert state is not None and state.step == config.steps
-    return _commit(job, stage, loader, data_digest, state)
+    assert state is not None
+    return _commit(job, stage, loader, data_digest, state, validation.over)
 
 
-def _heldout_loss(
-    stage: Stage, unseen: Any, config: TrainingConfig, progress: Progress
-) -> float | None:
-    with progress.ema.applied():
-        loss = measuring.heldout_loss(stage, unseen, config.heldout_pictures, config.rows_at_once)
-    log.info("%s: held-out loss %g at %d images", stage.kind, loss, progress.images_seen)
-    return _finite(loss)
+def _reproducible(
+    job: Job, world: World, updates: Generator[Progress, None, None]
+) -> Generator[Progress, None, None]:
+    """The updates; should they diverge, the one that did is left to be run again."""
+    with closing(updates):
+        try:
+            yield from updates
+        except Diverged as error:
+            command = repro.leave(job, world, error)
+            told = Diverged(f"{error}. To run that update again: {command}", error.keys, error.step)
+            raise told from error
+
+
+def _peak(config: TrainingConfig, world: World) -> float | None:
+    """FLOP/s of all workers' devices together, where it is known."""
+    if not config.accelerator and torch.device(world.device).type == "cpu":
+        return None
+    from .planning import matmul_rate
+
+    rate = matmul_rate(config.accelerator, config.precision, world.device)
+    return rate and rate * world.size
 
 
 def _commit(
-    job: Job, stage: Stage, loader: Any, data_digest: str, state: checkpoint.TrainState
+    job: Job,
+    stage: Stage,
+    loader: Any,
+    data_digest: str,
+    state: checkpoint.TrainState,
+    stopped_early: bool,
 ) -> dict[str, Any]:
     """Export the averaged weights and what was measured on them; stage.json comes last."""
     output = Path(job.output)
     copy_exactly(state.averaged(), distinct_tensors(stage), "the checkpoint")
     with evaluating(stage):
         measured = stage.finish(loader)
-    _preview(stage, loader, job)
+    _preview(stage, loader, job, state.images_seen)
 
     hidden = output / f".{results.WEIGHTS}"
     exported = {n: t.detach().cpu().contiguous() for n, t in stage.exported().items()}
@@ -237,6 +279,7 @@ def _commit(
         "measured": measured,
         "parameters": sum(p.numel() for n, p in stage.named_parameters() if n in exported),
         "seconds": state.numbers["seconds"],
+        "stopped_early": stopped_early,
         "weights_sha256": digest,
     }
     del described["output"]  # a directory may be moved
@@ -248,6 +291,7 @@ def _commit(
     return done
 
 
+<<<<<<< HEAD
 class Start:
     """Says, once, what the first update took to come, phase by phase."""
 
@@ -267,13 +311,28 @@ class Start:
             taken = self._last - self._began
             log.info("%s: started in %.1f s: %s", kind, taken, ", ".join(self._phases))
             self._phases = None
+=======
+@dataclass(frozen=True)
+class Speed:
+    """What images per second amount to."""
+
+    flops_per_image: float
+    peak: float | None
+    """FLOP/s."""
+
+    def told(self, images_per_second: float) -> dict[str, float]:
+        done = self.flops_per_image * images_per_second
+        used = {"model_flops_utilisation": done / self.peak} if self.peak else {}
+        return {"flops_per_second": done, **used}
+>>>>>>> watch
 
 
 class Window:
     """The updates since the last log point. It travels in checkpoints, so that a resumed run logs
-    the very lines that an undisturbed one does."""
+    the very lines that an undisturbed one does, clocks and memory aside."""
 
-    def __init__(self, numbers: dict[str, Any]):
+    def __init__(self, numbers: dict[str, Any], speed: Speed, device: torch.device | str):
+        self._speed, self._device = speed, torch.device(device)
         self._values: dict[str, list[Any]] = numbers.get("window", {})
         self._before: float = numbers.get("seconds", 0.0)
         self._started = self._opened = time.perf_counter()
@@ -299,11 +358,20 @@ class Window:
             "learning_rate": progress.learning_rate,
             "skipped": int(sum(values["skipped"])),
             "images_per_second": self._images / passed,
+            **self._speed.told(self._images / passed),
+            "peak_memory_bytes": self._memory(),
             "data_wait_share": self._waited / passed,
             "seconds": self._seconds(),
         }
         self._values, self._opened, self._images, self._waited = {}, now, 0, 0.0
         return record
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside is no part of the training's speed."""
+        started = time.perf_counter()
+        yield
+        self._opened += time.perf_counter() - started
 
     def numbers(self) -> dict[str, Any]:
         """What `Window(numbers)` goes on from, JSON."""
@@ -312,6 +380,12 @@ class Window:
 
     def _seconds(self) -> float:
         return self._before + time.perf_counter() - self._started
+
+    def _memory(self) -> int:
+        """The most that was allocated on the device, or resident."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
     def _read(self) -> dict[str, list[Any]]:
         """All values as numbers, by one look at the device."""
@@ -355,7 +429,7 @@ def contact_sheet(pictures: np.ndarray, gap: int = 2) -> np.ndarray:
     return sheet
 
 
-def _preview(stage: Stage, loader: Any, job: Job) -> None:
+def _preview(stage: Stage, loader: Any, job: Job, images_seen: int) -> None:
     with evaluating(stage):
         pictures = stage.preview(loader, job.seed)
     if pictures is not None and len(pictures):
@@ -363,7 +437,8 @@ def _preview(stage: Stage, loader: Any, job: Job) -> None:
 
         data = io.BytesIO()
         Image.fromarray(contact_sheet(pictures)).save(data, format="PNG")
-        storage.publish_bytes(str(Path(job.output, results.PREVIEW)), data.getvalue())
+        for name in (results.PREVIEW, f"{results.PREVIEWS}/{images_seen:012d}.png"):
+            storage.publish_bytes(str(Path(job.output, name)), data.getvalue())
 
 
 def _agree(world: World, step: int) -> None:

@@ -71,8 +71,14 @@ class TrainingConfig:
     keep_images: int = 0
     """Keep also the first checkpoint at or past each multiple of so many images; 0: none."""
     heldout_pictures: int = 0
-    """Held-out samples, the same each time, on which the averages' loss is taken at every
-    checkpoint; 0: none."""
+    """Held-out samples, the same each time, on which the averages' loss is taken; 0: none."""
+    heldout_images: int = 0
+    """It is taken this often; 0: at every checkpoint."""
+    patience_images: int = 0
+    """Training ends when that loss, as taken every `heldout_images`, has not fallen for so many
+    images; 0: never early. What it ends with are its last averages; `keep_best` keeps others."""
+    patience_margin: float = 0.0
+    """To count as fallen it must be less than the least so far by this share of it."""
     log_images: int = 1_000
     preview_images: int = 0
     """Pictures are drawn this often; 0: at the end only."""
@@ -86,6 +92,10 @@ class TrainingConfig:
     few, and with all of them again when it is back; 0: it waits until there is room for all."""
     threads: int = 0
     """CPU threads of each worker; 0: torch's choice, or the cores shared between the workers."""
+    accelerator: str = ""
+    """Whose rate of matrix products the model FLOPs utilisation is a share of: a name as
+    `darkroom plan --device` knows them, or "probe", which times one at the start. By default the
+    published rate of a GPU that is among these; without any, only FLOP/s are logged."""
     compile: bool = False
     """Run `stage.compile()`, which a stage may confine to its network."""
 
@@ -117,6 +127,11 @@ class TrainingConfig:
         if self.keep_best and not self.heldout_pictures:
             raise ValueError(
                 "keep_best goes by the held-out loss: set heldout_pictures, to 1024 for example"
+            )
+        if self.patience_images and not (self.heldout_pictures and self.heldout_images):
+            raise ValueError(
+                "patience_images goes by the held-out loss: set heldout_pictures, to 1024 for "
+                "example, and heldout_images, to a tenth of patience_images"
             )
         for sigma_rel in self.ema_sigma_rel:
             gamma(sigma_rel)  # refuses what has no profile
@@ -230,11 +245,13 @@ class Progress:
 
 
 class Diverged(ArithmeticError):
-    """Too many updates in a row were not finite. `keys` names the samples behind them."""
+    """Too many updates in a row were not finite. `keys` names the samples behind them, `step` is
+    the last of them, `state` what it would have changed."""
 
-    def __init__(self, message: str, keys: list[str]):
+    def __init__(self, message: str, keys: list[str], step: int = 0):
         super().__init__(message)
-        self.keys = keys
+        self.keys, self.step = keys, step
+        self.state: TrainState | None = None
 
 
 def train(
@@ -287,7 +304,11 @@ def train(
 
             loss, metrics = share.global_mean(config, world)
             norm = gradient_norm(optimizer.parameters)
-            skip = health.check(step, share, loss + norm)
+            try:
+                skip = health.check(step, share, loss + norm)
+            except Diverged as error:
+                error.state = _capture(stage, ema, powers, optimizer, health, step, images_seen)
+                raise
             rate = config.rate(images_seen)
             optimizer.step(rate, norm, config.max_grad_norm, skip)
             optimizer.zero_grad()
@@ -378,8 +399,10 @@ class Health:
         self.world = world
         self.streak = torch.tensor(streak, device=device)
         self.worst = self.streak
-        # (the share, whether skipped) of the batches that could be to blame
-        self.recent: deque[tuple[Share, Tensor]] = deque(maxlen=self.every + config.max_skipped)
+        # (the step, its share, whether skipped) of the batches that could be to blame
+        self.recent: deque[tuple[int, Share, Tensor]] = deque(
+            maxlen=self.every + config.max_skipped
+        )
 
     def check(self, step: int, share: Share, value: Tensor) -> Tensor:
         """Whether to skip this update, a bool scalar; Diverged when too many were skipped.
@@ -389,7 +412,7 @@ class Health:
         skip = ~torch.isfinite(value)
         self.streak = (self.streak + 1) * skip
         self.worst = torch.maximum(self.worst, self.streak)
-        self.recent.append((share, skip))
+        self.recent.append((step, share, skip))
         looking = step % self.every == 0 or step == self.config.steps - 1
         if looking and int(self.worst) > self.config.max_skipped:
             raise self._error(step)
@@ -398,9 +421,10 @@ class Health:
     def _error(self, step: int) -> Diverged:
         own = [
             list(zip(share.keys, share.finite()))  # noqa: B905 - a batch may have no keys
-            for share, skip in self.recent
+            for _, share, skip in self.recent
             if skip
         ]
+        last = max(at for at, _, skip in self.recent if skip)
         batches = zip(*self.world.gather(own), strict=True)
         rows = [row for batch in batches for worker in batch for row in worker]
         everyone, culprits = [key for key, _ in rows], [key for key, fine in rows if not fine]
@@ -413,6 +437,7 @@ class Health:
             f"{', '.join(named[:16])}{more}. Look at these samples, or lower learning_rate "
             f"({config.learning_rate:g}) or max_grad_norm ({config.max_grad_norm:g})",
             named,
+            last,
         )
 
 

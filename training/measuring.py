@@ -1,8 +1,10 @@
-"""What stages measure once they are trained: on fixed samples, held-out ones if there are some."""
+"""What is measured of stages: on fixed samples, held-out ones if there are some."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,18 @@ def fixed_batches(loader: Any, count: int, batch: int) -> Iterator[dict[str, Any
     """`count` samples spread evenly over all (fewer when there are fewer), the same each time, in
     batches of at most `batch` and of pictures of one size.
     """
+    for load in fixed_shares(loader, count, batch):
+        yield load()
+
+
+def fixed_shares(loader: Any, count: int, batch: int) -> list[Callable[[], dict[str, Any]]]:
+    """What reads each of the `fixed_batches`."""
+    shares = []
     for one in alike(loader):
         chosen = fixed_rows(one.samples, -(-count * one.samples // loader.samples))
-        for rows in np.array_split(chosen, -(-len(chosen) // batch)):
-            yield one.rows(rows)
+        split = np.array_split(chosen, -(-len(chosen) // batch))
+        shares += [partial(one.rows, rows) for rows in split]
+    return shares
 
 
 def alike(loader: Any) -> tuple[Any, ...]:
@@ -60,15 +70,27 @@ def heldout(loader: Any) -> Any:
     return None
 
 
-def heldout_loss(stage: Stage, unseen: Any, count: int, batch: int) -> float:
-    """The mean `stage.heldout_loss` of `count` samples spread evenly over the held-out ones, at
-    most `batch` at once."""
-    device, total, rows = next(stage.parameters()).device, 0.0, 0
-    with evaluating(stage):
-        for some in fixed_batches(unseen, count, batch):
-            losses = stage.heldout_loss(to_tensors(some, device)).double()
-            total, rows = total + losses.sum().item(), rows + len(losses)
-    return total / rows
+def flops_per_image(stage: Stage, loader: Any) -> float:
+    """What an update computes for an image, forward and backward: products and convolutions.
+
+    Counted as two rows run in eval mode, before anything is compiled or wrapped; what activation
+    checkpointing computes again does not count.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    first = alike(loader)[0]
+    if hasattr(first, "rows"):
+        batch = first.rows(np.arange(min(2, first.samples)))
+    else:
+        with closing(first.batches(0)) as batches:
+            batch = next(batches)
+    with evaluating(stage), torch.enable_grad():
+        with FlopCounterMode(display=False) as counter:
+            losses = stage(to_tensors(batch, next(stage.parameters()).device))["loss"]
+            forward = counter.get_total_flops()
+            losses.float().sum().backward()
+        stage.zero_grad(set_to_none=True)
+    return min(counter.get_total_flops(), 3 * forward) / len(losses)
 
 
 def per_sample(x: Tensor) -> Float[Tensor, " batch"]:

@@ -79,6 +79,9 @@ class NoisyClipStage(ClipStage):
         x = a * x0 + s * normal(self.seed, "noise", position, x0.shape[1:])
         return self.noisy_features(x, t)
 
+    def heldout_bands(self, batch: Batch) -> tuple[Tensor, tuple[str, ...]]:
+        return self.config.diffusion.bands(self.seed, batch["position"])
+
     def noisy_features(self, x: Tensor, t: Tensor) -> Float[Tensor, "batch embed"]:
         """Normalised features of noisy pictures at time t, with gradients."""
         model = self.config.diffusion.build_model(self.model.visual)

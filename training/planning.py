@@ -10,8 +10,10 @@ tell each other, waiting for data and the encoding of pictures are not in it.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
+import re
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -101,6 +103,19 @@ def accelerator(name: str | None) -> Accelerator:
             "without one, this machine is probed)"
         )
     return ACCELERATORS[name]
+
+
+def matmul_rate(name: str, precision: str, device: torch.device | str) -> float | None:
+    """FLOP/s of matrix products on one worker's device: the published ones of `name`, those that a
+    "probe" finds now, or, without a name, those of a GPU in ACCELERATORS; else None."""
+    if name:
+        return (probe() if name == "probe" else accelerator(name)).matmul[precision]
+    if torch.device(device).type != "cuda":
+        return None
+    words = re.split(r"[\s_-]+", torch.cuda.get_device_name(device).lower())
+    words += [a + b for a, b in itertools.pairwise(words)]  # of "RTX 4090"
+    known = next((ACCELERATORS[word] for word in words if word in ACCELERATORS), None)
+    return known.matmul[precision] if known else None
 
 
 def probe(seconds: float = 0.4) -> Accelerator:

@@ -4,6 +4,8 @@ starts.
 stage.json            written last: where it is, the stage is done
 weights.safetensors   the EMA weights            config.json   how to build the module for them
 history.jsonl         a line per log point       preview.png   what it looks like
+previews/             what it looked like at 000000100000.png images, and so on
+repro/                where it diverged: the update that did (see `training.repro`)
 job.json              what was asked             checkpoints/  what resuming needs
 averages/             snapshots of power-function averages, where they were asked for
 """
@@ -21,7 +23,7 @@ from pipeline import storage
 
 STAGE, JOB, CONFIG, HISTORY = "stage.json", "job.json", "config.json", "history.jsonl"
 WEIGHTS, PREVIEW, CHECKPOINTS = "weights.safetensors", "preview.png", "checkpoints"
-AVERAGES = "averages"
+AVERAGES, PREVIEWS, REPRO = "averages", "previews", "repro"
 
 
 def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -66,6 +66,11 @@ class Stage(nn.Module):
         alone, taken in eval mode."""
         return self(batch)["loss"]
 
+    def heldout_bands(self, batch: Batch) -> tuple[Tensor, tuple[str, ...]] | None:
+        """(which band of noise levels `heldout_loss` looks at each row in, int64 [rows]; the bands'
+        names), or None where there is no noise. Bands are as likely as each other."""
+        return None
+
     def preview(self, loader: Any, seed: int) -> np.ndarray | None:
         """Pictures that show where the training stands, uint8 [n, height, width, 3], or None."""
         return None

@@ -50,7 +50,8 @@ class Run:
         whole = 0
         for whole, operation in _operations(self.spool, 0):  # noqa: B007
             self._count += 1
-            for key in operation.get("values", ()):
+            said = operation.get("values", ())
+            for key in [_series(operation["name"])] if operation["do"] == "image" else said:
                 self._latest[key] = max(self._latest.get(key, -1), operation["step"])
         self._file = open(self.spool / SPOOL, "ab", buffering=0)  # noqa: SIM115
         self._file.truncate(whole)  # a line that a killed process left torn
@@ -107,13 +108,21 @@ class Run:
             self._latest |= dict.fromkeys(values, images_seen)
             self._write("metrics", values=values, step=images_seen)
 
-    def image(self, name: str, picture: np.ndarray, images_seen: int) -> None:
-        """Log a picture, uint8 [height, width, 3]; MLflow strings those of one name together."""
-        from PIL import Image
-
+    def image(self, name: str, picture: np.ndarray | Path, images_seen: int) -> None:
+        """Log a picture, uint8 [height, width, 3] or a PNG file; MLflow strings those of one name
+        together. What a resumed training says again is left out."""
+        name = _name(name)
+        if self._latest.get(_series(name), -1) >= images_seen:
+            return
         file = self._new_file(".png")
-        Image.fromarray(picture).save(file)
-        self._write("image", file=file.name, name=_name(name), step=images_seen)
+        if isinstance(picture, Path):
+            shutil.copyfile(picture, file)
+        else:
+            from PIL import Image
+
+            Image.fromarray(picture).save(file)
+        self._latest[_series(name)] = images_seen
+        self._write("image", file=file.name, name=name, step=images_seen)
 
     def figure(self, path: str, figure: Any) -> None:
         """Log a matplotlib figure as an artifact; the suffix of `path` gives the format."""
@@ -380,6 +389,12 @@ def _batches(operations: Iterator[tuple[int, Operation]]) -> Iterator[tuple[int,
         end = after
     if waiting:
         yield end, waiting
+
+
+def _series(name: str) -> str:
+    """How a series of pictures is known among those of numbers, whose names have no question
+    mark."""
+    return f"picture? {name}"
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""That the benchmarks of ingest and of loading measure what they say: not how fast."""
+"""That the benchmarks measure what they say: not how fast."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import gc
 import io
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import dedup
 from pipeline.execute import Executor
+from tests.benchmarks import checkpoints, gpu, loader, step
 from tests.benchmarks import ingest as benchmark
-from tests.benchmarks import loader
 from tests.benchmarks.peers import loading
+from training import checkpoint, networks
+from training.loop import TrainingConfig, World
+from training.networks import UNetConfig
 
 
 @pytest.fixture
@@ -118,3 +123,72 @@ def test_only_what_is_not_in_the_cache_of_a_machine_is_fetched(tmp_path, monkeyp
     assert encoded <= first < 1.05 * encoded
     assert requests >= 4
     assert again < 0.01 * encoded
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A data set of little latents, and little networks."""
+    contexts = step.NETWORK.contexts
+    little = UNetConfig(
+        channels=16, channel_mult=(1,), attention=(1,), head_width=16, contexts=contexts
+    )
+    monkeypatch.setattr(step, "NETWORK", little)
+    monkeypatch.setattr(checkpoints, "LARGE", little)
+    step.write(str(tmp_path / "data"), 128)
+    return str(tmp_path / "data")
+
+
+def test_a_bare_update_moves_the_network_that_ours_moves(small):
+    config = TrainingConfig(images=640, batch=64, log_images=64, learning_rate=1e-3)
+    batches = step.loader(small, 64)
+    moved = []
+    for contender in (step.ours, step.bare):
+        stage = step.stage_of(step.NETWORK, batches)
+        before = [p.clone() for p in stage.network.parameters()]
+        updates = contender(stage, batches, config, World())
+        told = [next(updates) for _ in range(5)]
+        after = list(stage.network.parameters())
+        moved.append([not torch.equal(a, b) for a, b in zip(before, after, strict=True)])
+        assert told[0] != told[-1]
+        updates.close()
+    assert moved[0] == moved[1]
+    assert sum(moved[0]) > 0.9 * len(moved[0])
+    took = step.measure(small, 2, World())
+    assert len(took["bare"]) == len(took["ours"]) == 2
+    assert took["parameters"] == [sum(p.numel() for p in stage.network.parameters())]
+
+
+def test_what_checkpoints_cost_is_measured_on_checkpoints_that_load(small, tmp_path):
+    took = checkpoints.blocks(small, tmp_path / "saved", pairs=2, every=2)
+    assert len(took["with"]) == len(took["without"]) == 2
+    newest = checkpoint.newest(tmp_path / "saved")
+    assert newest is not None and newest.step == 3 + 4
+    parameters, stalls, behind = checkpoints.saves(small, tmp_path / "large", 2)
+    assert len(stalls) == len(behind) == 2 and min(stalls) > 0
+    saved = checkpoint.newest(tmp_path / "large")
+    assert saved is not None
+    assert sum(it.numel() for it in saved.part("ema").values()) == parameters
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_contenders_of_a_gpu_compute_alike(tmp_path):
+    step.write(str(tmp_path / "data"), 32, (8, 8, 8), text=False)
+    options = SimpleNamespace(batch=4, side=8, steps=1, windows=1, precision="fp32", compile=False)
+    told = {
+        name: gpu.measure(name, "tiny", str(tmp_path / "data"), options) for name in gpu.CONTENDERS
+    }
+    assert told["ours"]["flops_per_image"] == told["bare"]["flops_per_image"]
+    assert told["diffusers"]["flops_per_image"] == pytest.approx(
+        told["ours"]["flops_per_image"], rel=0.05
+    )
+    assert all(it["images_per_second"] > 0 for it in told.values())
+
+
+def test_the_networks_of_a_gpu_are_the_published_ones():
+    """675 M and 130 M parameters (Peebles & Xie 2023, table 4), less what labels take."""
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in networks.build(gpu.NETWORKS[name]).parameters()) / 1e6
+            for name in ("DiT-XL/2", "DiT-B/2")
+        }
+    assert sizes == pytest.approx({"DiT-XL/2": 675, "DiT-B/2": 130}, rel=0.02)

@@ -41,6 +41,7 @@ def test_status_of_an_empty_home(tmp_path):
         (["train", "shapes", "bass"], "did you mean 'base'"),
         (["frobnicate"], "invalid choice"),
         (["rollback", "shapes"], "was ever promoted"),
+        (["posthoc", "shapes", "base", "--out", "x"], "--sigma-rel"),
         (["compare", "shapes"], "two models or more"),
         (["compare", "shapes", "shapes?steps="], "expected MODEL?key=value"),
         (["ingest", "shapes://?scenes=4", "--dataset", "memory://x"], "memory://x: each worker"),
@@ -110,3 +111,35 @@ def test_overrides_may_stand_behind_options_and_instead_of_a_recipe(tmp_path):
         done = darkroom(tmp_path, *words)
         assert done.returncode == 2
         assert "did you mean 'seed'" in json.loads(done.stdout)["error"]
+
+
+@pytest.mark.slow
+def test_an_average_of_another_length_is_made_afterwards(tmp_path):
+    """Of a stage that was really trained by the command line."""
+    from training import results, stages
+
+    network = {"width": 32, "layers": 1, "heads": 2, "feedforward": 64, "max_bytes": 96}
+    training = {
+        "images": 640,
+        "batch": 16,
+        "ema_sigma_rel": [0.05, 0.1],
+        "ema_snapshot_images": 80,
+        "preview_images": 160,
+    }
+    words = ["shapes", "t5", "data.scenes=64", f"t5.config={json.dumps(network)}"]
+    words += [f"t5.training={json.dumps(training)}", 'executor={"kind": "local"}']
+    early = darkroom(tmp_path, "posthoc", *words, "--sigma-rel", "0.07", "--out", "x")
+    assert early.returncode == 2 and "has no version yet" in early.stderr
+    done = darkroom(tmp_path, "train", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    where = json.loads(done.stdout.splitlines()[-1])["directory"]
+    out = str(tmp_path / "longer")
+    made = darkroom(tmp_path, "posthoc", *words, "--sigma-rel", "0.07", "--out", out, "--json")
+    assert made.returncode == 0, made.stderr
+    told = json.loads(made.stdout.splitlines()[-1])
+    assert (told["images_seen"], told["snapshots"], told["directory"]) == (640, 8, out)
+    assert told["profile_error"] < 0.02
+    assert stages.load(out).kind == results.committed(where)["kind"] == "t5"
+    words += ["--images", "99"]
+    wrong = darkroom(tmp_path, "posthoc", *words, "--sigma-rel", "0.07", "--out", out)
+    assert wrong.returncode == 2 and "no snapshot of averages at 99 images" in wrong.stderr

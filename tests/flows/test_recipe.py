@@ -110,6 +110,9 @@ def test_identity_is_what_decides_the_result():
         "executor.workers=1",
     ]
     assert load("shapes", same).identity == plain.identity
+    patient = ["base.training.patience_images=100", "base.training.heldout_pictures=8"]
+    assert load("shapes", patient[1:]).identity == plain.identity
+    assert load("shapes", patient).identity != load("shapes", patient[:1]).identity
     assert load("shapes", ["seed=1"]).identity != plain.identity
     assert load("shapes", ["base.training.images=1"]).identity != plain.identity
 

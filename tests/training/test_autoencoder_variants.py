@@ -36,7 +36,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "measured_pictures": 64,
     },
 }
-CLOCKS = ("seconds", "images_per_second", "data_wait_share")
+CLOCKS = (
+    "seconds",
+    "images_per_second",
+    "data_wait_share",
+    "flops_per_second",
+    "peak_memory_bytes",
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.plan import BatchPlan, dealt
-from training import checkpoint, results
+from training import checkpoint, measuring, repro, results
 from training.diffusion import normal
 from training.distributed import fit, of_process_group
 from training.job import Job, run
@@ -75,6 +75,14 @@ class Lines:
         self.parts = job.training_config().micro_batches(world.size)
         self.data = np.random.default_rng(0).normal(size=(71, 4)).astype(np.float32)
 
+    samples = 71
+
+    def rows(self, indices):
+        """What is measured."""
+        indices = np.asarray(indices)
+        keys = [f"k{i}" for i in indices.tolist()]
+        return {"x": self.data[indices], "position": indices, "key": keys}
+
     def batches(self, start_step: int = 0, prefetch: int = 2):
         step = start_step
         while True:
@@ -90,10 +98,16 @@ class Lines:
 
     def _misfortune(self, step: int) -> None:
         time.sleep(self.meta.get("pause", 0))
-        once = Path(self.meta.get("die_once", "/nowhere"))
-        if step == 35 and self.world.rank == 1 and once.exists():
-            once.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 35 and self.world.rank == self.world.size - 1:
+            for name in ("SIGKILL", "SIGSTOP"):
+                once = Path(self.meta.get(name, "/nowhere"))
+                if once.exists():
+                    once.unlink()
+                    os.kill(os.getpid(), getattr(signal, name))
+            once = Path(self.meta.get("sleep", "/nowhere"))
+            if once.exists():
+                once.unlink()
+                time.sleep(self.meta["seconds"])
 
 
 def build(job: Job, world: World):
@@ -101,7 +115,14 @@ def build(job: Job, world: World):
     return Line(LineConfig(**job.config), log), Lines(job, world), "d"
 
 
-def job(output: Path, workers: int = 1, micro_batch: int = 0, dropout: float = 0, **meta) -> Job:
+def job(
+    output: Path,
+    workers: int = 1,
+    micro_batch: int = 0,
+    dropout: float = 0,
+    training: dict | None = None,
+    **meta,
+) -> Job:
     training = {
         "images": BATCH * STEPS,
         "batch": BATCH,
@@ -112,6 +133,7 @@ def job(output: Path, workers: int = 1, micro_batch: int = 0, dropout: float = 0
         "workers": workers,
         "threads": 1,
         "micro_batch": micro_batch,
+        **(training or {}),
     }
     config = {"dropout": dropout}
     return Job(
@@ -157,11 +179,20 @@ def test_one_worker_is_this_process(alone, tmp_path):
 
 CUT = {"micro_batch": 3, "dropout": 0.2, "log": True}
 """Micro-batches of 2, 3, 2 and 3 rows: no number of workers but 1, 2 and 4 divides them."""
+PATIENT = {
+    "heldout_pictures": 20,
+    "heldout_images": 30,
+    "patience_images": 120,
+    "patience_margin": 0.2,
+}
+HANGS = {"training": {"stall_seconds": 4.0}}
 GROUPS: dict[str, tuple[dict, list[tuple[int, int | None]]]] = {
     "uneven": ({}, [(3, 3), (2, None)]),
     "elastic": (CUT, [(4, 3), (2, 3), (4, None)]),
     "three": (CUT, [(3, None)]),
     "poisoned": ({**CUT, "poison": list(range(20, 30)), "poisoned_row": 9}, [(3, None)]),
+    "patient": ({"training": PATIENT}, [(3, 5), (2, None)]),
+    "hung": ({"sleep": "sleep", "seconds": 600, **HANGS}, [(2, None), (2, None)]),
 }
 """Name -> (how `job` is made, (workers, the log point after which they are stopped) in turn)."""
 
@@ -222,10 +253,41 @@ def test_cutting_a_batch_changes_nothing_that_is_computed(alone, tmp_path):
 
 def test_every_worker_names_the_samples_of_all(groups):
     """Row 9 is bad, and only the last worker has seen it."""
-    _, told = groups
+    directory, told = groups
     plan = BatchPlan((30, 41), "d", 5, BATCH)
     culprits = [f"k{plan.batch(step)[9]}" for step in range(20, 24)]
     assert told["poisoned"] == [culprits] * 3
+    found = repro.again(directory / "poisoned" / results.REPRO / repro.FILE, build)
+    assert (found.step, found.keys) == (23, culprits[-1:])
+
+
+def test_workers_that_measure_together_end_together(tmp_path, groups, monkeypatch):
+    """As one alone does: stopped as three, and ended as two."""
+    directory, told = groups
+    monkeypatch.setattr(measuring, "heldout", lambda loader: loader)
+    done = fit(job(tmp_path, training=PATIENT), build=build)
+    assert told["patient"] == [90, done["images_seen"]]
+    assert done["stopped_early"] and done["images_seen"] < BATCH * STEPS
+    assert_close(directory / "patient", tmp_path)
+    losses = [
+        [it["heldout_loss"] for it in results.history(where) if "heldout_loss" in it]
+        for where in (tmp_path, directory / "patient")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == done["images_seen"] // 30
+
+
+def test_who_waits_in_vain_says_where_and_ends(alone, groups):
+    """The loader of one stands still, and so does the other in a collective: both end by their
+    watchdogs, with the stacks of their threads, and started again they go on."""
+    directory, told = groups
+    assert told["hung"] == [300, 600]
+    assert json.loads((directory / "hung.codes").read_text()) == [[70, 70], [0, 0]]
+    stacks = (directory / "hung.stderr").read_text()
+    assert stacks.count("no update for 4 s; the stacks of all threads follow") == 2
+    assert "in _misfortune" in stacks  # the loader's
+    assert "in backward" in stacks  # which sums the gradients of all
+    assert_close(directory / "hung", alone)
 
 
 def drawn(directory: Path, name: str, workers: int) -> dict[int, list]:
@@ -242,6 +304,7 @@ def work(rank: int, size: int, output: Path, stop_after: int | None, made: dict)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{output}.group.{reached(output)}", rank=rank, world_size=size
     )
+    measuring.heldout = lambda loader: loader
     asked = []
 
     def stop() -> bool:
@@ -256,20 +319,27 @@ def work(rank: int, size: int, output: Path, stop_after: int | None, made: dict)
     torch.distributed.destroy_process_group()
 
 
-def group(size: int, output: Path, stop_after: int | None, made: dict) -> None:
+def group(size: int, output: Path, stop_after: int | None, made: dict) -> list[int]:
+    """How each worker ended."""
+    if "sleep" in made:
+        made = made | {"sleep": f"{output}.sleep"}
+        if not reached(output):
+            Path(made["sleep"]).touch()
     children = []
     for rank in range(size):
         child = os.fork()
         if child == 0:
             try:
+                if HANGS.items() <= made.items():
+                    error = os.open(f"{output}.stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                    os.dup2(error, 2)
                 work(rank, size, output, stop_after, made)
             except BaseException as error:
                 print(type(error).__name__, error, file=sys.stderr)
             finally:
                 os._exit(0)
         children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def rays(test):
@@ -296,12 +366,23 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
     """F5: rank 1 is killed at step 35; both start again from the checkpoint at step 30."""
     (tmp_path / "die").touch()
     records, output = [], tmp_path / "stage"
-    done = fit(job(output, 2, die_once=str(tmp_path / "die")), records.append, build=build)
+    done = fit(job(output, 2, SIGKILL=str(tmp_path / "die")), records.append, build=build)
     assert not (tmp_path / "die").exists()
     assert done == results.committed(output)
     assert_close(output, alone)
     assert [r["images_seen"] for r in records] == [r["images_seen"] for r in results.history(alone)]
     assert not (output / "ray").exists()
+
+
+@rays
+def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, ray):
+    """Promise 5: the other hangs in a collective, until its watchdog or gloo gives up."""
+    (tmp_path / "once").touch()
+    output, hangs = tmp_path / "stage", {"SIGSTOP": str(tmp_path / "once")}
+    done = fit(job(output, 2, training={"stall_seconds": 15.0}, **hangs), build=build)
+    assert not (tmp_path / "once").exists()
+    assert done["images_seen"] == BATCH * STEPS
+    assert_close(output, alone)
 
 
 @rays
@@ -346,9 +427,11 @@ if __name__ == "__main__":
     told: dict[str, list] = {}
     for name, (made, sizes) in GROUPS.items():
         output = Path(sys.argv[1], name)
+        codes = []
         for size, stop_after in sizes:
-            group(size, output, stop_after, made)
+            codes.append(group(size, output, stop_after, made))
             told.setdefault(name, []).append(reached(output))
+        Path(f"{output}.codes").write_text(json.dumps(codes))
         if failures := sorted(output.parent.glob(f"{name}.diverged.*")):
             told[name] = [json.loads(path.read_text()) for path in failures]
     print(json.dumps(told))

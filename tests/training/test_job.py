@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,13 @@ def tiny(output: Path, **changes) -> Job:
     return replace(made, **changes)
 
 
-CLOCKS = ("seconds", "images_per_second", "data_wait_share")
+CLOCKS = (
+    "seconds",
+    "images_per_second",
+    "data_wait_share",
+    "flops_per_second",
+    "peak_memory_bytes",
+)
 
 
 def lines(stage_dir: Path) -> list[dict]:
@@ -178,10 +185,11 @@ def test_a_finished_directory_holds_what_is_promised(undisturbed):
         assert sheet.size == (2 + 3 * 8, 2 + 2 * 10)
 
 
-def test_what_is_finished_is_not_trained_again(undisturbed):
-    def never(job, world):
-        raise AssertionError("built")
+def never(job, world):
+    raise AssertionError("built")
 
+
+def test_what_is_finished_is_not_trained_again(undisturbed):
     again = run(tiny(undisturbed), build=never)
     assert again == results.committed(undisturbed)
 
@@ -248,7 +256,9 @@ def test_a_parent_that_was_changed_is_refused(tmp_path):
 
 
 def test_previews_on_the_way_change_nothing(tmp_path, undisturbed):
-    run(tiny(tmp_path, training={"preview_images": 80}), build=build)
+    run(tiny(tmp_path, training={"preview_images": 240}), build=build)
+    drawn = sorted(path.name for path in (tmp_path / results.PREVIEWS).iterdir())
+    assert drawn == [f"{images:012d}.png" for images in range(240, 1201, 240)]
     weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
     assert weights[0] == weights[1]
 
@@ -257,17 +267,18 @@ def measured_on(monkeypatch, loader) -> None:
     """Let some batches of a loader be the held-out ones."""
     monkeypatch.setattr(job.measuring, "heldout", lambda _: loader)
 
-    def batches(loader, count: int, batch: int):
-        return map(loader.batch, range(100, 100 + count // batch))
+    def shares(loader, count: int, batch: int):
+        return [partial(loader.batch, step) for step in range(100, 100 + count // batch)]
 
-    monkeypatch.setattr(job.measuring, "fixed_batches", batches)
+    monkeypatch.setattr(job.measuring, "fixed_shares", shares)
 
 
 def test_the_best_and_every_so_many_images_are_kept(tmp_path, undisturbed, monkeypatch):
     measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
     keep = {"keep_last": 1, "keep_best": True, "keep_images": 500, "heldout_pictures": 32}
     run(tiny(tmp_path, training=keep), build=build)
-    assert lines(tmp_path) == lines(undisturbed)
+    told = {it["images_seen"]: it["heldout_loss"] for it in lines(tmp_path) if "heldout_loss" in it}
+    assert list(told) == [*range(160, 1200, 160), 1200]
     weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
     assert weights[0] == weights[1]
     paths = checkpoint.visible(tmp_path / results.CHECKPOINTS)
@@ -285,6 +296,45 @@ def test_the_best_and_every_so_many_images_are_kept(tmp_path, undisturbed, monke
             ]
         wanted = torch.cat(losses).mean().item()
         assert state.numbers[checkpoint.HELDOUT_LOSS] == pytest.approx(wanted, rel=1e-5)
+        assert state.numbers[checkpoint.HELDOUT_LOSS] == told[state.images_seen]
+
+
+PATIENT = {
+    "heldout_pictures": 32,
+    "heldout_images": 80,
+    "patience_images": 320,
+    "patience_margin": 0.2,
+}
+
+
+def test_a_loss_that_no_longer_falls_ends_a_training_for_good(tmp_path, undisturbed, monkeypatch):
+    """Stopped, resumed, and failing at its end, it ends at the same update with the same bits."""
+    measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = run(tiny(whole, training=PATIENT), build=build)
+    losses = {it["images_seen"]: it["heldout_loss"] for it in lines(whole) if "heldout_loss" in it}
+    least, at = float("inf"), 0
+    for images, loss in losses.items():
+        if loss < 0.8 * least or least == float("inf"):
+            least, at = loss, images
+    assert list(losses) == list(range(80, at + 321, 80))
+    assert done["images_seen"] == at + 320 < 1200
+    assert done["stopped_early"] and not finished(undisturbed)["stopped_early"]
+    assert run(tiny(whole, training=PATIENT), build=never) == done
+
+    for stops in range(2):
+        requests = iter([*[False] * (3 + 2 * stops), True])
+        with pytest.raises(Stopped):
+            run(
+                tiny(broken, training=PATIENT),
+                job.World(stop=lambda it=requests: next(it)),
+                build=build,
+            )
+    with pytest.raises(RuntimeError, match="no room"):
+        run(tiny(broken, training=PATIENT, config={"fails_to_finish": True}), build=build)
+    assert reached(broken) == at + 320
+    run(tiny(broken, training=PATIENT), build=build)
+    assert_same(broken, whole)
 
 
 def test_who_was_told_to_stop_measures_nothing(tmp_path, monkeypatch):

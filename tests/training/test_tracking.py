@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from training import tracking
 from training.tracking import FINGERPRINT, Run, deliver, flatten
@@ -56,6 +62,17 @@ def begin(tmp_path: Path, uri: str, spool: str = "spool", **more) -> Run:
 
 def history(client, run_id: str | None, key: str) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client.get_metric_history(run_id, key)]
+
+
+def pictures(info) -> dict[str, list[int]]:
+    """Name -> the steps that MLflow's slider has, of the names that it gives a run's pictures."""
+    found: dict[str, list[int]] = {}
+    for path in Path(info.artifact_uri, "images").glob("*.png"):
+        name, _, step, *_ = path.stem.split("+")
+        found[name] = sorted([*found.get(name, []), int(step)])
+        with Image.open(path) as shown:
+            assert shown.size[0] == shown.size[1]
+    return found
 
 
 def test_a_run_holds_all_that_was_logged(tmp_path, uri, client):
@@ -153,19 +170,26 @@ def test_a_server_that_comes_back_gets_it_while_the_run_goes_on(tmp_path, templa
 @pytest.mark.parametrize("spool", ["spool", "another"])
 def test_a_resumed_training_goes_on_with_its_run(tmp_path, uri, client, spool):
     tags = {FINGERPRINT: "abc"}
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.full((8, 8, 3), 99, np.uint8)).save(picture)
     first = begin(tmp_path, uri, tags=tags, params={"a": 1})
     with pytest.raises(KeyboardInterrupt), first:  # noqa: PT012
         first.log({"loss": 3.0}, 100)
         first.log({"loss": 2.0}, 200)
+        first.image("preview", picture, 200)
         raise KeyboardInterrupt
     assert client.get_run(first.id()).info.status == "KILLED"
     with begin(tmp_path, uri, spool=spool, tags=tags, params={"a": 1}) as second:
-        if spool == "spool":
-            second.log({"loss": 2.0}, 200)  # done again since the checkpoint
+        if spool == "spool":  # done again since the checkpoint
+            second.log({"loss": 2.0}, 200)
+            second.image("preview", picture, 200)
+        second.image("preview", picture, 300)
         second.log({"loss": 1.0}, 300)
     assert second.id() == first.id()
     assert history(client, first.id(), "loss") == [(100, 3.0), (200, 2.0), (300, 1.0)]
-    assert client.get_run(first.id()).info.status == "FINISHED"
+    found = client.get_run(first.id()).info
+    assert found.status == "FINISHED"
+    assert pictures(found) == {"preview": [200, 300]}
     with begin(tmp_path, uri, spool="third", tags={FINGERPRINT: "def"}) as other:
         pass
     assert other.id() != first.id()
@@ -206,7 +230,98 @@ def test_names_are_those_of_the_command_line():
 
 
 def test_mlflow_is_imported_only_when_something_is_delivered():
-    import subprocess
-
     code = "import sys, training.tracking; sys.exit('mlflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_server_that_dies_during_a_training_has_all_of_it_in_the_end(
+    tmp_path, template, line, nowhere, monkeypatch
+):
+    """Killed after a quarter of a real training, started again after three quarters."""
+    from mlflow import MlflowClient
+
+    from pipeline.encode import pixels_spec
+    from training import results
+    from training.job import Job
+    from training.job import run as train
+
+    monkeypatch.setattr(tracking, "_BATCH_SECONDS", 0.1)
+    shutil.copyfile(template, tmp_path / "mlflow.db")
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    command += ["--host", "127.0.0.1", "--port", nowhere.rpartition(":")[2]]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+
+    def server():
+        with (tmp_path / "server.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def up() -> bool:
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{nowhere}/health", timeout=5).status == 200
+        return False
+
+    def wait(what, seconds: float = 120.0) -> None:
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, (tmp_path / "server.log").read_text()[-2000:]
+            time.sleep(0.2)
+
+    spec, output = pixels_spec(16), tmp_path / "stage"
+    job = Job(
+        kind="autoencoder",
+        fingerprint="f",
+        config={"network": {"channels": 8, "channel_mult": [1], "latent_channels": 3}},
+        training={
+            "images": 1600,
+            "batch": 16,
+            "log_images": 16,
+            "preview_images": 160,
+            "heldout_pictures": 16,
+            "heldout_images": 80,
+            "threads": 1,
+        },
+        dataset=line.data.dataset,
+        version=line.data.version,
+        encodings=({"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint},),
+        output=str(output),
+    )
+    running = server()
+    wait(up)
+    with begin(tmp_path, nowhere, artifact_location=None) as run:
+
+        def show(record):
+            nonlocal running
+            seen = record["images_seen"]
+            run.log(record, seen)
+            for path in sorted((output / results.PREVIEWS).glob("*.png")):
+                run.image("preview", path, int(path.stem))
+            if seen == 400:
+                run_id = run.id()
+                wait(lambda: history(MlflowClient(nowhere), run_id, "loss"))
+                os.killpg(running.pid, signal.SIGKILL)
+                running.wait()
+                assert not up()
+            if seen == 1200:
+                assert not run._courier.done()
+                running = server()
+
+        try:
+            train(job, None, show)
+            show({"images_seen": 1600})
+            assert run.finish(timeout_seconds=120)
+            client = MlflowClient(nowhere)
+            found = client.get_run(run.id())
+            assert found.info.status == "FINISHED"
+            steps = [step for step, _ in history(client, found.info.run_id, "loss")]
+            assert steps == list(range(16, 1601, 16))
+            unseen = history(client, found.info.run_id, "heldout_loss")
+            assert [step for step, _ in unseen] == list(range(80, 1601, 80))
+            names = [it.path for it in client.list_artifacts(found.info.run_id, "images")]
+            shown = sorted(int(it.split("+")[2]) for it in names if it.endswith(".png"))
+            assert shown == list(range(160, 1601, 160))
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()

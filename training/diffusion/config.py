@@ -123,8 +123,20 @@ class DiffusionConfig:
 
     def draw_times(self, seed: int, position: draws.Position, purpose: str = "time") -> Time:
         """The training times of the rows at these global positions, [batch]."""
+        return self.build_times()(self._draw(seed, position, purpose))
+
+    def bands(
+        self, seed: int, position: draws.Position, purpose: str = "time", count: int = 4
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Into which of `count` bands, as likely as each other, the times that `draw_times` gives
+        fall, int64 [batch]; and the bands' names, the time in the middle of each."""
+        drawn = self._draw(seed, position, purpose)
+        middles = self.build_times()((torch.arange(count) + 0.5) / count)
+        return (drawn * count).long(), tuple(f"{float(t):.3g}" for t in middles)
+
+    def _draw(self, seed: int, position: draws.Position, purpose: str) -> Tensor:
         draw = draws.stratified if self.stratified else draws.uniform
-        return self.build_times()(draw(seed, purpose, position))
+        return draw(seed, purpose, position)
 
 
 @functools.cache
