@@ -177,16 +177,10 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
             watchdog.beat()
             start.over(job.kind)
             window.add(progress)
-<<<<<<< HEAD
-            last, stop = progress.step == config.steps, False
-            if last or progress.passed(config.log_images):
-                record = window.close(progress) | {"workers": world.size}
-=======
             last, due, stop = progress.step == config.steps, validation.due(progress), False
             record, found = None, {}
             if last or due or progress.passed(config.log_images):
-                record = window.close(progress)
->>>>>>> watch
+                record = window.close(progress) | {"workers": world.size}
                 stop = world.stop()
             signalled = interrupts.received is not None
             told = stop or (signalled and world.size == 1)  # and all workers know it
@@ -291,7 +285,6 @@ def _commit(
     return done
 
 
-<<<<<<< HEAD
 class Start:
     """Says, once, what the first update took to come, phase by phase."""
 
@@ -311,7 +304,8 @@ class Start:
             taken = self._last - self._began
             log.info("%s: started in %.1f s: %s", kind, taken, ", ".join(self._phases))
             self._phases = None
-=======
+
+
 @dataclass(frozen=True)
 class Speed:
     """What images per second amount to."""
@@ -324,7 +318,6 @@ class Speed:
         done = self.flops_per_image * images_per_second
         used = {"model_flops_utilisation": done / self.peak} if self.peak else {}
         return {"flops_per_second": done, **used}
->>>>>>> watch
 
 
 class Window:
