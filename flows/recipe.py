@@ -193,7 +193,7 @@ def check_places(executor: Executor, *urls: str) -> None:
 
 def learning(training: Mapping[str, Any]) -> dict[str, Any]:
     """A training config without what may differ between machines."""
-    machine = ("workers", "threads", "micro_batch", "checkpoint_images", "log_images")
+    machine = ("workers", "threads", "fsdp", "micro_batch", "checkpoint_images", "log_images")
     machine += ("keep_last", "keep_best", "keep_images", "heldout_pictures")
     return {key: value for key, value in training.items() if key not in machine}
 

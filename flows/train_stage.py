@@ -23,6 +23,7 @@ from .progress import meter
 _CHANGEABLE = (
     "workers",
     "threads",
+    "fsdp",
     "micro_batch",
     "keep_last",
     "keep_best",

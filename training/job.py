@@ -7,9 +7,11 @@ bit for bit on a CPU with the same workers.
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import storage
 
-from . import checkpoint, measuring, results
+from . import checkpoint, measuring, results, sharding
 from .loop import Progress, TrainingConfig, World, train
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .supervision import Interrupts, Stopped, Watchdog
@@ -148,21 +150,26 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
             f"{job.version}, has none that are held out and encoded: set it to 0 or ingest some"
         )
     window = Window(state.numbers if state else {})
+    shown = _Shown(stage, world)
+    part = _part(world)
     with ExitStack() as stack:
         history = saver = snapshots = None
         if leads:
             history = results.History(output, state.images_seen if state else 0)
             stack.callback(history.close)
+        if leads or world.sharded:
             saver = checkpoint.Saver(
-                output / results.CHECKPOINTS, job.fingerprint, keep=config.retention
+                output / results.CHECKPOINTS, job.fingerprint, keep=config.retention, part=part
             )
             stack.enter_context(saver)
             if config.ema_sigma_rel:
                 path = output / results.AVERAGES
-                snapshots = checkpoint.Saver(path, job.fingerprint, keep=None)
+                snapshots = checkpoint.Saver(path, job.fingerprint, keep=None, part=part)
                 stack.enter_context(snapshots)
         watchdog = stack.enter_context(Watchdog(config.stall_seconds, end=world.restarts))
-        interrupts = stack.enter_context(Interrupts())
+        interrupts = Interrupts()
+        if not world.sharded:  # of a checkpoint, one worker alone could write but a part
+            stack.enter_context(interrupts)
         for progress in train(stage, loader, config, world, state):
             watchdog.beat()
             window.add(progress)
@@ -182,28 +189,68 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
             if saver and (last or stop or progress.passed(config.checkpoint_images)):
                 state = progress.state
                 state.numbers |= window.numbers()
-                if unseen is not None and not stop:  # who was told to stop has seconds
-                    found = _heldout_loss(stage, unseen, config, progress)
-                    state.numbers[checkpoint.HELDOUT_LOSS] = found
+                if config.heldout_pictures and not stop:  # who was told to stop has seconds
+                    with shown.averaged(progress) as averaged:
+                        if leads:
+                            found = _heldout_loss(averaged, unseen, config, progress)
+                            state.numbers[checkpoint.HELDOUT_LOSS] = found
                 saver.save(state, wait=last or stop)
             if signalled:
                 interrupts.deliver()
             if stop:
                 raise Stopped(f"stopped at {progress.images_seen} images, as asked")
-            if leads and not last and progress.passed(config.preview_images):
-                with progress.ema.applied():
-                    _preview(stage, loader, job)
+            if (leads or world.sharded) and not last and progress.passed(config.preview_images):
+                with shown.averaged(progress) as averaged:
+                    if leads:
+                        _preview(averaged, loader, job)
+    if world.sharded and state is not None:
+        averages = sharding.gathered(state.averaged(), keep=leads)
+        state = replace(state, tensors={f"weights/{n}": t for n, t in averages.items()})
     if not leads:
         return {}
     assert state is not None and state.step == config.steps
-    return _commit(job, stage, loader, data_digest, state)
+    return _commit(job, shown.twin or stage, loader, data_digest, state)
+
+
+class _Shown:
+    """The stage that is measured and drawn from: the one that trains, or, where each worker has but
+    a part of that, a whole one of the first worker's."""
+
+    def __init__(self, stage: Stage, world: World):
+        self.stage, self.world = stage, world
+        self.twin = copy.deepcopy(stage).cpu() if world.sharded and world.rank == 0 else None
+
+    @contextmanager
+    def averaged(self, progress: Progress) -> Iterator[Stage]:
+        """With its averages. Of a sharded stage's workers all come here; the first has the twin."""
+        if not self.world.sharded:
+            with progress.ema.applied():
+                yield self.stage
+            return
+        averages = progress.state.averaged()
+        gathered = sharding.gathered(averages, keep=self.twin is not None)
+        if self.twin is None:
+            yield self.stage
+            return
+        copy_exactly(gathered, distinct_tensors(self.twin), "the stage")
+        try:
+            yield self.twin.to(self.world.device)
+        finally:
+            self.twin.cpu()
+
+
+def _part(world: World) -> checkpoint.Part:
+    """Which part of each checkpoint this worker writes."""
+    if not world.sharded:
+        return checkpoint.WHOLE
+    run = world.gather(secrets.token_hex(4))[0]
+    return checkpoint.Part(world.rank, world.size, run)
 
 
 def _heldout_loss(
     stage: Stage, unseen: Any, config: TrainingConfig, progress: Progress
 ) -> float | None:
-    with progress.ema.applied():
-        loss = measuring.heldout_loss(stage, unseen, config.heldout_pictures, config.rows_at_once)
+    loss = measuring.heldout_loss(stage, unseen, config.heldout_pictures, config.rows_at_once)
     log.info("%s: held-out loss %g at %d images", stage.kind, loss, progress.images_seen)
     return _finite(loss)
 
