@@ -36,8 +36,8 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
         )
     if scalars := [n for n, p in module.named_parameters() if p.requires_grad and not p.ndim]:
         raise ValueError(
-            f"fsdp: {', '.join(scalars)} has no dimension to be cut along: give it one (shape [1]) "
-            "or set training.fsdp to false"
+            f"fsdp: {', '.join(scalars)} is a single number, of which each worker cannot have rows: "
+            "set training.fsdp to false for this stage"
         )
     with torch.no_grad():
         for tensor in itertools.chain(module.parameters(), module.buffers()):

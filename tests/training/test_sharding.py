@@ -1,7 +1,8 @@
 """Weights that no worker has all of: the same losses, and checkpoints for any number of workers.
 
-Run as a script, this file forks the workers of groups, `test_sharding.py DIRECTORY`, or kills some
-while they save, `test_sharding.py DIRECTORY KILLS`.
+Run as a script, this file forks the workers of groups, `test_sharding.py DIRECTORY`, or of the jobs
+in a file, `test_sharding.py DIRECTORY JOBS`, or kills some while they save, `test_sharding.py
+DIRECTORY KILLS`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from torch import nn
 from pipeline.plan import BatchPlan, dealt
 from training import checkpoint, posthoc, results, sharding
 from training.distributed import fit, of_process_group
-from training.job import Job, run
+from training.job import Build, Job, run
+from training.job import build as usual
 from training.loop import World
 from training.stage import Stage
 from training.supervision import Stopped
@@ -98,11 +100,15 @@ class Rows:
         self.plan, self.world = BatchPlan((30, 41), "d", 5, BATCH), world
         self.parts = job.training_config().micro_batches(world.size)
         self.full_from = job.meta.get("full_from", -1)
+        self.die_once = Path(job.meta.get("die_once", "/nowhere"))
         self.data = np.random.default_rng(0).normal(size=(71, 4)).astype(np.float32)
 
     def batches(self, start_step: int = 0, prefetch: int = 2):
         step = start_step
         while True:
+            if step == 9 and self.world.rank == 1 and self.die_once.exists():
+                self.die_once.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
             if step == self.full_from and self.world.rank == 1:
                 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
@@ -323,6 +329,13 @@ def test_a_sharded_checkpoint_of_another_training_is_refused(groups):
         checkpoint.newest(directory, "g")
 
 
+def test_what_has_no_rows_is_refused_by_name():
+    stage = Tower(TowerConfig())
+    stage.temperature = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="fsdp: temperature is a single number.*training.fsdp"):
+        sharding.shard(stage, torch.device("cpu"))
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_own_reader_reads_what_was_sharded(groups):
     """torch.distributed.checkpoint, in this process alone: nothing in it is a pickle."""
@@ -357,6 +370,75 @@ def test_many_kills_while_saving_show_no_part(tmp_path):
     assert int(script(tmp_path, kills)) >= kills
 
 
+@pytest.fixture
+def ray():
+    import ray
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    ray.shutdown()  # the session of other folders' tests, where they ran before
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore")
+def test_rays_workers_share_a_model_even_when_one_dies(alone, tmp_path, ray):
+    """Rank 1 is killed at step 9; both start again from the parts saved at step 8."""
+    (tmp_path / "die").touch()
+    records, output = [], tmp_path / "stage"
+    done = fit(job(output, 2, die_once=str(tmp_path / "die")), records.append, build=build)
+    assert not (tmp_path / "die").exists()
+    assert done == results.committed(output)
+    assert_close(output, alone, 1e-5)
+    assert [r["images_seen"] for r in records] == [r["images_seen"] for r in results.history(alone)]
+    (path,) = checkpoint.visible(output / results.CHECKPOINTS)
+    assert len(list(path.glob("state-*-of-00002.safetensors"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
+    """Real networks and data; held-out losses, measurements and pictures of the averages."""
+    kinds = ("autoencoder", "t5", "base", "classifier")
+    jobs = []
+    for kind in kinds:
+        asked = json.loads(Path(line.stages[kind], results.JOB).read_bytes())
+        asked["training"] |= {
+            "images": 96,
+            "micro_batch": 4,
+            "log_images": 32,
+            "checkpoint_images": 48,
+            "heldout_pictures": 16 if kind == "base" else 0,
+            "preview_images": 48,
+            "workers": 2,
+            "threads": 1,
+        }
+        for fsdp in (False, True):
+            output = str(tmp_path / f"{kind}-{'fsdp' if fsdp else 'ddp'}")
+            jobs.append(asked | {"output": output, "training": asked["training"] | {"fsdp": fsdp}})
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    script(tmp_path, tmp_path / "jobs.json")
+    for kind in kinds:
+        sharded, wanted = (tmp_path / f"{kind}-{how}" for how in ("fsdp", "ddp"))
+        for a, b in zip(history(sharded), history(wanted), strict=True):
+            assert a == pytest.approx(b, rel=1e-5), kind
+        states = [
+            checkpoint.load(checkpoint.visible(stage / results.CHECKPOINTS)[-1])
+            for stage in (sharded, wanted)
+        ]
+        losses = [state.numbers.get(checkpoint.HELDOUT_LOSS) for state in states]
+        assert (losses[1] is None) == (kind != "base")
+        assert losses[0] == (losses[1] and pytest.approx(losses[1], rel=1e-5))
+        one, other = (load_file(stage / results.WEIGHTS) for stage in (sharded, wanted))
+        for name, tensor in one.items():
+            off = (tensor.double() - other[name].double()).norm()
+            assert off <= 1e-3 * other[name].double().norm().clamp(min=1e-2), (kind, name)
+        assert (sharded / results.PREVIEW).exists() == (wanted / results.PREVIEW).exists()
+
+
 def reached(stage_dir: Path) -> int:
     paths = checkpoint.visible(stage_dir / results.CHECKPOINTS)
     return int(paths[-1].name) if paths else 0
@@ -379,15 +461,19 @@ def joined(rank: int, size: int, met: object, fsdp: bool, stop: Callable[[], boo
 
 
 def work(rank: int, size: int, output: Path, made: Made, stop_after: int | None) -> None:
-    asked = []
+    work_at(job(output, size, **made), rank, stop_after, build)
+
+
+def work_at(mine: Job, rank: int, stop_after: int | None = None, build: Build = usual) -> None:
+    output, training, asked = Path(mine.output), mine.training_config(), list[int]()
+    size = training.workers
 
     def stop() -> bool:
         asked.append(rank)
         return rank == size - 1 and len(asked) == stop_after
 
-    mine = job(output, size, **made)
     met = f"{output}.group.{size}.{reached(output)}"
-    world = joined(rank, size, met, mine.training_config().fsdp, stop)
+    world = joined(rank, size, met, training.fsdp, stop)
     try:
         run(mine, world, None, build)
     except Stopped:
@@ -467,6 +553,13 @@ def run_groups(directory: Path) -> None:
             assert not any(ends), (name, size)
 
 
+def run_jobs(path: Path) -> None:
+    for values in json.loads(path.read_bytes()):
+        children = [fork(work_at, Job.from_json(values), rank) for rank in (0, 1)]
+        ends = [os.waitpid(child, 0)[1] for child in children]
+        assert not any(ends), values["output"]
+
+
 if __name__ == "__main__":
     # What each child would import again.
     import torch._dynamo
@@ -476,7 +569,9 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     logging.disable()
-    if len(sys.argv) > 2:
+    if len(sys.argv) > 2 and not sys.argv[2].isdigit():
+        run_jobs(Path(sys.argv[2]))
+    elif len(sys.argv) > 2:
         kill_savers(Path(sys.argv[1]), int(sys.argv[2]))
     else:
         run_groups(Path(sys.argv[1]))
