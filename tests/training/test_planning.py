@@ -308,7 +308,7 @@ def test_what_does_not_fit_is_told_with_what_helps():
     assert shared.fitting_rows_sharded > 0
     told = f"{shared.fitting_rows_sharded} rows with FSDP over 8 workers (training.fsdp=true)"
     assert told in advice
-    followed, advice, _ = asked(kept / 0.9, batch=64, workers=8, fsdp=True)
+    followed, advice, device = asked(kept / 0.9, batch=64, workers=8, fsdp=True)
     assert followed.memory == shared.update.sharded
     assert followed.fits(device) == (advice == "")
     assert followed.fitting_rows == shared.fitting_rows_sharded
