@@ -36,7 +36,7 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
         )
     if scalars := [n for n, p in module.named_parameters() if p.requires_grad and not p.ndim]:
         raise ValueError(
-            f"fsdp: {', '.join(scalars)} is a single number, of which each worker cannot have rows: "
+            f"fsdp: {', '.join(scalars)} is a single number, which cannot be dealt to workers: "
             "set training.fsdp to false for this stage"
         )
     with torch.no_grad():
