@@ -247,7 +247,7 @@ def check_places(executor: Executor, *urls: str) -> None:
 
 def learning(training: Mapping[str, Any]) -> dict[str, Any]:
     """A training config without what may differ between machines."""
-    machine = ("workers", "min_workers", "threads", "micro_batch")
+    machine = ("workers", "min_workers", "threads", "fsdp", "micro_batch")
     machine += ("checkpoint_images", "log_images")
     machine += ("keep_last", "keep_best", "keep_images", "accelerator")
     if not training.get("patience_images"):  # which decides when it ends, and goes by these

@@ -26,6 +26,7 @@ _CHANGEABLE = (
     "workers",
     "min_workers",
     "threads",
+    "fsdp",
     "micro_batch",
     "keep_last",
     "keep_best",

@@ -5,11 +5,18 @@ A checkpoint is a directory named after its images: `state.safetensors` and, wri
 renamed; it is removed by being hidden first. So a process may be killed anywhere, and a disk may
 fill up, and what can be seen can be loaded. Should the medium lie, the newest one that verifies is
 taken, and the log says so.
+
+Of a sharded state each worker writes its rows into a file of its own, `state-00002-of-00004.
+safetensors`, all in one hidden directory; the first worker waits for the others' files and then
+goes on as above. Nobody tells another anything but through that directory, so it is done behind the
+training's back as well. What was sharded loads on any number of workers. The files are laid out as
+torch.distributed.checkpoint lays them out: its HuggingFaceStorageReader reads them too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -19,14 +26,16 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from .sharding import Pieces, is_sharded, local, rows
 
 TENSORS, DESCRIPTION = "state.safetensors", "checkpoint.json"
 POWER = "power"
@@ -44,6 +53,11 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _FOREGROUND_BYTES = 8 << 20
+_POLL_SECONDS = 0.005
+_PATIENCE_SECONDS = 1800.0
+"""How long the first worker waits for the others' parts."""
+_OFFSETS = "DCP_SHARDING_INFO"
+"""Where a file says which row its tensors begin at; torch.distributed.checkpoint's name."""
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +66,7 @@ class TrainState:
     """All that training depends on besides its config and its data.
 
     `tensors` has the names "weights/...", "ema/...", "power/...", "optimizer/..." and refers to
-    the live ones until it is saved; `numbers` is JSON.
+    the live ones until it is saved; they may be sharded. `numbers` is JSON.
     """
 
     tensors: dict[str, Tensor]
@@ -125,6 +139,34 @@ def _best(paths: list[Path]) -> Path | None:
     return min(reversed(losses), key=lambda path: losses[path], default=None)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of each checkpoint a worker writes: with one of one, all of it."""
+
+    number: int = 0
+    of: int = 1
+    run: str = ""
+    """What the parts of one checkpoint are known by: the same for all workers, never used
+    before."""
+
+    @property
+    def file(self) -> str:
+        if self.of == 1:
+            return TENSORS
+        return f"state-{self.number + 1:05d}-of-{self.of:05d}.safetensors"
+
+    @property
+    def receipt(self) -> str:
+        """The file that says that `file` is written, or why it could not be."""
+        return f"{self.file.removesuffix('.safetensors')}.json"
+
+    def all(self) -> list[Part]:
+        return [Part(number, self.of, self.run) for number in range(self.of)]
+
+
+WHOLE = Part()
+
+
 def save(
     directory: str | os.PathLike[str],
     state: TrainState,
@@ -140,20 +182,23 @@ def save(
 def load(path: str | os.PathLike[str], fingerprint: str = "") -> TrainState:
     """The state in one checkpoint. Damaged when a byte differs; ValueError when it is of another
     fingerprint."""
+    state = load_lazily(path, fingerprint)
+    return replace(state, tensors={name: t[...] for name, t in state.tensors.items()})
+
+
+def load_lazily(path: str | os.PathLike[str], fingerprint: str = "") -> TrainState:
+    """`load`, but what was sharded may be nothing but indexed (see `Pieces`): then a worker reads
+    its own rows and has no second copy of everything."""
     path = Path(path)
     try:
         described = json.loads((path / DESCRIPTION).read_bytes())
-        tensors, size = path / TENSORS, described["bytes"]
-        if tensors.stat().st_size != size:
-            raise Damaged(f"{tensors}: {tensors.stat().st_size} bytes, wanted {size}")
-        with open(tensors, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != described["sha256"]:
-            raise Damaged(
-                f"{tensors}: sha256 {digest[:16]}..., wanted {described['sha256'][:16]}..."
-            )
+        if parts := described.get("parts"):
+            written = zip(Part(of=len(parts)).all(), parts, strict=True)
+            tensors = _joined([_verified(path / part.file, said) for part, said in written])
+        else:
+            tensors = load_file(_verified(path / TENSORS, described))
         state = TrainState(
-            load_file(tensors), described["step"], described["images_seen"], described["numbers"]
+            tensors, described["step"], described["images_seen"], described["numbers"]
         )
         found = described["fingerprint"]
     except Damaged:
@@ -168,12 +213,45 @@ def load(path: str | os.PathLike[str], fingerprint: str = "") -> TrainState:
     return state
 
 
+def _verified(file: Path, said: dict[str, Any]) -> Path:
+    """The file; Damaged unless it is what was said of it."""
+    if (size := file.stat().st_size) != said["bytes"]:
+        raise Damaged(f"{file}: {size} bytes, wanted {said['bytes']}")
+    with open(file, "rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest != said["sha256"]:
+        raise Damaged(f"{file}: sha256 {digest[:16]}..., wanted {said['sha256'][:16]}...")
+    return file
+
+
+def _joined(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors whose rows lie in the files, by name. Damaged where rows are missing."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            offsets = json.loads(file.metadata()[_OFFSETS])
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                first = (offsets[name]["saved_offsets"] or [0])[0]
+                pieces.setdefault(name, []).append((first, file.get_tensor(name)))
+    found = {}
+    for name, several in pieces.items():
+        end = 0
+        for first, piece in several:
+            if first != end:
+                raise Damaged(f"{files[0].parent}: {name} lacks the rows {end} to {first - 1}")
+            end += len(piece) if piece.ndim else 0
+        tensors = [piece for _, piece in several]
+        # Whoever is handed it indexes it, and so far does not see what it is.
+        found[name] = tensors[0] if len(tensors) == 1 else cast(Tensor, Pieces(tensors))
+    return found
+
+
 def newest(directory: str | os.PathLike[str], fingerprint: str = "") -> TrainState | None:
-    """The state of the newest checkpoint that verifies, or None. Damaged ones are passed over and
-    logged."""
+    """The state of the newest checkpoint that verifies, or None, as by `load_lazily`. Damaged ones
+    are passed over and logged."""
     for path in reversed(visible(directory)):
         try:
-            return load(path, fingerprint)
+            return load_lazily(path, fingerprint)
         except Damaged as damage:
             log.warning("checkpoint %s is damaged, going back to the one before: %s", path, damage)
     return None
@@ -185,9 +263,9 @@ def visible(directory: str | os.PathLike[str]) -> list[Path]:
     return sorted(p for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
 
 
-def prune(directory: str | os.PathLike[str], keep: Retention | None) -> None:
-    """Remove the checkpoints that `keep` does not (None keeps all), and what a killed writer left.
-    For the one writer only."""
+def prune(directory: str | os.PathLike[str], keep: Retention | None, run: str = "") -> None:
+    """Remove the checkpoints that `keep` does not (None keeps all), and what killed writers left;
+    what `run` is about to write stays. For the first or only writer."""
     directory = Path(directory)
     if keep is not None:
         paths = visible(directory)
@@ -196,6 +274,8 @@ def prune(directory: str | os.PathLike[str], keep: Retention | None) -> None:
             if path not in stay:
                 _hide(path)
     for path in directory.glob(".*"):
+        if run and path.name.endswith(f".{run}"):
+            continue
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -204,15 +284,22 @@ class Snapshot:
     out.
 
     `reuse` is an older snapshot whose memory may be taken; fresh memory costs more than the copy
-    into it.
+    into it. Of a part of several, sharded tensors' own rows are in it, and others in the first.
     """
 
-    def __init__(self, state: TrainState, reuse: Snapshot | None = None):
+    def __init__(self, state: TrainState, reuse: Snapshot | None = None, part: Part = WHOLE):
+        own, offsets = state.tensors, dict[str, Any]()
+        if part.of > 1:
+            own = {n: local(t) for n, t in own.items() if is_sharded(t) or part.number == 0}
+            own = {n: t for n, t in own.items() if t.numel() or not is_sharded(state.tensors[n])}
+            for name, t in own.items():
+                where = rows(state.tensors[name])
+                first = [where.start] if isinstance(where, slice) else [0]
+                offsets[name] = {"saved_offsets": (first + [0] * t.ndim)[: t.ndim]}
         # Wider types first keeps each tensor aligned; the format allows no gaps.
-        tensors = dict(
-            sorted(state.tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-        )
-        entries, end = {}, 0
+        tensors = dict(sorted(own.items(), key=lambda item: (-item[1].element_size(), item[0])))
+        entries: dict[str, Any] = {}
+        end = 0
         for name, t in tensors.items():
             start, end = end, end + t.numel() * t.element_size()
             entries[name] = {
@@ -220,6 +307,8 @@ class Snapshot:
                 "shape": list(t.shape),
                 "data_offsets": [start, end],
             }
+        if part.of > 1:
+            entries |= {"__metadata__": {"format": "pt", _OFFSETS: json.dumps(offsets)}}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text
@@ -247,7 +336,8 @@ class Saver:
 
     At most one write is under way; the next save waits for it, and raises what it raised. Small
     states are written at once: there is nothing to gain, and then a kill never costs more than one
-    interval.
+    interval. Of a sharded state each worker has a saver and saves its `part`; the first one's is
+    done when all of them are written.
     """
 
     def __init__(
@@ -256,23 +346,26 @@ class Saver:
         fingerprint: str = "",
         *,
         keep: Retention | None = KEEP_TWO,
+        part: Part = WHOLE,
     ):
         self.directory, self.fingerprint, self.keep = Path(directory), fingerprint, keep
+        self.part, self._given_up = part, threading.Event()
         self.saved_at: int | None = None
         self._snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        prune(self.directory, keep)
+        if part.number == 0:
+            prune(self.directory, keep, part.run)
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         """Save `state` unless it is saved already; with `wait`, it is on disk on return."""
         self.wait()
         if state.images_seen == self.saved_at:
             return
-        self._snapshot = Snapshot(state, self._snapshot)
+        self._snapshot = Snapshot(state, self._snapshot, self.part)
         self.saved_at = state.images_seen
         if wait or self._snapshot.bytes <= _FOREGROUND_BYTES:
-            _write(self.directory, self._snapshot, self.fingerprint, self.keep)
+            self._write()
         else:
             self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
             self._thread.start()
@@ -287,11 +380,16 @@ class Saver:
             raise error
 
     def _work(self) -> None:
-        assert self._snapshot is not None
         try:
-            _write(self.directory, self._snapshot, self.fingerprint, self.keep)
+            self._write()
         except BaseException as error:
             self._error, self.saved_at = error, None
+
+    def _write(self) -> None:
+        assert self._snapshot is not None
+        _write(
+            self.directory, self._snapshot, self.fingerprint, self.keep, self.part, self._given_up
+        )
 
     def __enter__(self) -> Saver:
         return self
@@ -300,28 +398,35 @@ class Saver:
         if kind is None:
             self.wait()
         else:
+            self._given_up.set()  # the other workers may be no more
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 self.wait()
 
 
-def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: Retention | None) -> Path:
+def _write(
+    directory: Path,
+    snapshot: Snapshot,
+    fingerprint: str,
+    keep: Retention | None,
+    part: Part = WHOLE,
+    given_up: threading.Event | None = None,
+) -> Path:
     final = directory / f"{snapshot.images_seen:012d}"
-    hidden = directory / f".{final.name}.{secrets.token_hex(4)}"
+    hidden = directory / f".{final.name}.{part.run or secrets.token_hex(4)}"
     try:
-        hidden.mkdir(parents=True)
-        digest = hashlib.sha256()
-        with _synced(hidden / TENSORS) as file:
-            for part in (snapshot.header, memoryview(snapshot.data.numpy().data)):
-                for start in range(0, len(part), 1 << 24):
-                    piece = part[start : start + (1 << 24)]
-                    file.write(piece)
-                    digest.update(piece)
+        hidden.mkdir(parents=True, exist_ok=part.of > 1)
+        digest = _stream(snapshot, hidden / part.file)
+        written: dict[str, Any] = {"bytes": snapshot.bytes, "sha256": digest}
+        if part.of > 1:
+            if part.number > 0:
+                _tell(hidden, part, written)
+                return final
+            written = {"parts": [written, *_told(hidden, part, given_up)]}
         described = {
-            "bytes": snapshot.bytes,
+            **written,
             "fingerprint": fingerprint,
             "images_seen": snapshot.images_seen,
             "numbers": snapshot.numbers,
-            "sha256": digest.hexdigest(),
             "step": snapshot.step,
             "written": time.time(),
         }
@@ -332,9 +437,9 @@ def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: Retentio
             _hide(final)
         os.rename(hidden, final)
         _sync_directory(directory)
-        prune(directory, keep)
+        prune(directory, keep, part.run)
     except OSError as error:
-        shutil.rmtree(hidden, ignore_errors=True)
+        _take_back(hidden, part, error)
         size = snapshot.bytes / 2**20
         raise OSError(
             error.errno,
@@ -342,10 +447,58 @@ def _write(directory: Path, snapshot: Snapshot, fingerprint: str, keep: Retentio
             "nothing of it is visible. Make room and run the same command again: it goes on from "
             "the checkpoint before",
         ) from error
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+    except BaseException as error:
+        _take_back(hidden, part, error)
         raise
     return final
+
+
+def _stream(snapshot: Snapshot, path: Path) -> str:
+    """Write a snapshot's file; its SHA-256."""
+    digest = hashlib.sha256()
+    with _synced(path) as file:
+        for content in (snapshot.header, memoryview(snapshot.data.numpy().data)):
+            for start in range(0, len(content), 1 << 24):
+                piece = content[start : start + (1 << 24)]
+                file.write(piece)
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def _tell(hidden: Path, part: Part, what: dict[str, Any]) -> None:
+    """Leave a receipt for the first worker, whole or not at all."""
+    _sync_directory(hidden)
+    unfinished = hidden / f".{part.receipt}"
+    unfinished.write_text(json.dumps(what))
+    os.rename(unfinished, hidden / part.receipt)
+
+
+def _told(hidden: Path, part: Part, given_up: threading.Event | None) -> list[dict[str, Any]]:
+    """The other workers' receipts, once all of them are there. OSError where one of them could not
+    write, or none is awaited any more."""
+    others, waits = part.all()[1:], given_up or threading.Event()
+    receipts, deadline = [], time.monotonic() + _PATIENCE_SECONDS
+    for other in others:
+        while not (hidden / other.receipt).exists():
+            if waits.wait(_POLL_SECONDS) or time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, f"worker {other.number} has not written its part")
+        receipts.append(json.loads((hidden / other.receipt).read_bytes()))
+        if "error" in receipts[-1]:
+            raise OSError(receipts[-1]["errno"], receipts[-1]["error"])
+    for other in others:
+        (hidden / other.receipt).unlink()
+    return receipts
+
+
+def _take_back(hidden: Path, part: Part, error: BaseException) -> None:
+    """Leave nothing of a checkpoint that failed; the first worker may be waiting for this part."""
+    if part.number == 0:
+        shutil.rmtree(hidden, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        (hidden / part.file).unlink(missing_ok=True)
+        told = f"worker {part.number}: {getattr(error, 'strerror', None) or error}"
+        _tell(hidden, part, {"error": told, "errno": getattr(error, "errno", None) or errno.EIO})
 
 
 @contextlib.contextmanager

@@ -14,14 +14,16 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import checkpoint, results
+from . import checkpoint, results, sharding
 from .job import Build, Job, OnProgress, build, run
 from .loop import Diverged, TrainingConfig, World
 from .supervision import Interrupts, Stopped
@@ -177,6 +179,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         context.get_world_size(),
         ray.train.torch.get_device(),
         stop=(Path(job.output) / STOP).exists,
+        fsdp=job.training_config().fsdp,
     )
     try:
         run(job, world, None, settings["build"])
@@ -188,7 +191,11 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def of_process_group(
-    rank: int, size: int, device: torch.device, stop: Callable[[], bool] = lambda: False
+    rank: int,
+    size: int,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+    fsdp: bool = False,
 ) -> World:
     """This process's world in the torch.distributed group that it is in."""
 
@@ -217,7 +224,26 @@ def of_process_group(
     def any_stops() -> bool:
         return bool(total(torch.tensor(float(stop()), device=device)) > 0)
 
-    return World(rank, size, device, wrap, alone, total, gather, any_stops, restarts=True)
+    world = World(
+        rank,
+        size,
+        device,
+        wrap,
+        alone,
+        sum=total,
+        gather=gather,
+        stop=any_stops,
+        restarts=True,
+    )
+    if not fsdp:
+        return world
+    # Gradients stay with nobody: each micro-batch's are scattered at once, or all would be whole.
+    return replace(
+        world,
+        wrap=partial(sharding.shard, device=device),
+        alone=lambda module: nullcontext(),
+        sharded=True,
+    )
 
 
 def _follow(stage_dir: str, on_progress: OnProgress, workers: int) -> Callable[[], None]:

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .sharding import fill, like, local
 from .stage import copy_exactly, trainable
 
 
 class Ema:
     """The average of a module's trainable parameters, in float32, on their device; frozen ones
-    have no average.
+    have no average, and of a sharded module each worker averages its rows.
 
     `ramp` is the halflife as a share of the images seen, until it reaches `halflife_images`; 0
     switches it off, as a warm start wants, whose first weights are good ones. A halflife of 0
@@ -35,7 +36,7 @@ class Ema:
     def __init__(self, module: nn.Module, halflife_images: float, ramp: float = 0.05):
         self.halflife_images, self.ramp, self.images_seen = halflife_images, ramp, 0
         self._parameters = trainable(module)
-        self._live: list[Tensor] = list(self._parameters.values())
+        self._live = [local(p) for p in self._parameters.values()]
         self._average = [p.detach().float().clone() for p in self._live]
 
     @torch.no_grad()
@@ -52,12 +53,13 @@ class Ema:
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name, not copied."""
-        return dict(zip(self._parameters, self._average, strict=True))
+        pairs = zip(self._parameters.items(), self._average, strict=True)
+        return {name: like(p, average) for (name, p), average in pairs}
 
     def load(self, tensors: dict[str, Tensor], images_seen: int) -> None:
         """Go on from saved `tensors()`."""
         for name, average in self.tensors().items():
-            average.copy_(tensors[name])
+            fill(average, tensors[name])
         self.images_seen = images_seen
 
     @torch.no_grad()
@@ -98,7 +100,7 @@ class PowerAverages:
     def __init__(self, module: nn.Module, sigma_rel: Sequence[float]):
         self.images_seen = 0
         self._parameters = trainable(module)
-        self._live: list[Tensor] = list(self._parameters.values())
+        self._live = [local(p) for p in self._parameters.values()]
         self._averages = {s: [p.detach().float().clone() for p in self._live] for s in sigma_rel}
         self._powers = {s: gamma(s) + 1 for s in sigma_rel}
 
@@ -114,9 +116,9 @@ class PowerAverages:
     def tensors(self) -> dict[str, Tensor]:
         """The averages as "sigma_rel/parameter name", not copied."""
         return {
-            f"{sigma_rel:g}/{name}": average
+            f"{sigma_rel:g}/{name}": like(p, average)
             for sigma_rel, averages in self._averages.items()
-            for name, average in zip(self._parameters, averages, strict=True)
+            for (name, p), average in zip(self._parameters.items(), averages, strict=True)
         }
 
     def load(self, tensors: dict[str, Tensor], images_seen: int) -> None:

@@ -7,10 +7,12 @@ bit for bit on a CPU with the same workers.
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import math
 import resource
+import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -24,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import storage
 
-from . import checkpoint, measuring, repro, results
+from . import checkpoint, measuring, repro, results, sharding
 from .loop import Diverged, Progress, TrainingConfig, World, train
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .supervision import Interrupts, Stopped, Watchdog
@@ -153,24 +155,29 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
             f"{job.version}, has none that are held out and encoded: set it to 0 or ingest some"
         )
     numbers = state.numbers if state else {}
-    validation = Validation(stage, unseen, config, world, numbers)
+    shown = _Shown(stage, world)
+    validation = Validation(shown.averaged, unseen, config, world, numbers)
     flops = numbers.get("flops_per_image") or measuring.flops_per_image(stage, loader)
     window = Window(numbers, Speed(flops, _peak(config, world)), world.device)
+    part = _part(world)
     with ExitStack() as stack:
         history = saver = snapshots = None
         if leads:
             history = results.History(output, state.images_seen if state else 0)
             stack.callback(history.close)
+        if leads or world.sharded:
             saver = checkpoint.Saver(
-                output / results.CHECKPOINTS, job.fingerprint, keep=config.retention
+                output / results.CHECKPOINTS, job.fingerprint, keep=config.retention, part=part
             )
             stack.enter_context(saver)
             if config.ema_sigma_rel:
                 path = output / results.AVERAGES
-                snapshots = checkpoint.Saver(path, job.fingerprint, keep=None)
+                snapshots = checkpoint.Saver(path, job.fingerprint, keep=None, part=part)
                 stack.enter_context(snapshots)
         watchdog = stack.enter_context(Watchdog(config.stall_seconds, end=world.restarts))
-        interrupts = stack.enter_context(Interrupts())
+        interrupts = Interrupts()
+        if not world.sharded:  # of a checkpoint, one worker alone could write but a part
+            stack.enter_context(interrupts)
         updates = _reproducible(job, world, train(stage, loader, config, world, state))
         stack.enter_context(closing(updates))
         for progress in () if validation.over else updates:
@@ -192,9 +199,11 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 history.append(record | found)
                 on_progress(record | found)
             stop = stop or signalled
-            if leads and not (last or stop) and progress.passed(config.preview_images):
-                with window.aside(), progress.ema.applied():
-                    _preview(stage, loader, job, progress.images_seen)
+            drawing = progress.passed(config.preview_images) and not (last or stop)
+            if drawing and (leads or world.sharded):
+                with window.aside(), shown.averaged(progress) as averaged:
+                    if leads:
+                        _preview(averaged, loader, job, progress.images_seen)
             if snapshots and (last or progress.passed(config.ema_snapshot_images)):
                 # Waits, because resuming from the next checkpoint does not come here again.
                 sigma_rel = {"sigma_rel": list(config.ema_sigma_rel)}
@@ -214,10 +223,48 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 break
     if validation.over:
         log.info("%s: no lower held-out loss since %d images", job.kind, validation.least_at)
+    if world.sharded and state is not None:
+        averages = sharding.gathered(state.averaged(), keep=leads)
+        state = replace(state, tensors={f"weights/{n}": t for n, t in averages.items()})
     if not leads:
         return {}
     assert state is not None
-    return _commit(job, stage, loader, data_digest, state, validation.over)
+    return _commit(job, shown.twin or stage, loader, data_digest, state, validation.over)
+
+
+class _Shown:
+    """The stage that is measured and drawn from: the one that trains, or, where each worker has but
+    a part of that, a whole one of the first worker's."""
+
+    def __init__(self, stage: Stage, world: World):
+        self.stage, self.world = stage, world
+        self.twin = copy.deepcopy(stage).cpu() if world.sharded and world.rank == 0 else None
+
+    @contextmanager
+    def averaged(self, progress: Progress) -> Iterator[Stage]:
+        """With its averages. Of a sharded stage's workers all come here; the first has the twin."""
+        if not self.world.sharded:
+            with progress.ema.applied():
+                yield self.stage
+            return
+        averages = progress.state.averaged()
+        gathered = sharding.gathered(averages, keep=self.twin is not None)
+        if self.twin is None:
+            yield self.stage
+            return
+        copy_exactly(gathered, distinct_tensors(self.twin), "the stage")
+        try:
+            yield self.twin.to(self.world.device)
+        finally:
+            self.twin.cpu()
+
+
+def _part(world: World) -> checkpoint.Part:
+    """Which part of each checkpoint this worker writes."""
+    if not world.sharded:
+        return checkpoint.WHOLE
+    run = world.gather(secrets.token_hex(4))[0]
+    return checkpoint.Part(world.rank, world.size, run)
 
 
 def _reproducible(

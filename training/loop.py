@@ -96,6 +96,9 @@ class TrainingConfig:
     """Whose rate of matrix products the model FLOPs utilisation is a share of: a name as
     `darkroom plan --device` knows them, or "probe", which times one at the start. By default the
     published rate of a GPU that is among these; without any, only FLOP/s are logged."""
+    fsdp: bool = False
+    """Several workers share weights, averages and optimizer state (FSDP2) instead of each having
+    all of them (DDP), and each writes its part of a checkpoint. The losses are the same."""
     compile: bool = False
     """Run `stage.compile()`, which a stage may confine to its network."""
 
@@ -192,9 +195,11 @@ class World:
     size: int = 1
     device: torch.device | str = "cpu"
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    """Makes backward average the gradients over the workers."""
+    """Makes backward average the gradients over the workers; with `sharded`, in place, it leaves
+    each of them its rows of the parameters."""
     alone: Callable[[nn.Module], AbstractContextManager[Any]] = lambda module: nullcontext()
     """Inside, forward and backward of a wrapped module leave the gradients with their worker."""
+    sharded: bool = False
     sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """The sum of a tensor over the workers."""
     gather: Callable[[Any], list[Any]] = lambda value: [value]
@@ -269,15 +274,15 @@ def train(
     world = world or World()
     turns = _turns(stage, config, world)
     device = next(stage.parameters()).device
+    if config.compile:
+        stage.compile()
+    model = world.wrap(stage.train())  # what comes next follows the parameters' layout
     optimizer = Optimizer(config.optimizer, stage)
     ema = Ema(stage, config.ema_halflife_images, config.ema_ramp)
     powers = PowerAverages(stage, config.ema_sigma_rel)
     done = _restore(state, stage, ema, powers, optimizer) if state else 0
     health = Health(config, device, state.numbers["skipped"] if state else 0, world)
     del state  # it is a second copy of everything
-    if config.compile:
-        stage.compile()
-    model = world.wrap(stage.train())
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
     with closing(loader.batches(start_step=done)) as batches:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .stage import trainable
+from .sharding import is_sharded, like, local, rows, whole
+from .stage import over_workers, trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,8 @@ OptimizerConfig = AdamWConfig | MuonConfig
 
 
 class Optimizer:
-    """The update rules of a module's trainable parameters, stepped as one."""
+    """The update rules of a module's trainable parameters, stepped as one; of a sharded module each
+    worker updates its rows."""
 
     def __init__(self, config: OptimizerConfig, module: nn.Module):
         self.parameters = trainable(module)
@@ -102,7 +104,7 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """The state as "parameter name:field", not copied; empty before the first step."""
         return {
-            f"{name}:{key}": value
+            f"{name}:{key}": like(parameter, value)
             for name, parameter in self.parameters.items()
             for rule in self._rules
             for key, value in rule.state.get(parameter, {}).items()
@@ -115,18 +117,21 @@ class Optimizer:
             name, _, field_name = key.rpartition(":")
             parameter = self.parameters[name]
             state = owners[parameter].state.setdefault(parameter, {})
-            state[field_name] = value.to(parameter.device, copy=True)
+            own = value[rows(parameter)] if value.ndim else value
+            state[field_name] = own.to(parameter.device, copy=True)
 
 
 def gradient_norm(parameters: dict[str, nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together; a scalar on their device, NaN or Inf where one of them
-    is."""
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    """The 2-norm of all gradients together, over the workers where they are sharded; a scalar on
+    their device, NaN or Inf where one of them is."""
+    gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
     if not gradients:
         raise ValueError(
             "no parameter has a gradient: forward's loss depends on nothing that is trained"
         )
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    sharded = any(map(is_sharded, parameters.values()))
+    return over_workers(norm.square()).sqrt() if sharded else norm
 
 
 class _Rule:
@@ -159,15 +164,15 @@ class _AdamW(_Rule):
     def step(self, parameters, gradients, learning_rate, scale, skip):
         for p in parameters:
             if p not in self.state:
-                step = torch.zeros((), device=p.device)
-                fields = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                own, step = local(p), torch.zeros((), device=p.device)
+                fields = {"exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
                 self.state[p] = {"step": step, **fields}
         states = [self.state[p] for p in parameters]
         steps = [s["step"] for s in states]
         torch._foreach_add_(steps, 1 - skip)
         torch._fused_adamw_(
-            parameters,
-            gradients,
+            [local(p) for p in parameters],
+            [local(g) for g in gradients],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -189,7 +194,8 @@ class _Muon(_Rule):
     2024).
 
     A kernel [out, in, ...] is the matrix [out, in * ...]. Scaled by 0.2 sqrt(larger side), the
-    update has the size of AdamW's (Liu et al. 2025, eq. 4), so both take one learning rate.
+    update has the size of AdamW's (Liu et al. 2025, eq. 4), so both take one learning rate. A
+    sharded update is gathered for that, and each worker takes its rows of the result.
     """
 
     def __init__(self, parameters: Sequence[Tensor], config: MuonConfig):
@@ -201,19 +207,22 @@ class _Muon(_Rule):
             return
         momentum, same_shape = self.config.momentum, dict[tuple[int, int], list[Any]]()
         for p, gradient in zip(parameters, gradients, strict=True):
-            same_shape.setdefault((len(p), p[0].numel()), []).append((p, gradient / scale))
-        for (rows, columns), group in same_shape.items():
+            shape = (p.shape[0], p.numel() // p.shape[0])
+            same_shape.setdefault(shape, []).append((p, local(gradient) / scale))
+        for shape, group in same_shape.items():
             updates = []
             for p, gradient in group:
                 state = self.state.setdefault(p, {})
-                average = state.setdefault("momentum", torch.zeros_like(p))
+                average = state.setdefault("momentum", torch.zeros_like(local(p)))
                 average.lerp_(gradient, 1 - momentum)
-                updates.append(gradient.lerp(average, momentum).reshape(rows, columns))
+                update = like(p, gradient.lerp(average, momentum))
+                updates.append(whole(update).reshape(shape))
             directions = orthogonal(torch.stack(updates), self.config.newton_schulz_steps)
-            size = learning_rate * 0.2 * max(rows, columns) ** 0.5
+            size = learning_rate * 0.2 * max(shape) ** 0.5
             for (p, _), direction in zip(group, directions, strict=True):
-                p.mul_(1 - learning_rate * self.config.weight_decay)
-                p.sub_(direction.reshape(p.shape).to(p.dtype), alpha=size)
+                own = local(p)
+                own.mul_(1 - learning_rate * self.config.weight_decay)
+                own.sub_(direction.reshape(p.shape)[rows(p)].to(p.dtype), alpha=size)
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -22,17 +22,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .denoising import PICTURE_EMBEDDING, filled
-from .ema import Ema
+from .ema import Ema, PowerAverages
 from .encoders.shapes import Shape, foreseen
 from .loop import TrainingConfig
 from .optimizer import Optimizer, gradient_norm
+from .sharding import blocks
 from .stage import Batch, Stage, distinct_tensors, trainable
 from .stages import create
 
@@ -295,6 +296,7 @@ def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int
     """
     optimizer = Optimizer(training.optimizer, stage.train())
     averages = Ema(stage, training.ema_halflife_images, training.ema_ramp)
+    powers = PowerAverages(stage, training.ema_sigma_rel)
     computing, applying = Tally(), Tally()
     for parameter in trainable(stage).values():
         parameter.register_post_accumulate_grad_hook(lambda p: computing.leave_out(p.grad))
@@ -308,8 +310,10 @@ def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int
             norm, skip = gradient_norm(optimizer.parameters), torch.tensor(False)
             optimizer.step(training.learning_rate, norm, training.max_grad_norm, skip)
             averages.update(training.batch)
+            powers.update(training.batch)
     peak, state = max(computing.peak, applying.peak), optimizer.tensors()
-    saved = [*distinct_tensors(stage).values(), *averages.tensors().values(), *state.values()]
+    averaged = [*averages.tensors().values(), *powers.tensors().values()]
+    saved = [*distinct_tensors(stage).values(), *averaged, *state.values()]
     return Update(
         rows=len(batch["position"]),
         parameters=sum(p.numel() for p in stage.parameters()),
@@ -317,13 +321,19 @@ def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int
         forward_flops=forward,
         kernels=tuple(computing.kernels),
         applied=tuple(applying.kernels),
-        replicated=_memory(stage, state, peak, 1),
-        sharded=_memory(stage, state, peak, workers),
+        replicated=_memory(stage, state, averaged, peak, 1),
+        sharded=_memory(stage, state, averaged, peak, workers),
         checkpoint=_bytes(saved, 1),
     )
 
 
-def _memory(stage: Stage, state: Mapping[str, Tensor], activations: int, workers: int) -> Memory:
+def _memory(
+    stage: Stage,
+    state: Mapping[str, Tensor],
+    averaged: Iterable[Tensor],
+    activations: int,
+    workers: int,
+) -> Memory:
     """What is trained, its gradients, averages and state, cut along the first dimension as
     FSDP2 does; the largest share. Frozen parameters and buffers are whole everywhere.
     """
@@ -334,7 +344,7 @@ def _memory(stage: Stage, state: Mapping[str, Tensor], activations: int, workers
         weights=ours + _bytes(others, 1),
         gradients=ours,
         optimizer=_bytes(state.values(), workers),
-        averages=ours,
+        averages=_bytes(averaged, workers),
         activations=activations,
         gathered=_gathered(stage) if workers > 1 else 0,
     )
@@ -350,22 +360,9 @@ def _bytes(tensors: Iterable[Tensor], workers: int) -> int:
 
 def _gathered(stage: Stage) -> int:
     """Whole parameters under FSDP: those of no block all the time; of the blocks, the largest with
-    its gradient, and the next one, which is fetched ahead. A block is a member of a module list.
+    its gradient, and the next one, which is fetched ahead.
     """
-    blocks: list[nn.Module] = []
-
-    def find(module: nn.Module) -> None:
-        for child in module.children():
-            members = child if isinstance(child, nn.ModuleList) else ()
-            blocks.extend(it for it in members if not isinstance(it, nn.ModuleList))
-            if not members:
-                find(child)
-            for it in members:
-                if isinstance(it, nn.ModuleList):
-                    find(nn.ModuleList([it]))
-
-    find(stage)
-    sizes = [_bytes(trainable(block).values(), 1) for block in blocks]
+    sizes = [_bytes(trainable(block).values(), 1) for block in blocks(stage)]
     root = _bytes(trainable(stage).values(), 1) - sum(sizes)
     return root + 3 * max(sizes, default=0)
 
@@ -473,7 +470,7 @@ class Estimate:
     seconds: float
     """Of one update."""
     fitting_rows: int
-    """Rows at once that fit a worker that holds all; 0: not even one."""
+    """Rows at once that fit a worker as configured; 0: not even one."""
     fitting_rows_sharded: int
 
     @property
@@ -492,9 +489,16 @@ class Estimate:
     """Rows that would fit with blocks computed again; None where that is so, or cannot be."""
     divides: bool
     """Whether the configuration knows micro-batches."""
+    fsdp: bool = False
+    """Whether the workers hold their shares, as configured."""
+
+    @property
+    def memory(self) -> Memory:
+        """On each worker as configured."""
+        return self.update.sharded if self.fsdp else self.update.replicated
 
     def fits(self, device: Accelerator) -> bool:
-        return self.update.replicated.total <= device.usable
+        return self.memory.total <= device.usable
 
     def advice(self, device: Accelerator) -> str:
         """What would help a training that does not fit; empty for one that does."""
@@ -502,7 +506,7 @@ class Estimate:
             return ""
         update, free = self.update, device.usable / 1e9
         lines = [
-            f"{update.replicated.total / 1e9:.3g} GB a worker do not fit {device.name} "
+            f"{self.memory.total / 1e9:.3g} GB a worker do not fit {device.name} "
             f"({free:.3g} GB usable)"
         ]
         if self.fitting_rows:
@@ -511,11 +515,12 @@ class Estimate:
         if self.thrifty_rows and self.thrifty_rows > self.fitting_rows:
             lines.append(f"{self.thrifty_rows} rows with config.network.recompute=true")
         if self.fitting_rows_sharded > self.fitting_rows:
-            lines.append(f"{self.fitting_rows_sharded} rows with FSDP over {self.workers} workers")
+            sharded = f"FSDP over {self.workers} workers (training.fsdp=true)"
+            lines.append(f"{self.fitting_rows_sharded} rows with {sharded}")
         if self.fitting_rows and (more := -(-self.batch // self.fitting_rows)) > self.workers:
             lines.append(f"{more} workers would share the batch in rows that fit")
         if len(lines) == 1:
-            kept = update.replicated.kept / 1e9
+            kept = self.memory.kept / 1e9
             lines.append(
                 f"{kept:.3g} GB of it are there whatever the rows: take a device with more memory, "
                 "or more workers and FSDP"
@@ -548,8 +553,13 @@ def estimate(
         more = (device.usable - memory.kept - least.activations) / max(each, 1)
         return max(0, min(rows - 1, few + math.floor(more)))
 
+    fsdp = training.fsdp and workers > 1
+
+    def held(update: Update) -> Memory:
+        return update.sharded if fsdp else update.replicated
+
     update = counted(config, rows)
-    fits = update.replicated.total <= device.usable
+    fits = held(update).total <= device.usable
     least = update if fits else counted(config, few)
     thrifty = None if fits else thriftier(config)
     each = -(-parts // workers)
@@ -561,10 +571,10 @@ def estimate(
         images=training.steps * training.batch,
         seconds=update.seconds(device, training.precision, training.compile, each),
         divides=hasattr(training, "micro_batch"),
-        fitting_rows=fitting(update.replicated, least.replicated),
+        fsdp=fsdp,
+        fitting_rows=fitting(held(update), held(least)),
         fitting_rows_sharded=fitting(update.sharded, least.sharded),
-        thrifty_rows=thrifty
-        and fitting(counted(thrifty, rows).replicated, counted(thrifty, few).replicated),
+        thrifty_rows=thrifty and fitting(held(counted(thrifty, rows)), held(counted(thrifty, few))),
     )
 
 

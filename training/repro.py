@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline import storage
 
-from . import checkpoint, results
+from . import checkpoint, results, sharding
 from .loop import Diverged, World, train
 from .stage import trainable
 
@@ -37,8 +37,11 @@ def leave(job: Job, world: World, error: Diverged) -> str:
     """Write what `again` needs; the command line that runs it. Only rank 0 writes."""
     directory = Path(job.output).absolute() / results.REPRO
     path = directory / FILE
+    tensors = error.state.tensors if error.state is not None else {}
+    if world.sharded:
+        tensors = sharding.gathered(tensors, keep=world.rank == 0)
     if world.rank == 0 and error.state is not None:
-        state = replace(error.state, step=error.step, numbers={"skipped": 0})
+        state = replace(error.state, tensors=tensors, step=error.step, numbers={"skipped": 0})
         state.images_seen = error.step * job.training_config().batch
         written = checkpoint.save(directory, state, job.fingerprint, keep=checkpoint.Retention(1))
         described = {

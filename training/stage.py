@@ -16,6 +16,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from .sharding import fill
+
 Batch = dict[str, Any]  # arrays become tensors; lists (captions, keys, labels) and numbers stay
 
 
@@ -117,7 +119,7 @@ def copy_exactly(source: Mapping[str, Tensor], target: Mapping[str, Tensor], wha
             "use the config it was trained with, or start over in a new directory"
         )
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        fill(tensor, source[name])
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> str:

@@ -1,7 +1,8 @@
 """The held-out loss of a training's averages while it goes on, and whether it still falls.
 
 All workers measure together, each its share of the batches, and know the sums: so they decide
-alike. What was decided by travels in checkpoints, and a resumed training decides the same.
+alike. Of a sharded stage the first one measures, and tells the others. What was decided by travels
+in checkpoints, and a resumed training decides the same.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -66,17 +68,18 @@ def heldout_losses(
 
 
 class Validation:
-    """When a training's averages are held against `unseen`, and what came of it so far."""
+    """When a training's averages are held against `unseen`, and what came of it so far. `averaged`
+    gives the stage with them, or the first worker alone a whole one."""
 
     def __init__(
         self,
-        stage: Stage,
+        averaged: Callable[[Progress], AbstractContextManager[Stage]],
         unseen: Any,
         config: TrainingConfig,
         world: World,
         numbers: dict[str, Any],
     ):
-        self.stage, self.unseen, self.config, self.world = stage, unseen, config, world
+        self.averaged, self.unseen, self.config, self.world = averaged, unseen, config, world
         known = numbers.get("validation", {})
         self.least: float | None = known.get("least")
         self.least_at: int = known.get("least_at", 0)
@@ -102,18 +105,16 @@ class Validation:
 
     def measure(self, progress: Progress, beat: Callable[[], None]) -> dict[str, float | None]:
         """The losses of the averages now, None for one that is not finite."""
-        config = self.config
-        with progress.ema.applied():
-            found = heldout_losses(
-                self.stage,
-                self.unseen,
-                config.heldout_pictures,
-                config.rows_at_once,
-                self.world,
-                beat,
-            )
+        config, world = self.config, self.world
+        asked = (self.unseen, config.heldout_pictures, config.rows_at_once)
+        with self.averaged(progress) as stage:
+            if not world.sharded:
+                found = heldout_losses(stage, *asked, world, beat)
+            else:  # the first worker has the whole stage
+                found = heldout_losses(stage, *asked, beat=beat) if world.rank == 0 else {}
+                found = world.gather(found)[0]
         loss, at = found[HELDOUT_LOSS], progress.images_seen
-        log.info("%s: held-out loss %g at %d images", self.stage.kind, loss, at)
+        log.info("%s: held-out loss %g at %d images", stage.kind, loss, at)
         if progress.passed(config.heldout_images):  # others depend on when checkpoints are written
             self.judged_at = at
             least = math.inf if self.least is None else self.least

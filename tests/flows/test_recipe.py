@@ -105,6 +105,7 @@ def test_identity_is_what_decides_the_result():
     same = [
         "base.training.workers=2",
         "base.training.micro_batch=16",
+        "base.training.fsdp=true",
         "base.training.keep_images=10000",
         "schedule=0 4 * * *",
         "executor.workers=1",

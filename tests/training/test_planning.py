@@ -230,6 +230,18 @@ def test_a_sharded_worker_holds_its_share_and_what_is_whole_for_a_while():
     assert shard.gathered == rest + 3 * max(*blocks, *told)
 
 
+def test_averages_by_power_functions_count_each():
+    config = base(SMALL["dit"], data="moments")
+    plain, more = (
+        count("base", config, TrainingConfig(batch=8, **given), lambda: rows_of(config, 2), 4)
+        for given in ({}, {"ema_sigma_rel": (0.05, 0.1)})
+    )
+    assert more.replicated.averages == 3 * plain.replicated.averages
+    assert more.sharded.averages == 3 * plain.sharded.averages
+    assert more.checkpoint == plain.checkpoint + 2 * plain.replicated.averages
+    assert len(more.applied) > len(plain.applied)
+
+
 def test_where_everything_divides_a_share_is_the_whole_over_the_workers():
     linear = torch.nn.ParameterList(torch.zeros(s) for s in ((8, 3), (16, 4, 2), (4,)))
     whole, share = (planning._bytes(linear, w) for w in (1, 4))
@@ -269,10 +281,10 @@ def test_the_probe_is_short_and_finds_rates():
     assert found.memory > 1e9
 
 
-def asked(memory, batch=32, workers=1):
+def asked(memory, batch=32, workers=1, fsdp=False):
     device = Accelerator("small", {"fp32": 1e12}, 1e11, memory)
     config = base({**SMALL["dit"], "depth": 1}, data="moments")
-    training = TrainingConfig(batch=batch)
+    training = TrainingConfig(batch=batch, fsdp=fsdp)
     made = estimate("base", config, training, lambda c, rows: rows_of(c, rows), device, workers)
     return made, made.advice(device), device
 
@@ -294,7 +306,12 @@ def test_what_does_not_fit_is_told_with_what_helps():
     assert "whatever the rows" in advice
     shared, advice, _ = asked(kept / 0.9, batch=64, workers=8)
     assert shared.fitting_rows_sharded > 0
-    assert f"{shared.fitting_rows_sharded} rows with FSDP over 8 workers" in advice
+    told = f"{shared.fitting_rows_sharded} rows with FSDP over 8 workers (training.fsdp=true)"
+    assert told in advice
+    followed, advice, device = asked(kept / 0.9, batch=64, workers=8, fsdp=True)
+    assert followed.memory == shared.update.sharded
+    assert followed.fits(device) == (advice == "")
+    assert followed.fitting_rows == shared.fitting_rows_sharded
 
 
 def test_images_a_second_are_those_of_all_workers():
