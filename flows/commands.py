@@ -134,7 +134,8 @@ def sample(
 def compare(models: list[str], out: str, prompts: int, title: str | None) -> dict[str, Any]:
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
-    from evaluation.techniques import techniques
+    from evaluation.editing import edits
+    from evaluation.techniques import editing, techniques
 
     from .score_model import ask
 
@@ -169,6 +170,8 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         question.reference[:6],
         line.recipe.evaluation.seed,
     )
+    if edited := edits(contenders[0].generator, question.heldout):
+        shown.append(editing(edited))
     comparison.write(out, title or " · ".join(loaded), drawn, asked, shown)
     rows = [
         {

@@ -21,7 +21,7 @@ from pipeline.execute import Executor
 from pipeline.ingest import NO_SCORERS, IngestRules, Scorers
 from pipeline.manifest import fingerprint
 
-STAGES = ("autoencoder", "clip", "t5", "base", "classifier", "noisy_clip")
+STAGES = ("autoencoder", "clip", "t5", "base", "classifier", "noisy_clip", "edit")
 GUIDES = ("classifier", "noisy_clip")
 FROZEN = ("autoencoder", "clip", "t5")
 """Trained once on a data set and kept when it grows: what they encoded stays valid."""
@@ -122,6 +122,9 @@ class Recipe(_Part):
     """A judge of noisy pictures, for classifier guidance; none by default."""
     noisy_clip: StageRecipe | None = None
     """A CLIP of noisy pictures, for CLIP guidance as GLIDE has it; none by default."""
+    edit: StageRecipe | None = None
+    """A copy of the base that draws one thing in another's place (DiffusionCLIP); none by
+    default."""
     sampler: dict[str, Any] = {"kind": "dpmpp2m", "steps": 16}
     """How pictures are drawn (training.diffusion.SamplerConfig); the sweep chooses the guidance."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -145,7 +148,7 @@ class Recipe(_Part):
     def stages(self) -> tuple[str, ...]:
         """The stages of this recipe's model, in the order of their making."""
         left_out = {"autoencoder": self.in_pixels}
-        left_out |= {name: getattr(self, name) is None for name in GUIDES}
+        left_out |= {name: getattr(self, name) is None for name in (*GUIDES, "edit")}
         # CLIP stays where the base does not listen to it: it judges.
         left_out["t5"] = "t5" not in (self.base.config.get("listens") or ("t5",))
         order = sorted(STAGES, key=lambda name: name != "clip") if self._seen_by_clip else STAGES
@@ -160,6 +163,8 @@ class Recipe(_Part):
         """The stages that a stage learns from."""
         if name == "autoencoder" and self._seen_by_clip:
             return ("clip",)
+        if name == "edit":
+            return ("clip", "base")
         return tuple(it for it in self.stages if it in FROZEN) if name == "base" else ()
 
     @property
@@ -176,7 +181,9 @@ class Recipe(_Part):
         for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
         for name in STAGES:  # what says nothing is as if it were not there
-            if body[name] and body[name]["warm_start"] is None:
+            if body[name] is None and name not in GUIDES:
+                del body[name]
+            elif body[name] and body[name]["warm_start"] is None:
                 del body[name]["warm_start"]
         return fingerprint(body)
 
@@ -252,6 +259,8 @@ def check_stages(recipe: Recipe) -> None:
     for name in GUIDES:
         if getattr(recipe, name) is not None:
             _check_guide(recipe, name)
+    if recipe.edit is not None:
+        _check_edit(recipe)
 
 
 def scorers(recipe: Recipe) -> Scorers:
@@ -314,6 +323,17 @@ def _check_guide(recipe: Recipe, guide: str) -> None:
         raise RecipeError(
             f"{guide}.config.diffusion: another path than that of base.config.diffusion, whose "
             "noise levels it is to judge; make the two equal"
+        )
+
+
+def _check_edit(recipe: Recipe) -> None:
+    """An edit is judged by the line's own CLIP, in pixels."""
+    if not recipe.in_pixels:
+        raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
+    if recipe.clip.pretrained or recipe.edit.pretrained:
+        name = "clip" if recipe.clip.pretrained else "edit"
+        raise RecipeError(
+            f"{name}.pretrained: an edit is trained, by the line's own CLIP; unset it"
         )
 
 

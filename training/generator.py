@@ -85,6 +85,8 @@ class Generator:
     """Folder of a CLIP stage with both towers, for CLIP guidance; None without one."""
     noisy_clip: Any = None
     """The noise-aware CLIP stage, which guides in that one's place; None without one."""
+    editor: Any = None
+    """The edit stage; None without one."""
 
     @classmethod
     def load(
@@ -184,6 +186,29 @@ class Generator:
     ) -> Float[Tensor, "picture channel height width"]:
         """What a call decodes, still shifted and scaled; `options` are fields of SamplerConfig."""
         return torch.cat([*self._latents(prompts, negative, seed, self._sampler(options))])
+
+    @torch.no_grad()
+    def edit(self, pictures: Pictures, *, edited: bool = True) -> Pictures:
+        """Pictures with what the edit stage was trained to put in another's place (DiffusionCLIP).
+
+        With `edited` False they are only taken to noise and back: what the way itself costs.
+        ValueError without an edit stage, and for pictures of another size than the base's.
+        """
+        if self.editor is None:
+            raise ValueError("edit: this generator has no edit stage; add `edit` to its recipe")
+        wanted = (self.resolution, self.resolution, 3)
+        if pictures.dtype != np.uint8 or pictures.shape[1:] != wanted:
+            raise ValueError(
+                f"edit: got pictures {pictures.dtype} {pictures.shape}, wanted uint8 [n, "
+                f"{', '.join(map(str, wanted))}]"
+            )
+        drawn = [np.zeros((0, *wanted), np.uint8)]
+        for start in range(0, len(pictures), BATCH):
+            rows = torch.from_numpy(pictures[start : start + BATCH]).to(self._device)
+            noised = self.editor.noised(self.base.model, rows.permute(0, 3, 1, 2) / 127.5 - 1)
+            by = self.editor.model if edited else self.base.model
+            drawn.append(self._decoded(self.editor.drawn(noised, by)))
+        return np.concatenate(drawn)
 
     @torch.no_grad()
     def denoising_loss(
@@ -438,9 +463,9 @@ def _open(
     sources = {name: open_source(directories[name], name) for name in wanted}
     codec = open_codec(sources["autoencoder"], device) if "autoencoder" in sources else None
     encoders = {name: LOADERS[sources[name].family](sources[name], device) for name in texts}
-    judge, noisy = (
+    judge, noisy, editor = (
         load(directories[name]).to(device) if name in directories else None
-        for name in ("classifier", "noisy_clip")
+        for name in ("classifier", "noisy_clip", "edit")
     )
     towers = directories.get("clip") if "clip" in sources else None
     shape = base.latent_shape.tolist()
@@ -450,7 +475,7 @@ def _open(
             side = codec.decode(torch.zeros(1, *shape, device=device)).shape[-1]
     if towers is not None and sources["clip"].pretrained:
         towers = None
-    return Generator(base, codec, encoders, sampler, side, precision, judge, towers, noisy)
+    return Generator(base, codec, encoders, sampler, side, precision, judge, towers, noisy, editor)
 
 
 def _same_encoders(
