@@ -13,8 +13,9 @@ import numpy as np
 from .sample import Pictures
 
 if TYPE_CHECKING:
-    from .editing import Edits
     from training.generator import Generator, Known
+
+    from .editing import Edits
 
 SHARES = 7
 DRAWS = 4

@@ -334,14 +334,18 @@ def _line_of(model: str) -> tuple[Line, str]:
 
 def _prepare(line: Line, stages: tuple[str, ...]) -> tuple[Any, list[str]]:
     """Data and stages that a command needs first; (manifest, what was done already)."""
-    from .build_dataset import encode_pixels, ingest_sources
+    from .build_dataset import encode_pixels, encode_stages, ingest_sources
     from .train_stage import train as fit
 
     _check(line)
     result = ingest_sources(line)
     encode_pixels(line, result.manifest)
     found = ["data"] if result.reused else []
-    found += [name for name in stages if fit(line, name, result.manifest)[1]]
+    needed = [name for stage in stages for name in (*line.recipe.inputs(stage), stage)]
+    for name in dict.fromkeys(needed):
+        if name == "base":
+            encode_stages(line, result.manifest)
+        found += [name] if fit(line, name, result.manifest)[1] else []
     return result.manifest, found
 
 

@@ -151,6 +151,13 @@ def shapes_diffusionclip() -> Recipe:
     return flow.model_copy(
         update={
             "name": "shapes-diffusionclip",
+            "noisy_clip": StageRecipe(
+                config={
+                    "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
+                    "diffusion": flow.base.config["diffusion"],
+                },
+                training=_training(images=150_000, batch=128, learning_rate=1e-3),
+            ),
             "edit": StageRecipe(
                 training=_training(images=24_000, batch=64, learning_rate=2e-4),
             ),

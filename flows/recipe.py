@@ -164,7 +164,7 @@ class Recipe(_Part):
         if name == "autoencoder" and self._seen_by_clip:
             return ("clip",)
         if name == "edit":
-            return ("clip", "base")
+            return ("clip" if self.noisy_clip is None else "noisy_clip", "base")
         return tuple(it for it in self.stages if it in FROZEN) if name == "base" else ()
 
     @property
@@ -327,7 +327,7 @@ def _check_guide(recipe: Recipe, guide: str) -> None:
 
 
 def _check_edit(recipe: Recipe) -> None:
-    """An edit is judged by the line's own CLIP, in pixels."""
+    """An edit is judged by a CLIP of the line's own, in pixels."""
     if not recipe.in_pixels:
         raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
     if recipe.clip.pretrained or recipe.edit.pretrained:

@@ -5,6 +5,10 @@ copy that is trained: CLIP's features of what comes out must have moved as those
 when one word takes another's place, and the pixels must not have moved more than that asks for
 (Kim, Kwon & Ye 2022, eq. 7 to 10). No caption is told to either network, so that a picture is all
 an edit needs.
+
+The judge may be the noise-aware CLIP, as in GLIDE: picture and edit are then shown to it under one
+noise, at a level drawn for each row. What the plain CLIP says of colours between those of its
+pictures leads astray (infra/diary.md).
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline import storage
 
 from .autoencoding import to_bytes, to_unit
-from .diffusion import Cond, DiffusionConfig, Model, ddim, sample
+from .diffusion import Cond, DiffusionConfig, Model, ddim, normal, sample
 from .diffusion.guidance import clip_loss
 from .diffusion.samplers import Grid, invert, uniform_grid
 from .measuring import fixed_batches, fixed_rows, heldout, per_sample
@@ -82,7 +86,8 @@ class EditStageConfig:
 
 
 class EditStage(Stage):
-    """Trains on `pixels` (uint8 [B, 3, side, side]) and `caption`; inputs are a base and a CLIP.
+    """Trains on `pixels` (uint8 [B, 3, side, side]) and `caption`; inputs are `base` and `clip`, or
+    `noisy_clip` in that one's place.
 
     Rows whose caption lacks the source teach nothing.
     """
@@ -113,13 +118,28 @@ class EditStage(Stage):
         # A row that teaches nothing stands in where none does: workers share their gradients.
         rows = taught.nonzero()[:, 0] if taught.any() else torch.zeros(1, dtype=torch.int64)
         captions = [batch["caption"][row] for row in rows.tolist()]
-        x, clip = to_unit(batch["pixels"][rows.to(batch["pixels"].device)]), self.frozen("clip")
+        here = rows.to(batch["pixels"].device)
+        x, position = to_unit(batch["pixels"][here]), batch["position"][here]
         y = self.drawn(self.noised(self.frozen("base").model, x))
-        moved, changed = self.losses(x, y, clip.features, clip.texts, captions)
+        moved, changed = self.losses(x, y, *self.judge(x, position, self.seed), captions)
         found = self.config.direction * moved + self.config.reconstruction * changed
         loss = found.new_zeros(len(taught))
         loss[rows.to(loss.device)] = found * taught[rows].to(found)
         return {"loss": loss, "direction": moved.detach().mean(), "l1": changed.detach().mean()}
+
+    def judge(
+        self, x: Images, position: Tensor, seed: int
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Sequence[str]], Tensor]]:
+        """(features of pictures like x, features of captions), with the rows' own noise."""
+        if "noisy_clip" not in self.inputs:
+            clip = self.frozen("clip")
+            return clip.features, clip.texts
+        clip = self.frozen("noisy_clip")
+        diffusion = clip.config.diffusion
+        t = diffusion.draw_times(seed, position, "judged/time")
+        eps = normal(seed, "judged/noise", position, x.shape[1:])
+        a, s = diffusion.build_path().at(t, x)
+        return lambda pictures: clip.noisy_features(a * pictures + s * eps, t), clip.texts
 
     def losses(
         self,
@@ -182,9 +202,10 @@ class EditStage(Stage):
                 batch = self._chosen(rows, 256 - len(sums["l1"]))
                 if not len(batch["caption"]):
                     continue
-                x, clip = to_unit(batch["pixels"]), self.frozen("clip")
+                x = to_unit(batch["pixels"])
                 y = self.drawn(self.noised(self.frozen("base").model, x))
-                found = self.losses(x, y, clip.features, clip.texts, batch["caption"])
+                judge = self.judge(x, batch["position"], 0)
+                found = self.losses(x, y, *judge, batch["caption"])
                 for name, values in zip(sums, found, strict=True):
                     sums[name] += values.tolist()
         return {name: float(np.mean(values)) for name, values in sums.items() if values}
@@ -207,6 +228,7 @@ class EditStage(Stage):
         rows = self.taught(batch["caption"]).nonzero()[:count, 0].numpy()
         chosen = {
             "pixels": batch["pixels"][rows],
+            "position": batch["position"][rows],
             "caption": [batch["caption"][row] for row in rows],
         }
         return to_tensors(chosen, next(self.network.parameters()).device)
