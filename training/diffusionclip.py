@@ -52,7 +52,7 @@ class EditStageConfig:
     network: DenoiserConfig = field(default_factory=UNetConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """Both are those of the base in the inputs."""
-    noise: float = 0.6
+    noise: float = 0.7
     """Time from which the copy draws: the paper's "return step", which bounds what can change."""
     inversion_steps: int = 20
     """To the noise, in an edit and in training."""
@@ -60,7 +60,7 @@ class EditStageConfig:
     """From it."""
     direction: float = 1.0
     """Weight of the directional CLIP loss."""
-    reconstruction: float = 0.5
+    reconstruction: float = 1.0
     """Weight of the mean absolute error against the picture, in [-1, 1] units."""
     recompute: bool = False
     """Each step forgets its inside and computes it again on the way back: the memory of one step
