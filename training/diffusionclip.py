@@ -60,7 +60,7 @@ class EditStageConfig:
     """From it."""
     direction: float = 1.0
     """Weight of the directional CLIP loss."""
-    reconstruction: float = 1.0
+    reconstruction: float = 0.3
     """Weight of the mean absolute error against the picture, in [-1, 1] units."""
     recompute: bool = False
     """Each step forgets its inside and computes it again on the way back: the memory of one step
