@@ -19,7 +19,6 @@ from .sample import Pictures
 
 if TYPE_CHECKING:
     from pipeline.load import Loader
-    from training.generator import Generator
 
 EDITS = 64
 """Held-out scenes that are edited."""
@@ -62,7 +61,7 @@ def named(source: str, target: str) -> tuple[str, str, str] | None:
     return None
 
 
-def edits(generator: Generator, loader: Loader, count: int = EDITS) -> Edits | None:
+def edits(generator: Any, loader: Loader, count: int = EDITS) -> Edits | None:
     """Up to `count` of a loader's scenes that have what the edit is to change, the same each time.
 
     None for a generator without an edit stage, or one whose edit names no attribute, and where the

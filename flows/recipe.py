@@ -330,8 +330,9 @@ def _check_edit(recipe: Recipe) -> None:
     """An edit is judged by a CLIP of the line's own, in pixels."""
     if not recipe.in_pixels:
         raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
-    if recipe.clip.pretrained or recipe.edit.pretrained:
-        name = "clip" if recipe.clip.pretrained else "edit"
+    for name in recipe.inputs("edit"):
+        if not recipe.stage(name).pretrained:
+            continue
         raise RecipeError(
             f"{name}.pretrained: an edit is trained, by the line's own CLIP; unset it"
         )
