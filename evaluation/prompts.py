@@ -48,9 +48,8 @@ def shape_prompts(manifest: Manifest, count: int, *, seed: int = 0) -> list[Prom
     ValueError when the data set holds no drawn scenes.
     """
     seen = _truths(manifest, "train")
-    unseen = {
-        name: truth for name, truth in _truths(manifest, "heldout").items() if name not in seen
-    }
+    trained = {shapes.combination(truth) for truth in seen}
+    unseen = [it for it in _truths(manifest, "heldout") if shapes.combination(it) not in trained]
     if not seen:
         raise ValueError(
             f"{manifest.dataset}, version {manifest.version}: no drawn scenes to train on; "
@@ -58,8 +57,8 @@ def shape_prompts(manifest: Manifest, count: int, *, seed: int = 0) -> list[Prom
         )
     draws = np.random.default_rng([seed, 0])
     groups: list[tuple[Group, list[Mapping[str, Any]]]] = [
-        ("seen", _choose(list(seen.values()), count - count // 2 if unseen else count, draws)),
-        ("unseen", _choose(list(unseen.values()), count // 2, draws)),
+        ("seen", _choose(seen, count - count // 2 if unseen else count, draws)),
+        ("unseen", _choose(unseen, count // 2, draws)),
     ]
     chosen = _interleave([(group, truth) for truth in truths] for group, truths in groups)
     return [
@@ -118,14 +117,18 @@ def _truth(row: Mapping[str, Any]) -> dict[str, Any] | None:
     return json.loads(row["label"]) if row["label"] else None
 
 
-def _truths(manifest: Manifest, split: str) -> dict[str, dict[str, Any]]:
-    """Combination -> truth of the drawn scenes of a split, sorted: shards come and go, the choice
-    must not follow their order.
+def _truths(manifest: Manifest, split: str) -> list[dict[str, Any]]:
+    """The different truths of the drawn scenes of a split, sorted by combination: shards come and
+    go, the choice must not follow their order.
     """
     labels = {row["label"] for row in _rows(manifest, split, ["label"]) if row["label"]}
     truths = (json.loads(label) for label in labels)
-    found = {shapes.combination(truth): truth for truth in truths if "background" in truth}
-    return dict(sorted(found.items()))
+    found = {
+        (shapes.combination(truth), json.dumps(truth, sort_keys=True)): truth
+        for truth in truths
+        if "background" in truth
+    }
+    return [truth for _, truth in sorted(found.items(), key=lambda it: it[0])]
 
 
 def _choose(items: list[Any], count: int, draws: np.random.Generator) -> list[Any]:

@@ -144,6 +144,8 @@ _NAMES = {
     "memorisation": "Memorisation",
     "heldout_loss": "Held-out loss",
     "bits_per_dim": "Bits per dimension",
+    "edit_changed": "Edits that were made",
+    "edit_kept": "Edits that kept all else",
 }
 _MEANING = {
     "guidance_gain": "guided minus unguided, prompt by prompt",
@@ -155,8 +157,12 @@ _MEANING = {
     "memorisation": "nearer to training pictures than held-out ones are; about 0 = no copies",
     "heldout_loss": "denoising loss on fixed noise",
     "bits_per_dim": "-log2 p of held-out pictures given their captions; an upper bound",
+    "edit_changed": "held-out scenes that show the attribute they were to get",
+    "edit_kept": "of the same scenes, those of which no other attribute changed",
 }
-_SHARES = ("correct", "retrieval", "guidance_gain", "precision", "recall")
+_SHARES = (
+    "correct", "retrieval", "guidance_gain", "precision", "recall", "edit_changed", "edit_kept",
+)  # fmt: skip
 _GROUPS = {
     "seen": ("seen in training", "combinations that training showed, in new words"),
     "unseen": ("never seen", "combinations that training never showed"),

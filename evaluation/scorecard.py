@@ -23,6 +23,7 @@ from pipeline import storage
 
 from . import metrics, shapes_oracle
 from .config import EvaluationConfig
+from .editing import edits
 from .gate import Evidence
 from .prompts import Prompt, digest
 from .sample import Painter, Pictures, Progress, Sampler, sheet
@@ -279,6 +280,8 @@ class _Scoring:
         ):
             if measured := self._of_heldout(method, count):
                 per_prompt[name], values[name] = measured
+        for name, (shares, value) in self._edits().items():
+            per_prompt[name], values[name] = shares, value
         groups = self._groups(found)
         of = np.array([it.group for it in self.prompts])
         per_prompt |= {
@@ -441,11 +444,32 @@ class _Scoring:
             keys += batch["key"] if "key" in batch else batch["position"].tolist()
             losses.append(np.asarray(said, np.float64).reshape(-1))
         found = np.concatenate(losses)
-        named = hashlib.blake2b(" ".join(map(str, keys)).encode(), digest_size=8).hexdigest()
         basis = Basis(
-            judge="the model itself", count=len(found), reference=named, reference_count=len(found)
+            judge="the model itself",
+            count=len(found),
+            reference=_named(keys),
+            reference_count=len(found),
         )
         return found, _value(metrics.mean_interval(found, self.config.blocks), basis)
+
+    def _edits(self) -> dict[str, tuple[ndarray, Value]]:
+        """Whether held-out scenes show what the edit stage should make of them, and all else that
+        they did; nothing for a generator without one.
+        """
+        if self.config.kind != "shapes" or self.heldout is None:
+            return {}
+        found = edits(self.generator, self.heldout)
+        if found is None:
+            return {}
+        basis = Basis(
+            judge="oracle", count=len(found.keys), reference=_named(found.keys),
+            reference_count=len(found.keys),
+        )  # fmt: skip
+        shares = {"edit_changed": found.changed, "edit_kept": found.kept}
+        return {
+            name: (right.astype(np.float64), _value(metrics.proportion(right), basis))
+            for name, right in shares.items()
+        }
 
     def _groups(self, found: _Measured) -> dict[str, dict[str, float]]:
         groups = np.array([it.group for it in self.prompts])
@@ -501,6 +525,11 @@ class _Measured:
     per_prompt: dict[str, ndarray]
     values: dict[str, Value]
     shuffled: dict[str, ndarray]
+
+
+def _named(keys: Sequence[Any]) -> str:
+    """A digest that names a list of samples."""
+    return hashlib.blake2b(" ".join(map(str, keys)).encode(), digest_size=8).hexdigest()
 
 
 def _value(found: metrics.Interval, basis: Basis) -> Value:

@@ -17,6 +17,8 @@ from .sample import Pictures
 if TYPE_CHECKING:
     from training.generator import Generator, Known
 
+    from .editing import Edits
+
 EMBEDDING = "clip_image"
 TURN = 0.5
 """Of a right angle: as far as unCLIP turns an embedding (sec. 3.3)."""
@@ -213,6 +215,21 @@ def super_resolution(generator: Generator, pictures: Pictures, seed: int) -> Tec
         _rows(shown, held, pictures),
         [""] * len(pictures),
         float(np.sqrt((miss**2).mean())),
+    )
+
+
+def editing(found: Edits, count: int = 12) -> Technique:
+    """Held-out scenes, the first ones; nobody picks."""
+    shown = (found.before, found.inverted, found.after)
+    return Technique(
+        f"From {found.source} to {found.target}",
+        "A real held-out picture; the same after the way to noise and back, which changes nothing "
+        "else; and drawn from there by the copy that was trained for the edit. Of "
+        f"{len(found.keys)} pictures {found.changed.sum()} show what was asked for, "
+        f"{found.kept.sum()} all else that they did.",
+        ("The picture", "There and back", "Edited"),
+        list(np.stack([it[:count] for it in shown], 1)),
+        [""] * min(count, len(found.keys)),
     )
 
 

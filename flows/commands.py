@@ -176,7 +176,8 @@ def serve(model: str, host: str, port: int) -> dict[str, Any]:
 def compare(models: list[str], out: str, prompts: int, title: str | None) -> dict[str, Any]:
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
-    from evaluation.techniques import techniques
+    from evaluation.editing import edits
+    from evaluation.techniques import editing, techniques
 
     from .score_model import ask
 
@@ -211,6 +212,8 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         question.reference[:6],
         line.recipe.evaluation.seed,
     )
+    if edited := edits(contenders[0].generator, question.heldout):
+        shown.append(editing(edited))
     comparison.write(out, title or " · ".join(loaded), drawn, asked, shown)
     rows = [
         {
@@ -373,14 +376,18 @@ def _line_of(model: str) -> tuple[Line, str]:
 
 def _prepare(line: Line, stages: tuple[str, ...]) -> tuple[Any, list[str]]:
     """Data and stages that a command needs first; (manifest, what was done already)."""
-    from .build_dataset import encode_pixels, ingest_sources
+    from .build_dataset import encode_pixels, encode_stages, ingest_sources
     from .train_stage import train as fit
 
     _check(line)
     result = ingest_sources(line)
     encode_pixels(line, result.manifest)
     found = ["data"] if result.reused else []
-    found += [name for name in stages if fit(line, name, result.manifest)[1]]
+    needed = [name for stage in stages for name in (*line.recipe.inputs(stage), stage)]
+    for name in dict.fromkeys(needed):
+        if name == "base":
+            encode_stages(line, result.manifest)
+        found += [name] if fit(line, name, result.manifest)[1] else []
     return result.manifest, found
 
 

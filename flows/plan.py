@@ -15,6 +15,8 @@ PICTURE_BYTES = 0.6
 """Of a stored picture per pixel of the square of its side: .39 to .77 at 256 and 512 px, JPEGs of
 quality 95 of 40 photographs and 40 illustrations."""
 KEPT_CHECKPOINTS = 2
+UNPLANNED = "edit"
+"""Its update carries out what its inputs, trained networks, do: there is nothing to count yet."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def plan(
     stages = {
         name: _stage(line.recipe, name, shapes, captions, where, workers)
         for name in line.recipe.stages
-        if not line.recipe.stage(name).pretrained
+        if name != UNPLANNED and not line.recipe.stage(name).pretrained
     }
     stored = _storage(line, shapes, captions, stages, samples)
     hours = sum(it["device_hours"] for it in stages.values())
@@ -67,6 +69,7 @@ def plan(
         "warnings": [
             *(f"{name}: {it['advice']}" for name, it in stages.items() if it["advice"]),
             *_unknown(line.recipe, shapes),
+            *([f"{UNPLANNED}: not in this plan"] if UNPLANNED in line.recipe.stages else []),
         ],
     }
     return result | {"text": _told(result, price)}

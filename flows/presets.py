@@ -217,6 +217,61 @@ def shapes_ldm() -> Recipe:
     )
 
 
+def shapes_two() -> Recipe:
+    """Two objects and how they lie, in latents at 32 px: a tenth of the pairs of objects is held
+    out as a whole, in every relation and on every ground, and asked for in half of the prompts.
+    """
+    one = shapes()
+    return one.model_copy(
+        update={
+            "name": "shapes-two",
+            "data": DataRecipe(scenes=24_000, side=32, objects=2, ingest=_SCENES),
+            "clip": StageRecipe(training=_training(images=60_000, batch=128, learning_rate=1e-3)),
+            "t5": StageRecipe(training=_training(images=20_000, batch=32, learning_rate=3e-3)),
+            "base": StageRecipe(
+                config={"network": _unet(channels=64, blocks=1)},
+                training=_training(images=190_000, batch=64, learning_rate=2e-3),
+                warm_images=60_000,
+            ),
+            "gate": GatePolicy.model_validate(
+                {
+                    "absolute": {"correct": 0.85, "correct_unseen": 0.6},
+                    "non_inferior": {"correct": 0.02},
+                }
+            ),
+        }
+    )
+
+
+def shapes_diffusionclip() -> Recipe:
+    """DiffusionCLIP (Kim et al. 2022): a copy of shapes-flow's base is taught to draw blue what was
+    red, by a noise-aware CLIP. The gate asks of 64 held-out scenes that the colour has changed in
+    0.8 of them and nothing else in 0.9; that is not reached yet.
+    """
+    flow = shapes_flow()
+    return flow.model_copy(
+        update={
+            "name": "shapes-diffusionclip",
+            "noisy_clip": StageRecipe(
+                config={
+                    "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
+                    "diffusion": flow.base.config["diffusion"],
+                },
+                training=_training(images=150_000, batch=128, learning_rate=1e-3),
+            ),
+            "edit": StageRecipe(
+                training=_training(images=24_000, batch=64, learning_rate=2e-4),
+            ),
+            "gate": flow.gate.model_copy(
+                update={
+                    "absolute": {**flow.gate.absolute, "edit_changed": 0.8, "edit_kept": 0.9},
+                    "min_samples": 64,
+                }
+            ),
+        }
+    )
+
+
 def emoji_imagen() -> Recipe:
     """shapes-imagen for your own captioned pictures at 64 px: set data.sources and a name; T5 reads
     the captions, 16 px are drawn and enlarged to 64.
@@ -748,6 +803,8 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-imagen": shapes_imagen,
     "shapes-unclip": shapes_unclip,
     "shapes-ldm": shapes_ldm,
+    "shapes-two": shapes_two,
+    "shapes-diffusionclip": shapes_diffusionclip,
     "pictures": pictures,
     "emoji-imagen": emoji_imagen,
     "emoji-unclip": emoji_unclip,

@@ -21,7 +21,9 @@ from pipeline.execute import Executor
 from pipeline.ingest import NO_SCORERS, IngestRules, Scorers
 from pipeline.manifest import fingerprint
 
-STAGES = ("autoencoder", "clip", "t5", "prior", "base", "sr1", "sr2", "classifier", "noisy_clip")
+STAGES = (
+    "autoencoder", "clip", "t5", "prior", "base", "sr1", "sr2", "classifier", "noisy_clip", "edit",
+)  # fmt: skip
 DENOISING = ("prior", "base", "sr1", "sr2")
 """The stages that draw, in their order: a prior draws embeddings of pictures, sr1 enlarges what the
 base drew, sr2 what sr1 did. All are of one kind."""
@@ -141,6 +143,9 @@ class Recipe(_Part):
     """A judge of noisy pictures, for classifier guidance; none by default."""
     noisy_clip: StageRecipe | None = None
     """A CLIP of noisy pictures, for CLIP guidance as GLIDE has it; none by default."""
+    edit: StageRecipe | None = None
+    """A copy of the base that draws one thing in another's place (DiffusionCLIP); none by
+    default."""
     sampler: dict[str, Any] = {"kind": "dpmpp2m", "steps": 16}
     """How pictures are drawn (training.diffusion.SamplerConfig); the sweep chooses the guidance."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -180,6 +185,8 @@ class Recipe(_Part):
         """The stages that a stage learns from."""
         if name == "autoencoder" and self._seen_by_clip:
             return ("clip",)
+        if name == "edit":
+            return ("clip" if self.noisy_clip is None else "noisy_clip", "base")
         if name not in DENOISING:
             return ()
         frozen = tuple(it for it in self.stages if it in FROZEN)
@@ -310,6 +317,8 @@ def check_stages(recipe: Recipe) -> None:
     for name in GUIDES:
         if getattr(recipe, name) is not None:
             _check_guide(recipe, name)
+    if recipe.edit is not None:
+        _check_edit(recipe)
 
 
 def scorers(recipe: Recipe) -> Scorers:
@@ -425,6 +434,18 @@ def _check_guide(recipe: Recipe, guide: str) -> None:
         raise RecipeError(
             f"{guide}.config.diffusion: another path than that of base.config.diffusion, whose "
             "noise levels it is to judge; make the two equal"
+        )
+
+
+def _check_edit(recipe: Recipe) -> None:
+    """An edit is judged by a CLIP of the line's own, in pixels."""
+    if not recipe.in_pixels:
+        raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
+    for name in recipe.inputs("edit"):
+        if not recipe.stage(name).pretrained:
+            continue
+        raise RecipeError(
+            f"{name}.pretrained: an edit is trained, by the line's own CLIP; unset it"
         )
 
 

@@ -121,6 +121,8 @@ class Generator:
     """The stages that follow the base, by name, in their order."""
     samplers: Mapping[str, StageSampler] = field(default_factory=dict[str, StageSampler])
     """Of the prior and the enlarging stages."""
+    editor: Any = None
+    """The edit stage; None without one."""
 
     @classmethod
     def load(
@@ -266,6 +268,32 @@ class Generator:
                 for part in map(asked.rows, asked.batches())
             ]
         )
+
+    @torch.no_grad()
+    def edit(self, pictures: Pictures, *, edited: bool = True) -> Pictures:
+        """Pictures with what the edit stage was trained to put in another's place (DiffusionCLIP).
+
+        With `edited` False they are only taken to noise and back: what the way itself costs.
+        ValueError without an edit stage, and for pictures of another size than the base's.
+        """
+        from .autoencoding import to_bytes
+
+        if self.editor is None:
+            raise ValueError("edit: this generator has no edit stage; add `edit` to its recipe")
+        side = self.base.latent_shape.tolist()[-1]
+        wanted = (side, side, 3)
+        if pictures.dtype != np.uint8 or pictures.shape[1:] != wanted:
+            raise ValueError(
+                f"edit: got pictures {pictures.dtype} {pictures.shape}, wanted uint8 [n, "
+                f"{', '.join(map(str, wanted))}]"
+            )
+        drawn = [np.zeros((0, *wanted), np.uint8)]
+        for start in range(0, len(pictures), BATCH):
+            rows = torch.from_numpy(pictures[start : start + BATCH]).to(self._device)
+            noised = self.editor.noised(self.base.model, rows.permute(0, 3, 1, 2) / 127.5 - 1)
+            by = self.editor.model if edited else self.base.model
+            drawn.append(_numpy(to_bytes(self.editor.drawn(noised, by))))
+        return np.concatenate(drawn)
 
     @torch.no_grad()
     def denoising_loss(
@@ -720,9 +748,9 @@ def _open(
     sources = {name: open_source(directories[name], name) for name in wanted}
     codec = open_codec(sources["autoencoder"], device) if "autoencoder" in sources else None
     encoders = {name: LOADERS[sources[name].family](sources[name], device) for name in texts}
-    judge, noisy = (
+    judge, noisy, editor = (
         load(directories[name]).to(device) if name in directories else None
-        for name in ("classifier", "noisy_clip")
+        for name in ("classifier", "noisy_clip", "edit")
     )
     towers = directories.get("clip") if "clip" in sources else None
     if towers is not None and sources["clip"].pretrained:
@@ -753,6 +781,7 @@ def _open(
         classifier=judge,
         clip=towers,
         noisy_clip=noisy,
+        editor=editor,
         prior=drawing.get(PRIOR),
         enlarging=enlarging,
         samplers=beside,

@@ -20,6 +20,7 @@ from .classifying import ClassifierStage, ClassifierStageConfig
 from .contrastive import ClipStage, ClipStageConfig
 from .denoising import BaseStage, BaseStageConfig
 from .denoising_text import T5Stage, T5StageConfig
+from .diffusionclip import EditStage, EditStageConfig
 from .loop import TrainingConfig
 from .noisy_contrastive import NoisyClipStage, NoisyClipStageConfig
 from .results import CONFIG, WEIGHTS
@@ -32,6 +33,7 @@ CONFIGS: Mapping[str, type] = {
     "base": BaseStageConfig,
     "classifier": ClassifierStageConfig,
     "noisy_clip": NoisyClipStageConfig,
+    "edit": EditStageConfig,
 }
 STAGES: Mapping[str, type[Stage]] = {
     "autoencoder": AutoencoderStage,
@@ -40,6 +42,7 @@ STAGES: Mapping[str, type[Stage]] = {
     "base": BaseStage,
     "classifier": ClassifierStage,
     "noisy_clip": NoisyClipStage,
+    "edit": EditStage,
 }
 
 T = TypeVar("T")

@@ -99,6 +99,34 @@ def test_scenes_of_two_objects_and_sets_that_hold_nothing_out(tmp_path):
         caption_prompts(whole, 20)
 
 
+def test_two_objects_are_held_out_together_in_every_relation_and_on_every_ground(tmp_path):
+    manifest = drawn(tmp_path / "pairs", objects=2, scenes=1500)
+    trained, held = combinations(manifest, "train"), combinations(manifest, "heldout")
+    assert not trained & held
+    assert 0.07 < len(held) / len(trained | held) < 0.13
+    assert len(trained | held) > 700
+    truth = shapes.scene(3, 0, objects=2).truth()
+    told = truth | {"objects": truth["objects"][::-1], "relation": "above", "background": "pink"}
+    assert shapes.combination(told) == shapes.combination(truth)
+
+    prompts = shape_prompts(manifest, 128)
+    groups = {group: [it for it in prompts if it.group == group] for group in ("seen", "unseen")}
+    assert {group: len(asked) for group, asked in groups.items()} == {"seen": 64, "unseen": 64}
+    for group, pairs in (("seen", trained), ("unseen", held)):
+        assert {shapes.combination(truth_of(it)) for it in groups[group]} <= pairs
+        assert len({str(truth_of(it)) for it in groups[group]}) == 64
+        assert {truth_of(it)["relation"] for it in groups[group]} == set(shapes.RELATIONS)
+
+
+def test_wordings_of_two_objects_kept_for_evaluation_are_of_known_words():
+    def words(wording):
+        scenes = (shapes.scene(3, index, objects=2) for index in range(1500))
+        said = (shapes.caption(it, 3, index, wording) for index, it in enumerate(scenes))
+        return {word for text in said for word in text.replace(",", "").split()}
+
+    assert words("heldout") <= words("training")
+
+
 def test_captions_come_from_the_held_out_splits(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()

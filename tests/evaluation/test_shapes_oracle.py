@@ -3,6 +3,7 @@ attribute.
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,17 @@ def test_each_single_changed_attribute_of_a_pair_is_noticed():
                 compare(scene, truth | {"objects": [first, second | {"shape": shape}]}).values()
             )
         assert not all(compare(scene, truth | {"objects": [second, first]}).values())
+
+
+def test_a_pair_is_not_read_where_one_is_missing_or_moved():
+    scenes = [shapes.scene(5, index, objects=2) for index in range(60)]
+    truths = [it.truth() for it in scenes]
+    alone = np.stack([shapes.draw(replace(it, objects=it.objects[:1]), 32) for it in scenes])
+    assert not judge_all(alone, truths)["all"].any()
+    turned = np.stack([np.rot90(shapes.draw(it, 32)) for it in scenes])
+    verdict = judge_all(turned, truths)
+    assert verdict["background"].all() and verdict["first_colour"].all()
+    assert not verdict["relation"].any()
 
 
 def test_the_same_relation_told_from_the_other_side_is_true():

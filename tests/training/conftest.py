@@ -60,8 +60,10 @@ CONFIGS["noisy_clip"] = {
     "embed": 32,
     "text": {"context": 24, "vocabulary": 600, "width": 32, "layers": 1, "heads": 2},
 }
+CONFIGS["edit"] = {"inversion_steps": 4, "steps": 2}
 IMAGES = {
     "autoencoder": 480, "clip": 800, "t5": 320, "base": 480, "classifier": 480, "noisy_clip": 1600,
+    "edit": 160,
 }  # fmt: skip
 
 
@@ -73,9 +75,14 @@ class Line:
     data: Any
     """Manifest: 64 training and 16 held-out scenes."""
     stages: dict[str, str]
-    """Stage name -> its finished directory."""
+    """Stage name -> its finished directory. The edit's inputs are `clip` and `pixel_base`."""
     specs: list[Any]
     """The encoders that the base learned from."""
+
+    @property
+    def pixel_base(self) -> str:
+        """A base that denoises the pictures themselves."""
+        return str(self.root / "pixel-base")
 
     def loader(self, *encodings: str, batch: int = 16, splits=("train",)) -> Any:
         from pipeline.encode import pixels_spec
@@ -134,13 +141,13 @@ def line(tmp_path_factory) -> Line:
 
     stages: dict[str, str] = {}
 
-    def train(kind: str, specs: list[Any]) -> None:
-        output = root / kind
+    def train(kind: str, specs: list[Any], name: str = "", **config: Any) -> None:
+        output = root / (name or kind)
         run(
             Job(
                 kind=kind,
-                fingerprint=kind,
-                config=CONFIGS[kind],
+                fingerprint=output.name,
+                config=CONFIGS[kind] | config,
                 training={
                     "images": IMAGES[kind], "batch": 16, "learning_rate": 3e-3, "log_images": 80,
                     "checkpoint_images": 10_000, "ema_halflife_images": 20,
@@ -154,7 +161,7 @@ def line(tmp_path_factory) -> Line:
                 output=str(output),
             )
         )  # fmt: skip
-        stages[kind] = str(output)
+        stages[name or kind] = str(output)
 
     train("autoencoder", [pixels])
     inputs, stages = stages, {}
@@ -170,7 +177,11 @@ def line(tmp_path_factory) -> Line:
     stages, inputs = {}, stages
     train("classifier", [pixels])
     train("noisy_clip", [pixels])
-    stages = {**inputs, **stages}
+    stages, inputs = {n: inputs[n] for n in ("clip", "t5")}, {**inputs, **stages}
+    train("base", [pixels, *specs[1:]], "pixel-base", data="pixels")
+    stages = {"clip": inputs["clip"], "base": stages["pixel-base"]}
+    train("edit", [pixels])
+    stages = {**inputs, "edit": stages["edit"]}
     return Line(root, data, stages, specs)
 
 

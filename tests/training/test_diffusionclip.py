@@ -1,0 +1,175 @@
+"""The edit's stage: it follows the direction it is given, and keeps what it is not to change."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training import stages
+from training.diffusionclip import EditStage, EditStageConfig
+from training.results import committed
+from training.stage import to_tensors
+
+BLUER = torch.tensor([-1.0, 0.0, 1.0])
+
+
+class MeanColour:
+    """A CLIP that sees the mean colour, and reads its direction off one word."""
+
+    def features(self, x):
+        return x.mean((2, 3))
+
+    def texts(self, captions):
+        return torch.stack([BLUER * ("blue" in it) for it in captions])
+
+
+@pytest.fixture(scope="module")
+def batch(line):
+    found = to_tensors(line.loader("pixels").rows(np.arange(64)))
+    red = [row for row, it in enumerate(found["caption"]) if "red" in it.split()][:4]
+    return {
+        "pixels": found["pixels"][red],
+        "caption": [found["caption"][row] for row in red],
+        "position": torch.arange(len(red)),
+    }
+
+
+def fresh(line, monkeypatch, **config):
+    inputs = {"base": line.pixel_base, "clip": line.stages["clip"]}
+    described = {"inversion_steps": 4, "steps": 3, **config}
+    stage: EditStage = stages.create("edit", described, inputs)  # type: ignore[assignment]
+    trained = stage.frozen
+    monkeypatch.setattr(stage, "frozen", lambda n: MeanColour() if n == "clip" else trained(n))
+    stage.prepare(None)
+    return stage
+
+
+def edited(stage, batch):
+    with torch.no_grad():
+        x = batch["pixels"] / 127.5 - 1
+        return x, stage.drawn(stage.noised(stage.frozen("base").model, x))
+
+
+def trained(stage, batch, updates, rate=2e-3):
+    optimizer = torch.optim.Adam(stage.network.parameters(), rate)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        stage(batch)["loss"].mean().backward()
+        optimizer.step()
+
+
+def test_without_a_direction_pictures_stay_what_they_are(line, batch, monkeypatch):
+    stage = fresh(line, monkeypatch, noise=0.4, direction=0.0, reconstruction=1.0)
+    x, before = edited(stage, batch)
+    trained(stage, batch, 10, rate=1e-4)
+    _, after = edited(stage, batch)
+    assert (after - x).abs().mean() < 1.02 * (before - x).abs().mean() < 0.08
+
+
+def test_a_direction_is_followed_and_pixels_are_kept_the_more_they_weigh(line, batch, monkeypatch):
+    def moved(reconstruction):
+        stage = fresh(line, monkeypatch, noise=0.4, reconstruction=reconstruction)
+        trained(stage, batch, 25)
+        x, y = edited(stage, batch)
+        change = (y - x).mean((2, 3))
+        return torch.cosine_similarity(change, BLUER[None]), (y - x).abs().mean()
+
+    (free, far), (_, near) = moved(0.0), moved(3.0)
+    assert free.mean() > 0.85 and free.min() > 0.7
+    assert near < 0.8 * far
+
+
+def test_only_pictures_with_the_source_teach(line, batch, monkeypatch):
+    stage = fresh(line, monkeypatch)
+    others = ["a cyan coloured ring on white", "predicted redness, a reddish circle"]
+    mixed = {**batch, "caption": others + batch["caption"][2:]}
+    assert stage.taught(mixed["caption"]).tolist() == [False, False, True, True]
+    assert stage.worded("a Red ring, red-hot, coloured") == "a blue ring, blue-hot, coloured"
+    alone, together = stage(batch)["loss"], stage(mixed)["loss"]
+    assert together[:2].tolist() == [0, 0] and (together[2:] > 0).all()
+    torch.testing.assert_close(together[2:], alone[2:], rtol=1e-4, atol=1e-5)
+
+    nothing = stage({**batch, "caption": others * 2})["loss"]
+    assert nothing.tolist() == [0] * 4
+    nothing.sum().backward()  # workers share their gradients, be they nothing
+    gradients = [p.grad for p in stage.network.parameters() if p.grad is not None]
+    assert gradients and not any(g.abs().max() for g in gradients)
+
+
+def test_to_noise_and_back_is_the_base_itself(line, batch, monkeypatch):
+    stage = fresh(line, monkeypatch, inversion_steps=48, steps=48, noise=0.5)
+    x, y = edited(stage, batch)
+    assert (y - x).abs().mean() < 0.02
+    noised = stage.noised(stage.frozen("base").model, x)
+    a, s = stage.config.diffusion.build_path()(torch.tensor(0.5))
+    assert (noised - a * x).std() > s / 2
+    torch.testing.assert_close(stage.drawn(noised, stage.frozen("base").model), y)
+
+
+def test_steps_that_are_computed_again_have_the_same_gradients(line, batch, monkeypatch):
+    def gradients(recompute):
+        stage = fresh(line, monkeypatch, recompute=recompute)
+        loss = stage(batch)["loss"].sum()
+        return loss, torch.autograd.grad(loss, [*stage.network.parameters()], allow_unused=True)
+
+    (kept, of_kept), (again, of_again) = gradients(False), gradients(True)
+    torch.testing.assert_close(kept, again)
+    for one, other in zip(of_kept, of_again, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_noise_aware_clip_sees_picture_and_edit_under_one_noise(line, batch):
+    inputs = {"base": line.pixel_base, "noisy_clip": line.stages["noisy_clip"]}
+    stage: EditStage = stages.create("edit", {}, inputs)  # type: ignore[assignment]
+    x, clip = batch["pixels"] / 127.5 - 1, stage.frozen("noisy_clip")
+    features, texts = stage.judge(x, batch["position"], 3)
+    torch.testing.assert_close(features(x), features(x), rtol=0, atol=0)
+    others, _ = stage.judge(x, batch["position"] + 4, 3)
+    assert not torch.equal(features(x), others(x))
+    assert not torch.equal(features(x), clip.features(x))
+    assert torch.equal(texts(batch["caption"]), clip.texts(batch["caption"]))
+    moved, changed = stage.losses(x, x + 0.1, features, texts, batch["caption"])
+    assert moved.shape == changed.shape == (4,)
+    torch.testing.assert_close(changed, torch.full((4,), 0.1))
+
+
+def test_the_trained_stage_is_the_copy_alone(line):
+    where = line.stages["edit"]
+    names = set(load_file(f"{where}/weights.safetensors"))
+    base = stages.load(line.pixel_base)
+    assert names == {f"network.{name}" for name in base.network.state_dict()}
+    stage = stages.load(where)
+    assert stage.config.network == base.config.network
+    moved = [
+        (new - old).abs().max().item()
+        for new, old in zip(stage.network.parameters(), base.network.parameters(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.2
+    assert committed(where)["measured"].keys() == {"direction", "l1"}
+    with pytest.raises(ValueError, match="edit: it learns from a base; give that stage"):
+        stage.prepare(None)
+
+
+def test_a_base_of_latents_is_refused(line):
+    inputs = {"base": line.stages["base"], "clip": line.stages["clip"]}
+    with pytest.raises(ValueError, match="is no base of pixels"):
+        stages.create("edit", {}, inputs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"noise": 0.0}, "noise: got 0.0, wanted a time"),
+        ({"steps": 0}, "steps: got 0, wanted at least 1"),
+        ({"direction": -1.0}, "direction: got -1.0"),
+        ({"target": "red"}, "wanted two words"),
+    ],
+)
+def test_wrong_configs_are_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        EditStageConfig(**wrong)
+    config = EditStageConfig(source="ring", target="cross")
+    assert stages.config_of("edit", json.loads(json.dumps(asdict(config)))) == config
