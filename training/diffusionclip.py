@@ -7,8 +7,8 @@ when one word takes another's place, and the pixels must not have moved more tha
 an edit needs.
 
 The judge may be the noise-aware CLIP, as in GLIDE: picture and edit are then shown to it under one
-noise, at a level drawn for each row. What the plain CLIP says of colours between those of its
-pictures leads astray (infra/diary.md).
+noise, at a level drawn for each row. In the few short trials so far neither led where it should
+(infra/diary.md).
 """
 
 from __future__ import annotations
