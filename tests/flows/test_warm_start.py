@@ -103,9 +103,11 @@ def test_it_decides_the_result_and_what_says_nothing_does_not(home):
     assert plain.stage_identity("base", data) != other.stage_identity("base", data)
     assert plain.stage_lineage("base", data) == other.stage_lineage("base", data)
     body = plain.recipe.model_dump(mode="json", exclude={"schedule", "executor"})
-    assert body.pop("edit") is None
+    for name in ("prior", "sr1", "sr2", "edit"):
+        assert body.pop(name) is None
     for name in plain.recipe.stages:
         assert body[name].pop("warm_start") is None
+        assert body[name].pop("sampler") is None
         body[name]["training"] = learning(body[name]["training"])
     assert plain.recipe.identity == fingerprint(body)
 
