@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from .editing import Edits
 
-EMBEDDING = "clip_image"
 TURN = 0.5
 """Of a right angle: as far as unCLIP turns an embedding (sec. 3.3)."""
 SHARES = 7
@@ -79,9 +78,7 @@ def techniques(
 
 def hears_embeddings(generator: Generator) -> bool:
     """Whether its base is told the embedding of a picture, and it can embed pictures."""
-    if generator.clip is None:
-        return False
-    return any(it.name == EMBEDDING for it in generator.base.config.network.contexts)
+    return generator.clip is not None and generator.base.config.hears_embedding
 
 
 def stages_apart(generator: Generator, prompts: Sequence[str], seed: int) -> list[Technique]:

@@ -386,7 +386,7 @@ def _prepare(line: Line, stages: tuple[str, ...]) -> tuple[Any, list[str]]:
     needed = [name for stage in stages for name in (*line.recipe.inputs(stage), stage)]
     for name in dict.fromkeys(needed):
         if name == "base":
-            encode_stages(line, result.manifest)
+            encode_stages(line, result.manifest, ("base",))
         found += [name] if fit(line, name, result.manifest)[1] else []
     return result.manifest, found
 

@@ -601,10 +601,10 @@ def imagen_64_256_1024() -> Recipe:
 def unclip_64_256_1024() -> Recipe:
     """unCLIP (Ramesh et al. 2022, table 3): a prior of width 2048 and depth 24, a decoder of 512
     channels at 64 px, then 320 to 256 px (noise) and 192 to 1024 px (a blur), without attention and
-    without text. Text is dropped with the embedding, at one rate. Not trained here. By `plan` on 64
-    H100s: prior 1,337 M parameters, 935 device-hours; base 2,540 M parameters, 7,327 device-hours;
-    sr1 696 M parameters, 19,496 device-hours; sr2 260 M parameters, 22,843 device-hours, and does
-    not fit in 8 rows.
+    without text. Each encoder is silent alone in a tenth, beside the tenth without all. Not trained
+    here. By `plan` on 64 H100s: prior 1,337 M parameters, 935 device-hours; base 2,540 M
+    parameters, 7,327 device-hours; sr1 696 M parameters, 19,496 device-hours; sr2 260 M parameters,
+    22,843 device-hours, and does not fit in 8 rows.
     """
     return _pixels_at_scale(
         "unclip-64-256-1024",

@@ -191,7 +191,8 @@ class Recipe(_Part):
             return ()
         frozen = tuple(it for it in self.stages if it in FROZEN)
         if name == "base":
-            return frozen
+            silent = "t5" not in self._listens(name, ("t5",))
+            return tuple(it for it in frozen if it != "t5" or not silent)
         needed = {*self._listens(name, ("clip", "t5"))}
         needed |= {"clip"} if self.is_told_embedding(name) else set()
         return tuple(it for it in frozen if it in needed)
@@ -375,14 +376,40 @@ def _check_cascade(recipe: Recipe) -> None:
         name: reconstruct(CONFIGS["base"], recipe.stage(name).config, f"{name}.config")
         for name in recipe.drawing
     }
+    encoded = recipe.data.encode
     for name, given in recipe.samplers.items():
         try:
             sampler = reconstruct(StageSampler, given, f"{name}.sampler")
             sampler.build_grid(configs[name].diffusion.build_path())
+            if configs[name].low:
+                configs[name].low.check(sampler.level, f"{name}.sampler.level")
         except ValueError as error:
             raise RecipeError(str(error)) from None
-    if recipe.base.sampler is not None:
-        raise RecipeError("base.sampler: the base's sampler is the recipe's: set `sampler`")
+        if sampler.variance == "learned" and not configs[name].learned_variance:
+            raise RecipeError(f"{name}.sampler.variance: 'learned' needs a network that learns it")
+    for name in recipe.stages:
+        if recipe.stage(name).sampler is not None and name not in recipe.samplers:
+            raise RecipeError(
+                f"{name}.sampler: only stages before and after the base have one; the base's is "
+                "`sampler`"
+            )
+    for name, config in configs.items():
+        if encoded.flip and recipe.is_told_embedding(name):
+            raise RecipeError("data.encode.flip: CLIP embeds pictures as they are; set it to false")
+        if encoded.max_aspect > 1 and (config.side or config.low):
+            raise RecipeError(f"data.encode.max_aspect: {name} shrinks squares alone; set it to 1")
+        drawn = config.side or recipe.data.side
+        if config.data == "pixels" and recipe.data.side % drawn:
+            raise RecipeError(f"{name}.config.side: got {drawn}, no divisor of data.side")
+        if config.low and (drawn % config.low.side or drawn == config.low.side):
+            raise RecipeError(
+                f"{name}.config.low.side: got {config.low.side}, no proper divisor of {drawn}"
+            )
+    if configs["base"].low or configs["base"].data == "embedding":
+        raise RecipeError(
+            "base.config: the base draws pictures or latents from captions: set low=null, and data "
+            "to moments or pixels"
+        )
     if "prior" in configs:
         if configs["prior"].data != "embedding":
             raise RecipeError("prior.config.data: a prior draws embeddings; set it to embedding")
@@ -441,6 +468,8 @@ def _check_edit(recipe: Recipe) -> None:
     """An edit is judged by a CLIP of the line's own, in pixels."""
     if not recipe.in_pixels:
         raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
+    if recipe.base.config.get("side") not in (None, 0, recipe.data.side):
+        raise RecipeError("edit: it edits pictures of data.side; set base.config.side=0")
     for name in recipe.inputs("edit"):
         if not recipe.stage(name).pretrained:
             continue

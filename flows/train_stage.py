@@ -58,7 +58,8 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
         job = Job.from_json(storage.read_json(begun))
         asked = line.recipe.stage(name).training
         machine = {key: asked[key] for key in _CHANGEABLE if key in asked}
-        return replace(job, output=output, training=job.training | machine)
+        kept = {key: value for key, value in job.training.items() if key not in _CHANGEABLE}
+        return replace(job, output=output, training=kept | machine)
     stage = line.recipe.stage(name)
     parent = line.parent(name, data)
     warm = {"images": stage.warm_images} if parent and stage.warm_images else {}

@@ -96,12 +96,18 @@ class BaseStageConfig:
                 f"network.kind {self.network.kind!r} does not denoise {self.data}: wanted 'prior' "
                 "for data 'embedding', and a network of pictures for the rest"
             )
+        if prior and self.hears_embedding:
+            raise ValueError(
+                f"listens: a prior draws {PICTURE_EMBEDDING} and cannot be told it; leave it out"
+            )
         if self.side and self.data != "pixels":
             raise ValueError(f"side is of data 'pixels' alone, got {self.side} for {self.data!r}")
         if self.low and prior:
             raise ValueError("low: embeddings are not enlarged; set it to null")
         if not self.low and getattr(self.network, "low_channels", 0):
-            raise ValueError("network.low_channels: nothing is enlarged here; set low, or leave it")
+            raise ValueError(
+                "network.low_channels: nothing is enlarged here; set low, or network.low_channels=0"
+            )
         if self.low and self.side and (self.side % self.low.side or self.side == self.low.side):
             raise ValueError(
                 f"low.side: got {self.low.side}, wanted a proper divisor of side {self.side}"
@@ -129,6 +135,11 @@ class BaseStageConfig:
     def heard(self) -> tuple[str, ...]:
         """What `listens` names."""
         return self.listens or ()
+
+    @property
+    def hears_embedding(self) -> bool:
+        """Whether it is told the embedding of the picture itself."""
+        return PICTURE_EMBEDDING in self.heard
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -401,7 +412,7 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
                 f"network.in_channels is {stated}, the autoencoder has {channels} "
                 "latent channels: leave it out"
             )
-    if "clip" in inputs and (config.data == "embedding" or PICTURE_EMBEDDING in config.heard):
+    if "clip" in inputs and (config.data == "embedding" or config.hears_embedding):
         embedding = shapes.clip_shape(open_source(inputs["clip"], "clip"))[1]
     found = {it.name: it for it in contexts_of(config, texts, embedding)}
     if inputs and (missing := set(config.heard) - found.keys()):

@@ -109,7 +109,12 @@ def _fit(job: Job, config: TrainingConfig, on_progress: OnProgress | None, build
 def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> Any:
     """What the workers return. They are started again for as long as they get anywhere: who trains
     for a month loses more of them than any fixed number of tries."""
+    import ray
     from ray.train import TrainingFailedError
+
+    # Once: where a node of GPUs is lost for good, nobody wants the rest to go on by CPUs unasked.
+    least = config.min_workers or config.workers
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
 
     def reached() -> str:
         paths = checkpoint.visible(output / results.CHECKPOINTS)
@@ -118,14 +123,14 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
     while True:
         before = reached()
         try:
-            return _trainer(job, config, build, output).fit().return_value
+            return _trainer(job, config, build, output, use_gpu).fit().return_value
         except TrainingFailedError as error:
             if reached() <= before or (output / STOP).exists():
                 raise
             log.warning("workers failed %d times, but got further: going on: %s", TRIES, error)
 
 
-def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path) -> Any:
+def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_gpu: bool) -> Any:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -133,7 +138,6 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
     workers, least = config.workers, config.min_workers or config.workers
     for name, value in _RAY_TRAIN.items():
         os.environ.setdefault(name, value)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
     cores = int(ray.cluster_resources().get("CPU", 1))
     threads = config.threads or max(1, cores // workers)
     environment = {"OMP_NUM_THREADS": str(threads)}
@@ -235,7 +239,7 @@ def of_process_group(
         stop=any_stops,
         restarts=True,
     )
-    if not fsdp:
+    if not fsdp or size == 1:  # alone there is nobody to share with
         return world
     # Gradients stay with nobody: each micro-batch's are scattered at once, or all would be whole.
     return replace(

@@ -49,10 +49,10 @@ class LowConfig:
 
     def check(self, strength: float, where: str) -> None:
         """ValueError for a damage that was not trained for."""
-        if not 0 <= strength <= self.strongest:
+        most = 0.0 if self.augment == "none" else self.strongest
+        if not 0 <= strength <= most:
             raise ValueError(
-                f"{where}: got {strength:g}, and it learnt {self.augment} from 0 to "
-                f"{self.strongest:g}"
+                f"{where}: got {strength:g}, and it learnt {self.augment} from 0 to {most:g}"
             )
 
     def draw(self, seed: int, position: Tensor, purpose: str = "") -> Strength:

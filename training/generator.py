@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -264,8 +264,9 @@ class Generator:
         sampler, samplers = self._samplers(options)
         return torch.cat(
             [
-                self._latents(part, self._read(part), sampler, samplers)
+                self._latents(part, told, self._embeddings(part, told, samplers), sampler)
                 for part in map(asked.rows, asked.batches())
+                for told in [self._read(part)]
             ]
         )
 
@@ -325,13 +326,16 @@ class Generator:
     @property
     def networks(self) -> list[torch.nn.Module]:
         """Of the stages that draw, in their order."""
-        drawing = [*([self.prior] if self.prior else []), self.base, *self.enlarging.values()]
-        return [stage.network for stage in drawing]
+        return [stage.network for stage in self._drawing]
+
+    @property
+    def _drawing(self) -> list[Any]:
+        return [*([self.prior] if self.prior else []), self.base, *self.enlarging.values()]
 
     @property
     def reads_labels(self) -> bool:
-        """Whether the base is told classes, which a call gives as `labels`."""
-        return bool(self.base.config.attributes)
+        """Whether stages are told classes, which a call gives as `labels`."""
+        return any(stage.config.attributes for stage in self._drawing)
 
     @property
     def _device(self) -> torch.device:
@@ -349,7 +353,7 @@ class Generator:
             if stage not in samplers:
                 has = ", ".join(samplers) or "none beside the base"
                 raise ValueError(f"{name}: no stage {stage!r} that draws; this generator has {has}")
-            samplers[stage] = _replaced(samplers[stage], {key: value}, f"{stage}: ")
+            samplers[stage] = _replaced(samplers[stage], {key: value}, stage)
         _check_levels(self.enlarging, samplers)
         return _replaced(self.sampler, mine), samplers
 
@@ -366,7 +370,8 @@ class Generator:
 
         sampler, samplers = self._samplers(chosen)
         told = self._read(asked)
-        x = self._latents(asked, told, sampler, samplers, guides, eps)
+        z = self._embeddings(asked, told, samplers)
+        x = self._latents(asked, told, z, sampler, guides, eps)
         pixels = to_bytes(x) if self.codec is None else self.codec.decode(self.base.unscaled(x))
         yield BASE, _numpy(pixels)
         x = x.clamp(-1, 1) if self.codec is None else to_unit(pixels)
@@ -375,36 +380,41 @@ class Generator:
             strength = torch.full((len(x),), samplers[name].level, device=x.device)
             noise = self._drawn(stage, asked.seeds, f"{name}/level", x.shape[1:])
             damaged = low.told(x, strength, stage.model, noise)
-            x = self._sampled(name, stage, asked, told, samplers[name], damaged).clamp(-1, 1)
+            more = self._more(stage, asked, z) | damaged
+            x = self._sampled(name, stage, asked, told, samplers[name], more).clamp(-1, 1)
             yield name, _numpy(to_bytes(x))
 
     def _latents(
         self,
         asked: _Asked,
         told: _Told,
+        z: Embeddings | None,
         sampler: SamplerConfig,
-        samplers: Mapping[str, StageSampler],
         guides: Sequence[Guide] = (),
         eps: Tensor | None = None,
     ) -> Tensor:
         """What the base draws."""
-        more: dict[str, Tensor] = {}
-        if self.base.config.attributes:
-            labels = asked.labels or [None] * len(asked.prompts)
-            more["y"] = self.base.classes(labels, self._device)
-        if (z := self._embeddings(asked, told, samplers)) is not None:
-            more[f"{EMBEDDING}_pooled"] = z
+        more = self._more(self.base, asked, z)
         return self._sampled(BASE, self.base, asked, told, sampler, more, guides, eps)
+
+    def _more(self, stage: Any, asked: _Asked, z: Embeddings | None) -> dict[str, Tensor]:
+        """What a stage is told beside the texts: its classes, the embedding of what is drawn."""
+        more: dict[str, Tensor] = {}
+        if stage.config.attributes:
+            labels = asked.labels or [None] * len(asked.prompts)
+            more["y"] = stage.classes(labels, self._device)
+        if z is not None and stage.config.hears_embedding:
+            more[f"{EMBEDDING}_pooled"] = z
+        return more
 
     def _embeddings(
         self, asked: _Asked, told: _Told, samplers: Mapping[str, StageSampler]
     ) -> Embeddings | None:
-        """What the base is told of the pictures to come; None where it is told nothing."""
+        """What stages are told of the pictures to come; None where they are told nothing."""
         wanted = asked.embeddings
-        listens = any(it.name == EMBEDDING for it in self.base.config.network.contexts)
-        if not listens:
+        if not any(stage.config.hears_embedding for stage in self._drawing):
             if not isinstance(wanted, str) or wanted == "text":
-                raise ValueError("embeddings: the base of this generator is told none")
+                raise ValueError("embeddings: no stage of this generator is told any")
             return None
         if isinstance(wanted, Tensor):
             return wanted.to(self._device)
@@ -415,7 +425,14 @@ class Generator:
         sampler = samplers[PRIOR]
         drawn = [
             self.prior.unscaled(
-                self._sampled(f"{PRIOR}/{k}" if k else PRIOR, self.prior, asked, told, sampler)
+                self._sampled(
+                    f"{PRIOR}/candidate{k}" if k else PRIOR,
+                    self.prior,
+                    asked,
+                    told,
+                    sampler,
+                    self._more(self.prior, asked, None),
+                )
             )
             for k in range(sampler.candidates)
         ]
@@ -608,8 +625,8 @@ def _cond(
     more: Mapping[str, Tensor] | None = None,
     embedded: bool = True,
 ) -> Cond:
-    """What a stage is told. Where it has a picture's embedding, a blank text silences the text
-    encoders alone; without `embedded` the embedding is silent instead."""
+    """What a stage is told. Where it has a picture's embedding or a class, a blank text silences
+    the text encoders alone; without `embedded` those are silent instead."""
     said = fields["said"]
     cond: dict[str, Tensor] = {"keep": said, **(more or {})}
     texts = stage.config.texts
@@ -617,20 +634,26 @@ def _cond(
         cond |= {
             key: fields[key] for key in (f"{name}_{it}" for it in ("tokens", "mask", "pooled"))
         }
-    if f"{EMBEDDING}_pooled" in cond:
+    pictured = f"{EMBEDDING}_pooled" in cond
+    if pictured or "y" in cond:
         cond |= {f"{name}_keep": said for name in texts}
-        cond[f"{EMBEDDING}_keep"] = torch.full_like(said, embedded)
         cond["keep"] = torch.ones_like(said) if embedded else said
+    if pictured:
+        cond[f"{EMBEDDING}_keep"] = torch.full_like(said, embedded)
+    if "y" in cond and not embedded:
+        cond["y"] = torch.full_like(cond["y"], stage.config.network.classes)
     return cond
 
 
 def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
+    from .stages import reconstruct
+
     if unknown := chosen.keys() - asdict(sampler).keys():
         raise ValueError(
-            f"{where}a sampler has no {', '.join(sorted(unknown))}; "
+            f"{where}{': ' if where else ''}a sampler has no {', '.join(sorted(unknown))}; "
             f"it has {', '.join(asdict(sampler))}"
         )
-    return replace(sampler, **chosen)
+    return reconstruct(type(sampler), asdict(sampler) | dict(chosen), where or "sampler")
 
 
 def _check_levels(enlarging: Mapping[str, Any], samplers: Mapping[str, StageSampler]) -> None:
@@ -736,15 +759,15 @@ def _open(
     base: Any = drawing[BASE]
     texts: list[str] = []
     wanted = ["autoencoder"] if base.config.data == "moments" else []
-    for stage in drawing.values():
-        texts += (name for name in stage.config.texts if name not in texts)
-        if EMBEDDING in (context.name for context in stage.config.network.contexts):
-            texts += ["clip"] if "clip" not in texts else []
+    for name, stage in drawing.items():
+        needed = [*stage.config.texts, *(["clip"] if stage.config.hears_embedding else [])]
+        texts += (it for it in needed if it not in texts)
+        first = wanted if name == BASE else []
+        if missing := [it for it in (*first, *needed) if it not in directories]:
+            raise ValueError(
+                f"the {name} stage needs {', '.join(missing)} too (given: {', '.join(directories)})"
+            )
     wanted += texts
-    if missing := [name for name in wanted if name not in directories]:
-        raise ValueError(
-            f"the base stage needs {', '.join(missing)} too (given: {', '.join(directories)})"
-        )
     sources = {name: open_source(directories[name], name) for name in wanted}
     codec = open_codec(sources["autoencoder"], device) if "autoencoder" in sources else None
     encoders = {name: LOADERS[sources[name].family](sources[name], device) for name in texts}

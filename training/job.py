@@ -191,7 +191,8 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 stop = world.stop()
             signalled = interrupts.received is not None
             told = stop or (signalled and world.size == 1)  # and all workers know it
-            if due and (config.patience_images or not told):  # who was told to stop has seconds
+            # Who was told to stop has seconds.
+            if due and (config.patience_images or last or not told):
                 with window.aside():
                     found = validation.measure(progress, watchdog.beat)
                 last = last or validation.over
@@ -199,11 +200,6 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 history.append(record | found)
                 on_progress(record | found)
             stop = stop or signalled
-            drawing = progress.passed(config.preview_images) and not (last or stop)
-            if drawing and (leads or world.sharded):
-                with window.aside(), shown.averaged(progress) as averaged:
-                    if leads:
-                        _preview(averaged, loader, job, progress.images_seen)
             if snapshots and (last or progress.passed(config.ema_snapshot_images)):
                 # Waits, because resuming from the next checkpoint does not come here again.
                 sigma_rel = {"sigma_rel": list(config.ema_sigma_rel)}
@@ -215,6 +211,12 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 if found:
                     state.numbers[checkpoint.HELDOUT_LOSS] = found[checkpoint.HELDOUT_LOSS]
                 saver.save(state, wait=last or stop)
+            # After the checkpoint: should drawing fail, what goes on from there is past it.
+            drawing = progress.passed(config.preview_images) and not (last or stop)
+            if drawing and (leads or world.sharded):
+                with window.aside(), shown.averaged(progress) as averaged:
+                    if leads:
+                        _preview(averaged, loader, job, progress.images_seen)
             if signalled:
                 interrupts.deliver()
             if stop:
@@ -229,7 +231,8 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
     if not leads:
         return {}
     assert state is not None
-    return _commit(job, shown.twin or stage, loader, data_digest, state, validation.over)
+    whole = stage if shown.twin is None else shown.twin.to(world.device)
+    return _commit(job, whole, loader, data_digest, state, validation.over)
 
 
 class _Shown:

@@ -140,6 +140,10 @@ class TrainingConfig:
             gamma(sigma_rel)  # refuses what has no profile
         if len({f"{s:g}" for s in self.ema_sigma_rel}) < len(self.ema_sigma_rel):
             raise ValueError(f"ema_sigma_rel must be different lengths, got {self.ema_sigma_rel}")
+        if self.heldout_images and not self.heldout_pictures:
+            raise ValueError(
+                "heldout_images says how often: set heldout_pictures, to 1024 for example"
+            )
         if self.batch < self.workers:
             raise ValueError(
                 f"batch {self.batch} is smaller than workers {self.workers}: "
@@ -429,7 +433,7 @@ class Health:
             for _, share, skip in self.recent
             if skip
         ]
-        last = max(at for at, _, skip in self.recent if skip)
+        last = max((at for at, _, skip in self.recent if skip), default=step)
         batches = zip(*self.world.gather(own), strict=True)
         rows = [row for batch in batches for worker in batch for row in worker]
         everyone, culprits = [key for key, _ in rows], [key for key, fine in rows if not fine]

@@ -10,6 +10,7 @@ update is as bad as it was, 0 where it is not.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -43,6 +44,7 @@ def leave(job: Job, world: World, error: Diverged) -> str:
     if world.rank == 0 and error.state is not None:
         state = replace(error.state, tensors=tensors, step=error.step, numbers={"skipped": 0})
         state.images_seen = error.step * job.training_config().batch
+        shutil.rmtree(directory, ignore_errors=True)  # of a divergence before, maybe a later one
         written = checkpoint.save(directory, state, job.fingerprint, keep=checkpoint.Retention(1))
         described = {
             "job": job.to_json(),
@@ -100,7 +102,13 @@ def again(file: str | os.PathLike[str], build: Build | None = None) -> Found:
     job = jobs.Job.from_json(told["job"])
     cut = -(-job.training_config().batch // told["micro_batches"])
     whole = getattr(STAGES.get(job.kind), "compares_rows", False) or told["micro_batches"] == 1
-    as_one = {"workers": 1, "micro_batch": 0 if whole else cut, "compile": False}
+    as_one = {
+        "workers": 1,
+        "min_workers": 0,
+        "fsdp": False,
+        "micro_batch": 0 if whole else cut,
+        "compile": False,
+    }
     job = replace(job, training=job.training | as_one | {"max_skipped": 1})
     state = checkpoint.load(Path(file).parent / told["state"], job.fingerprint)
 

@@ -106,8 +106,10 @@ class Validation:
     def measure(self, progress: Progress, beat: Callable[[], None]) -> dict[str, float | None]:
         """The losses of the averages now, None for one that is not finite."""
         config, world = self.config, self.world
-        asked = (self.unseen, config.heldout_pictures, config.rows_at_once)
         with self.averaged(progress) as stage:
+            # A loss that compares rows is another one for other rows: not as many as a worker has.
+            rows = config.batch if stage.compares_rows else config.rows_at_once
+            asked = (self.unseen, config.heldout_pictures, rows)
             if not world.sharded:
                 found = heldout_losses(stage, *asked, world, beat)
             else:  # the first worker has the whole stage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from flows import recipe as recipes
 from flows.presets import PRESETS
-from flows.recipe import RecipeError, load, parse
+from flows.recipe import RecipeError, check_stages, load, parse
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -155,3 +156,38 @@ def test_an_autoencoder_that_looks_through_the_recipes_clip_comes_after_it():
 def test_options_are_checked_where_they_are(option, told):
     with pytest.raises(RecipeError, match=told):
         recipes.check_stages(load("shapes", [option]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "said"),
+    [
+        ("shapes-unclip", ["data.encode.flip=true"], "CLIP embeds pictures as they are"),
+        ("shapes-cdm", ["data.encode.max_aspect=2"], "base shrinks squares alone"),
+        ("shapes-cdm", ["sr1.sampler.level=0.9"], "sr1.sampler.level: got 0.9, and it learnt"),
+        ("shapes-cdm", ["sr1.sampler.variance=learned"], "needs a network that learns it"),
+        ("shapes-cdm", ["sr1.sampler.stepps=3"], "sr1.sampler: no key 'stepps'"),
+        ("shapes-cdm", ["sr1.config.low.side=8"], "got 8, and base draws 16 px"),
+        ("shapes-cdm", ["sr1=null"], "sr2: it enlarges what sr1 drew, and there is none"),
+        ("shapes-cdm", ["sr2=null"], "sr1.config.side: got 32, the last stage draws data.side: 64"),
+        ("shapes-cdm", ["base.config.side=24", "sr1=null", "sr2=null"], "got 24, no divisor"),
+        ("shapes-cdm", ["edit={}"], "edit: it edits pictures of data.side"),
+        ("shapes-cdm", ["base.sampler.steps=3"], "base.sampler: only stages before and after"),
+        ("shapes-glide", ["noisy_clip.config.side=0"], "got 0, and the base that it guides draws"),
+        ("shapes-flow", ['base.config.low={"side": 8}'], "the base draws pictures or latents"),
+        ("shapes-unclip", ['base.config.listens=["clip"]'], "which the base does not listen to"),
+    ],
+)
+def test_stages_that_do_not_fit_together_are_refused_before_anything_is_trained(
+    preset, changes, said
+):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        check_stages(load(preset, changes))
+
+
+def test_an_enlarging_stage_that_hears_t5_changes_no_base_that_does_not():
+    only = 'base.config.listens=["clip"]'
+    heard = load("shapes-glide", [only])
+    silent = load("shapes-glide", [only, 'sr1.config.listens=["clip"]'])
+    assert "t5" in heard.stages
+    assert "t5" not in silent.stages
+    assert heard.inputs("base") == silent.inputs("base") == ("clip",)

@@ -62,6 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {"Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
+        self.leave()
         self.end_headers()
         self.wfile.write(body)
 
@@ -82,11 +83,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.asked.append(self.path)
             server.open += 1
             server.most = max(server.most, server.open)
+        self.counted = True
         try:
             self.route(server)
         finally:
-            with server.guard:
-                server.open -= 1
+            self.leave()
+
+    def leave(self):
+        """Not under way any more: who has the whole answer may ask for the next one at once."""
+        with self.server.guard:
+            self.server.open -= self.counted
+            self.counted = False
 
     def route(self, server: Server):
         name, _, rest = self.path.lstrip("/").partition("?")

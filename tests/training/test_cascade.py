@@ -8,7 +8,7 @@ from training import encoders, stages
 from training.autoencoding import to_unit
 from training.denoising import BaseStage, BaseStageConfig
 from training.enlarging import shrunk
-from training.generator import Generator, _Asked, assemble
+from training.generator import Generator, _Asked, _cond, assemble
 from training.stage import to_tensors
 
 SIDE = 16
@@ -126,6 +126,8 @@ def test_a_call_may_choose_how_each_stage_draws(generator):
         "sr2.level": "no stage 'sr2' that draws; this generator has prior, sr1",
         "sr1.levle": "sr1: a sampler has no levle",
         "stepps": "a sampler has no stepps",
+        "sr1.level": "sr1.level: got 1, and it learnt noise from 0 to 0.4",
+        "prior.guidance_interval": "prior.guidance_interval: got 1, wanted a list",
     }.items():
         with pytest.raises(ValueError, match=said):
             generator(PROMPTS, **{wrong: 1})
@@ -196,6 +198,10 @@ def test_what_does_not_fit_together_is_refused(cascade, tmp_path):
         assemble(tmp_path / "g", {k: v for k, v in cascade.items() if k != "clip"})
     for config, said in [
         ({"data": "embedding"}, "network.kind 'unet' does not denoise embedding"),
+        (
+            {**CONFIGS["prior"], "listens": ["clip", "clip_image"]},
+            "a prior draws clip_image and cannot be told it",
+        ),
         ({"side": 8}, "side is of data 'pixels' alone"),
         ({"data": "pixels", "side": 8, "low": {"side": 3}}, "wanted a proper divisor of side 8"),
     ]:
@@ -223,3 +229,28 @@ def test_labels_are_told_as_one_class():
         {"colour": "red"},
     ]  # fmt: skip
     assert stage.classes(labels, "cpu").tolist() == [0, 5, 6, 6]
+
+
+def test_a_class_is_told_where_there_is_no_caption_and_left_out_of_what_is_led_away_from():
+    config = stages.config_of(
+        "base",
+        {
+            "data": "pixels",
+            "network": {**NETWORK, "contexts": [{"name": "clip", "width": 4, "pooled_width": 4}]},
+            "attributes": [{"name": "colour", "answers": ["red", "blue"]}],
+        },
+    )
+    stage = BaseStage(config)
+    fields = {
+        "said": torch.tensor([False, True]),
+        "clip_tokens": torch.ones(2, 3, 4),
+        "clip_mask": torch.ones(2, 3, dtype=torch.bool),
+        "clip_pooled": torch.ones(2, 4),
+    }
+    y = {"y": stage.classes([{"colour": "blue"}, {"colour": "red"}], "cpu")}
+    cond, against = _cond(stage, fields, y), _cond(stage, fields, y, embedded=False)
+    assert cond["keep"].tolist() == [True, True]
+    assert cond["clip_keep"].tolist() == against["clip_keep"].tolist() == [False, True]
+    assert cond["y"].tolist() == [1, 0]
+    assert against["y"].tolist() == [2, 2]  # the null class
+    assert cond.keys() == against.keys()

@@ -218,6 +218,12 @@ def alone(tmp_path_factory) -> Path:
     return output
 
 
+def test_who_is_alone_shares_with_nobody():
+    """An elastic training may come down to one worker, whose checkpoints are whole."""
+    assert not of_process_group(0, 1, torch.device("cpu"), fsdp=True).sharded
+    assert of_process_group(0, 2, torch.device("cpu"), fsdp=True).sharded
+
+
 def test_sharded_workers_do_what_those_do_that_have_everything(groups):
     """Over 16 updates of four micro-batches: 1e-6 of their value; what is measured and drawn is
     that of the averages."""

@@ -159,7 +159,7 @@ class Context(nn.Module):
 class Conditioning(nn.Module):
     """label [B], cond -> Told.
 
-    Reads cond's "y" (class, int [B]), "level" ([B], of the noise added to "low"; absent: 0, clean),
+    Reads cond's "y" (class, int [B]), "level" ([B], how "low" was damaged; absent: 0),
     "keep" (bool [B]; False is the null for class and contexts), and for each context {name}_tokens,
     {name}_mask (absent: all True), {name}_pooled, and {name}_keep, which drops that context alone.
     What is absent is null; what is not configured is not read.

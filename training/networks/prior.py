@@ -31,7 +31,7 @@ class PriorConfig:
     """Hidden width of the gated feed-forward over `width`."""
     qk_norm: bool = True
     contexts: tuple[ContextConfig, ...] = ()
-    """unCLIP's is CLIP's text: its tokens, and its pooled vector as one more (pooled_tokens=1)."""
+    """unCLIP's is CLIP's text: its tokens, and its pooled vector, which is told with the label."""
     classes: int = 0
     """Number of classes of cond["y"]; 0: unconditional on class."""
 
