@@ -20,6 +20,7 @@ def test_a_packaged_generator_edits_pictures(darkroom, tmp_path):
     made = darkroom(
         "run", "shapes-diffusionclip", *TINY, "data.scenes=500", "edit.training.images=128",
         "edit.config.inversion_steps=4", "edit.config.steps=2", "gate.absolute={}",
+        "noisy_clip.config.network.channels=16", "noisy_clip.training.images=512",
     )  # fmt: skip
     assert made["verdict"]["promote"], made["verdict"]
     assert "edit" in made["took"]

@@ -30,7 +30,8 @@ from training.job import Job, run
 from training.loop import World
 
 INTERVAL = BATCH * 10
-CLOCKS = ("seconds", "images_per_second", "data_wait_share")
+CLOCKS = ("seconds", "images_per_second", "data_wait_share", "flops_per_second")
+CLOCKS += ("peak_memory_bytes",)
 
 
 class Unlucky(Lines):

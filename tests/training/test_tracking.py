@@ -321,7 +321,9 @@ def test_a_server_that_dies_during_a_training_has_all_of_it_in_the_end(
             assert [step for step, _ in unseen] == list(range(80, 1601, 80))
             names = [it.path for it in client.list_artifacts(found.info.run_id, "images")]
             shown = sorted(int(it.split("+")[2]) for it in names if it.endswith(".png"))
-            assert shown == list(range(160, 1601, 160))
+            # The one that was on its way when the server died may have arrived, unheard, and again.
+            assert sorted(set(shown)) == list(range(160, 1601, 160))
+            assert len(shown) <= len(set(shown)) + 1
         finally:
             os.killpg(running.pid, signal.SIGKILL)
             running.wait()
