@@ -261,12 +261,14 @@ def _die_with_the_caller() -> None:
 
 def _portable(error: Exception) -> Exception:
     """What can be raised in another process; where it came from goes along as a note."""
-    import pickle
+    import copy
     import traceback
+    from multiprocessing.reduction import ForkingPickler
 
     said = "".join(traceback.format_exception(error))
     try:
-        error = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+        error = copy.deepcopy(error)  # made anew as at the pipe's other end: nothing is unpickled
+        ForkingPickler.dumps(error)
     except Exception:  # made from other arguments than it keeps
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(f"In a worker:\n{said}")

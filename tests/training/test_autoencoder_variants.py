@@ -17,6 +17,7 @@ from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.load import Loader
 from pipeline.schema import Encoding
+from tests.training.test_job import CLOCKS
 from training import checkpoint, encoders, results, stages
 from training.encoders.autoencoder import open_codec
 from training.encoders.sources import open_source
@@ -36,13 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "measured_pictures": 64,
     },
 }
-CLOCKS = (
-    "seconds",
-    "images_per_second",
-    "data_wait_share",
-    "flops_per_second",
-    "peak_memory_bytes",
-)
 
 
 @dataclass(frozen=True)
