@@ -211,6 +211,13 @@ def _unit(x: Features) -> Features:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def psnr(pictures: ndarray, truth: ndarray) -> Values:
+    """Peak signal-to-noise ratio of each picture in dB, uint8 [n, height, width, 3] both; at most
+    that of an error of 1e-10 of full scale squared, which only equal pictures reach."""
+    error = np.square((pictures.astype(np.float64) - truth) / 255).mean((1, 2, 3))
+    return -10 * np.log10(np.maximum(error, 1e-10))
+
+
 def clip_score(images: Features, texts: Features) -> Values:
     """100 max(cosine, 0) of each picture with its own caption (Hessel et al. 2021, with w = 100);
     their mean is the score.

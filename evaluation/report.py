@@ -135,6 +135,7 @@ def render(inputs: ReportInputs) -> str:
 _NAMES = {
     "correct": "Shows what was asked",
     "retrieval": "Found again among 100 captions",
+    "legible": "Shows a scene at all",
     "guidance_gain": "Gained by guidance",
     "clip_score": "CLIP score",
     "kid": "Kernel distance (KID)",
@@ -144,10 +145,12 @@ _NAMES = {
     "memorisation": "Memorisation",
     "heldout_loss": "Held-out loss",
     "bits_per_dim": "Bits per dimension",
+    "reconstruction_psnr": "Reconstruction, dB",
     "edit_changed": "Edits that were made",
     "edit_kept": "Edits that kept all else",
 }
 _MEANING = {
+    "legible": "whatever was asked: ground, shape, colour, size and place can be told",
     "guidance_gain": "guided minus unguided, prompt by prompt",
     "clip_score": "100 × cosine of picture and caption",
     "kid": "to held-out pictures; unbiased, 0 = alike",
@@ -157,11 +160,13 @@ _MEANING = {
     "memorisation": "nearer to training pictures than held-out ones are; about 0 = no copies",
     "heldout_loss": "denoising loss on fixed noise",
     "bits_per_dim": "-log2 p of held-out pictures given their captions; an upper bound",
+    "reconstruction_psnr": "of held-out pictures through the autoencoder",
     "edit_changed": "held-out scenes that show the attribute they were to get",
     "edit_kept": "of the same scenes, those of which no other attribute changed",
 }
 _SHARES = (
-    "correct", "retrieval", "guidance_gain", "precision", "recall", "edit_changed", "edit_kept",
+    "correct", "retrieval", "legible", "guidance_gain", "precision", "recall", "edit_changed",
+    "edit_kept",
 )  # fmt: skip
 _GROUPS = {
     "seen": ("seen in training", "combinations that training showed, in new words"),

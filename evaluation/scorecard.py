@@ -280,6 +280,8 @@ class _Scoring:
         ):
             if measured := self._of_heldout(method, count):
                 per_prompt[name], values[name] = measured
+        if measured := self._reconstructed():
+            per_prompt["reconstruction_psnr"], values["reconstruction_psnr"] = measured
         for name, (shares, value) in self._edits().items():
             per_prompt[name], values[name] = shares, value
         groups = self._groups(found)
@@ -414,6 +416,11 @@ class _Scoring:
             strict=True,
         ):
             values[name] = Value(value=number, basis=against)
+        if config.kind == "shapes":
+            told = self.prompts[0].truth or {}
+            legible = shapes_oracle.legible(pictures, len(told.get("objects", (0,))))
+            per_prompt["legible"] = legible.astype(np.float64)
+            values["legible"] = _value(metrics.proportion(legible), self._oracle(count))
         if self.train is not None and len(self.train):
             excess = metrics.memorisation(features, self._train_features(), self.features)
             per_prompt["memorisation"] = excess
@@ -450,6 +457,19 @@ class _Scoring:
             reference=_named(keys),
             reference_count=len(found),
         )
+        return found, _value(metrics.mean_interval(found, self.config.blocks), basis)
+
+    def _reconstructed(self) -> tuple[ndarray, Value] | None:
+        """PSNR of each reference picture through the autoencoder, in dB; None without one."""
+        if getattr(self.generator, "codec", None) is None:
+            return None
+        generator: Any = self.generator
+        again = generator.decode(generator.encode(self.reference))
+        found = metrics.psnr(again, self.reference)
+        basis = Basis(
+            judge="the model itself", count=len(found), reference=self._digest(self.reference),
+            reference_count=len(found),
+        )  # fmt: skip
         return found, _value(metrics.mean_interval(found, self.config.blocks), basis)
 
     def _edits(self) -> dict[str, tuple[ndarray, Value]]:

@@ -128,6 +128,19 @@ def judge_all(
     return tally(read_all(pictures, len(truths[0].get("objects", (0,)))), truths)
 
 
+def legible(pictures: Pictures, objects: int = 1) -> Bool[ndarray, " n"]:
+    """Whether a scene can be read at all: no attribute of any picture's scene is None."""
+
+    def whole(found: Any) -> bool:
+        if isinstance(found, Mapping):
+            return all(map(whole, found.values()))
+        if isinstance(found, list | tuple):
+            return all(map(whole, found))
+        return found is not None
+
+    return np.array([whole(scene) for scene in read_all(pictures, objects)], bool)
+
+
 def tally(
     scenes: Sequence[Mapping[str, Any]], truths: Sequence[Mapping[str, Any]]
 ) -> dict[str, Bool[ndarray, " n"]]:

@@ -68,6 +68,10 @@ def techniques(
             mixtures(generator, pictures, seed),
             text_differences(generator, prompts, seed),
         ]
+    if generator.codec is not None:
+        found.append(reconstructions(generator, pictures))
+    if generator.base is None:
+        found += [between_latents(generator, pictures), between_noises(generator, seed)]
     if generator.codec is None:
         found.append(interpolation(generator, prompts, seed))
         if not generator.enlarging:
@@ -78,7 +82,8 @@ def techniques(
 
 def hears_embeddings(generator: Generator) -> bool:
     """Whether its base is told the embedding of a picture, and it can embed pictures."""
-    return generator.clip is not None and generator.base.config.hears_embedding
+    base = generator.base
+    return base is not None and generator.clip is not None and base.config.hears_embedding
 
 
 def stages_apart(generator: Generator, prompts: Sequence[str], seed: int) -> list[Technique]:
@@ -92,6 +97,52 @@ def stages_apart(generator: Generator, prompts: Sequence[str], seed: int) -> lis
     lead = "One prompt a row. Each stage is told what the one before it drew."
     rows = list(np.stack(shown, axis=1))
     return [Technique("From stage to stage", lead, columns, rows, prompts)]
+
+
+def reconstructions(generator: Generator, pictures: Pictures) -> Technique:
+    """Pictures through the autoencoder alone."""
+    again = generator.decode(generator.encode(pictures))
+    miss = again.astype(np.float64) - pictures
+    return Technique(
+        "Through the autoencoder",
+        "A real held-out picture, and what is left of it.",
+        ["The picture", "Decoded"],
+        list(np.stack([pictures, again], axis=1)),
+        [""] * len(pictures),
+        float(np.sqrt((miss**2).mean())),
+    )
+
+
+def between_latents(generator: Generator, pictures: Pictures) -> Technique:
+    """From the latent of one real picture to that of another on a straight line."""
+    import torch
+
+    z, rows = generator.encode(pictures), []
+    for k in range(0, len(pictures) - 1, 2):
+        way = [z[k] + (z[k + 1] - z[k]) * share / (SHARES - 1) for share in range(SHARES)]
+        drawn = generator.decode(torch.stack(way))
+        rows.append(np.concatenate([pictures[k : k + 1], drawn, pictures[k + 1 : k + 2]]))
+    return Technique(
+        "Between the latents of two pictures",
+        "From what the autoencoder makes of one real picture to what it makes of another. Where "
+        "its latents fill the prior, what lies between is pictures too.",
+        ["The one", *(f"{share / (SHARES - 1):.2f}" for share in range(SHARES)), "The other"],
+        rows,
+        [""] * len(rows),
+    )
+
+
+def between_noises(generator: Generator, seed: int, rows: int = 4) -> Technique:
+    """From one draw of the prior to another on the sphere."""
+    shares = [k / (SHARES - 1) for k in range(SHARES)]
+    drawn = [generator.between("", (seed + 2 * k, seed + 2 * k + 1), shares) for k in range(rows)]
+    return Technique(
+        "Between two draws of the prior",
+        "The latent goes from one seed's to another's on the sphere.",
+        [f"{share:.2f}" for share in shares],
+        drawn,
+        [""] * rows,
+    )
 
 
 def variations(generator: Generator, pictures: Pictures, seed: int) -> Technique:

@@ -99,13 +99,13 @@ def shapes_classifier() -> Recipe:
     ddpm = shapes_ddpm()
     judge = {
         "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
-        "diffusion": ddpm.base.config["diffusion"],
+        "diffusion": ddpm.stage("base").config["diffusion"],
     }
     return ddpm.model_copy(
         update={
             "name": "shapes-classifier",
-            "base": ddpm.base.model_copy(
-                update={"config": {**ddpm.base.config, "caption_dropout": 0.25}}
+            "base": ddpm.stage("base").model_copy(
+                update={"config": {**ddpm.stage("base").config, "caption_dropout": 0.25}}
             ),
             "classifier": StageRecipe(
                 config=judge, training=_training(images=240_000, batch=64, learning_rate=1e-3)
@@ -217,6 +217,48 @@ def shapes_ldm() -> Recipe:
     )
 
 
+def shapes_vae() -> Recipe:
+    """VAE (Kingma & Welling 2014) as a generator: each scene is 32 numbers that are held to
+    N(0, 1), and pictures are drawn from there. It hears no caption, so that nothing but luck shows
+    what was asked; `legible` says in how many pictures a scene can be told at all.
+    """
+    like = shapes()
+    network = {
+        "patch": 4,
+        "channels": 64,
+        "channel_mult": [1, 2, 4, 4],
+        "latent_channels": 32,
+    }
+    return like.model_copy(
+        update={
+            "name": "shapes-vae",
+            "data": like.data.model_copy(update={"dataset": "shapes"}),
+            "autoencoder": StageRecipe(
+                config={"network": network, "kl": 5e-3},
+                training=_training(images=150_000, batch=64, learning_rate=1e-3),
+            ),
+            "base": None,
+            "gate": GatePolicy.model_validate(
+                {"absolute": {"legible": 0.5}, "non_inferior": {"legible": 0.02}}
+            ),
+        }
+    )
+
+
+def shapes_autoencoder() -> Recipe:
+    """shapes-vae without its divergence: it reconstructs better, and what N(0, I) draws is nothing;
+    for `compare`, not for service."""
+    like = shapes_vae()
+    config = {**like.autoencoder.config, "kl": 0.0}
+    return like.model_copy(
+        update={
+            "name": "shapes-autoencoder",
+            "autoencoder": like.autoencoder.model_copy(update={"config": config}),
+            "gate": GatePolicy.model_validate({"absolute": {}, "non_inferior": {"kid": 1.0}}),
+        }
+    )
+
+
 def shapes_two() -> Recipe:
     """Two objects and how they lie, in latents at 32 px: a tenth of the pairs of objects is held
     out as a whole, in every relation and on every ground, and asked for in half of the prompts.
@@ -255,7 +297,7 @@ def shapes_diffusionclip() -> Recipe:
             "noisy_clip": StageRecipe(
                 config={
                     "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
-                    "diffusion": flow.base.config["diffusion"],
+                    "diffusion": flow.stage("base").config["diffusion"],
                 },
                 training=_training(images=150_000, batch=128, learning_rate=1e-3),
             ),
@@ -293,10 +335,10 @@ def emoji_unclip() -> Recipe:
 def _of_pictures(name: str, like: Recipe, *, images: int) -> Recipe:
     """A recipe of scenes for the data of `pictures`, its base wider and trained for longer."""
     own = pictures()
-    network = {**like.base.config["network"], "channels": 96}
-    base = like.base.model_copy(
+    network = {**like.stage("base").config["network"], "channels": 96}
+    base = like.stage("base").model_copy(
         update={
-            "config": {**like.base.config, "network": network},
+            "config": {**like.stage("base").config, "network": network},
             "training": _training(images=images, batch=64, learning_rate=1.5e-3),
         }
     )
@@ -550,7 +592,7 @@ def sd_512() -> Recipe:
     recipe = _at_scale(
         "sd-512",
         side=512,
-        network=latent_unet_256().base.config["network"],
+        network=latent_unet_256().stage("base").config["network"],
         listens=["clip"],
         diffusion={"path": "ddpm_scaled_linear", "prediction": "eps", "times": "discrete"},
         training=_published(
@@ -803,6 +845,8 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-imagen": shapes_imagen,
     "shapes-unclip": shapes_unclip,
     "shapes-ldm": shapes_ldm,
+    "shapes-vae": shapes_vae,
+    "shapes-autoencoder": shapes_autoencoder,
     "shapes-two": shapes_two,
     "shapes-diffusionclip": shapes_diffusionclip,
     "pictures": pictures,

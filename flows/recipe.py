@@ -134,7 +134,8 @@ class Recipe(_Part):
     prior: StageRecipe | None = None
     """Draws the picture's CLIP embedding, which a base is told that listens to "clip_image"
     (unCLIP); none by default."""
-    base: StageRecipe = StageRecipe()
+    base: StageRecipe | None = StageRecipe()
+    """Draws latents or pictures; None: the autoencoder draws alone, from N(0, I) (VAE)."""
     sr1: StageRecipe | None = None
     """Enlarges the base's pictures; none by default."""
     sr2: StageRecipe | None = None
@@ -179,7 +180,7 @@ class Recipe(_Part):
     @property
     def in_pixels(self) -> bool:
         """Whether the base denoises the pictures themselves, not an autoencoder's latents."""
-        return self.base.config.get("data") == "pixels"
+        return self.base is not None and self.base.config.get("data") == "pixels"
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """The stages that a stage learns from."""
@@ -235,7 +236,7 @@ class Recipe(_Part):
         for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
         for name in STAGES:  # what says nothing is as if it were not there
-            if body[name] is None and name not in GUIDES:
+            if body[name] is None and name not in (*GUIDES, "base"):
                 del body[name]
             for key in ("warm_start", "sampler"):
                 if body.get(name) and body[name][key] is None:
@@ -313,6 +314,9 @@ def check_stages(recipe: Recipe) -> None:
         except ValueError as error:
             raise RecipeError(str(error)) from None
     _check_scorers(recipe)
+    if recipe.base is None:
+        _check_alone(recipe)
+        return
     _check_sampler(recipe)
     _check_cascade(recipe)
     for name in GUIDES:
@@ -346,12 +350,27 @@ def _check_scorers(recipe: Recipe) -> None:
         )
 
 
+def _check_alone(recipe: Recipe) -> None:
+    """An autoencoder that draws alone has a prior, and nobody beside it."""
+    if recipe.autoencoder.pretrained or recipe.autoencoder.config.get("network", {}).get(
+        "codebook"
+    ):
+        raise RecipeError(
+            "base: null leaves the autoencoder to draw from N(0, I), which needs one that is "
+            "trained here, without a codebook: unset autoencoder.pretrained and "
+            "autoencoder.config.network.codebook"
+        )
+    idle = [it for it in STAGES if it not in FROZEN and getattr(recipe, it) is not None]
+    if idle:
+        raise RecipeError(f"{idle[0]}: there is no base for it to work with; set it to null")
+
+
 def _check_sampler(recipe: Recipe) -> None:
     """What only the scoring would find out, after hours of training."""
     from training.diffusion import SamplerConfig
     from training.stages import CONFIGS, reconstruct
 
-    base: Any = reconstruct(CONFIGS["base"], recipe.base.config, "base.config")
+    base: Any = reconstruct(CONFIGS["base"], recipe.stage("base").config, "base.config")
     try:
         sampler = reconstruct(SamplerConfig, recipe.sampler, "sampler")
     except ValueError as error:
@@ -468,7 +487,7 @@ def _check_edit(recipe: Recipe) -> None:
     """An edit is judged by a CLIP of the line's own, in pixels."""
     if not recipe.in_pixels:
         raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
-    if recipe.base.config.get("side") not in (None, 0, recipe.data.side):
+    if recipe.stage("base").config.get("side") not in (None, 0, recipe.data.side):
         raise RecipeError("edit: it edits pictures of data.side; set base.config.side=0")
     for name in recipe.inputs("edit"):
         if not recipe.stage(name).pretrained:

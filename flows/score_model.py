@@ -75,7 +75,9 @@ def ask(line: Line, data: Manifest) -> Question:
         clip=ClipFeatures(line.source("clip", data)),
         reference=heldout_pictures(line, data, config.reference_count),
         train=pictures_of(_loader(line, data, pixels, "train"), config.train_count),
-        heldout=_loader(line, data, encodings(line, "base", data), "heldout"),
+        heldout=_loader(
+            line, data, encodings(line, "base", data) if line.recipe.base else pixels, "heldout"
+        ),
     )
 
 

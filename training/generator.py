@@ -1,8 +1,10 @@
 """Text -> pictures: captions are encoded, latents are sampled, the autoencoder decodes them.
 
 A model is a fold over stages: a prior draws the embedding of the picture that is to come, the base
-draws latents or a picture, and what follows enlarges it. Each may be missing but the base, and each
-stage is told the captions, and what the stage before it drew.
+draws latents or a picture, and what follows enlarges it. Each may be missing, and each stage is
+told the captions, and what the stage before it drew. Without a base the autoencoder is all there
+is: its latents are drawn from the prior that its divergence holds them to, N(0, I), and captions
+say nothing (VAE, Kingma & Welling 2014).
 
 A generator is one directory: generator.json and a folder for each stage, JSON and safetensors only.
 Picture i is a function of its own prompt and seed: its noise comes from (seed, "sample"), and its
@@ -100,7 +102,8 @@ class Generator:
     """generator(prompts) -> pictures. Make one by `load`."""
 
     base: Any
-    """The base stage: network, diffusion, and the latents' shift, scale and shape."""
+    """The base stage: network, diffusion, and the latents' shift, scale and shape; None where an
+    autoencoder draws alone."""
     codec: Any
     """The autoencoder, encode and decode; None where the base draws pixels."""
     encoders: Mapping[str, Any]
@@ -123,6 +126,8 @@ class Generator:
     """Of the prior and the enlarging stages."""
     editor: Any = None
     """The edit stage; None without one."""
+    latent_shape: tuple[int, ...] = ()
+    """Of what the base draws, or of the autoencoder's latents: channel, height, width."""
 
     @classmethod
     def load(
@@ -150,7 +155,8 @@ class Generator:
         sampler = reconstruct(SamplerConfig, described["defaults"], "defaults")
         samplers = _stage_samplers(described.get("samplers", {}))
         sources = {name: Path(directory, name) for name in described["stages"]}
-        return _open(sources, sampler, samplers, device, precision or _precision(device))
+        shape = tuple(described.get("latent_shape", ()))
+        return _open(sources, sampler, samplers, device, precision or _precision(device), shape)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -220,6 +226,24 @@ class Generator:
         parts = [dict(self._stages(asked.rows(rows), options)) for rows in asked.batches()]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+    @torch.no_grad()
+    def encode(self, pictures: Pictures) -> Float[Tensor, "picture channel height width"]:
+        """What the autoencoder makes of pictures, the mean where it makes a Gaussian: latents
+        neither shifted nor scaled. ValueError without an autoencoder."""
+        if self.codec is None:
+            raise ValueError("encode: this generator draws pixels and has no autoencoder")
+        x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+        rows = range(0, len(x), BATCH)
+        made = [self.codec.encode(x[start : start + BATCH].to(self._device)) for start in rows]
+        return torch.cat(made)[:, : self.latent_shape[0]].float()
+
+    @torch.no_grad()
+    def decode(self, z: Float[Tensor, "picture channel height width"]) -> Pictures:
+        """Pictures of what `encode` makes."""
+        if self.codec is None:
+            raise ValueError("decode: this generator draws pixels and has no autoencoder")
+        return np.concatenate([_numpy(self.codec.decode(part)) for part in z.split(BATCH)])
+
     def embed(self, pictures: Pictures) -> Embeddings:
         """The embeddings of square pictures. ValueError without a CLIP that has an image tower."""
         if self.clip is None:
@@ -242,7 +266,7 @@ class Generator:
         the first seed's picture (DDIM, Song et al. 2021, sec. 5.3). `options` are fields of
         SamplerConfig; without them the sampler is deterministic.
         """
-        first, last = (self._drawn(self.base, [seed], "sample") for seed in seeds)
+        first, last = (self._drawn(self.latent_shape, [seed], "sample") for seed in seeds)
         eps = torch.cat([slerp(first, last, share) for share in shares])
         # All else, as what the prior or the enlarging stages draw, is the first seed's.
         asked = _Asked.of([prompt] * len(shares), None, [seeds[0]] * len(shares))
@@ -281,7 +305,7 @@ class Generator:
 
         if self.editor is None:
             raise ValueError("edit: this generator has no edit stage; add `edit` to its recipe")
-        side = self.base.latent_shape.tolist()[-1]
+        side = self.latent_shape[-1]
         wanted = (side, side, 3)
         if pictures.dtype != np.uint8 or pictures.shape[1:] != wanted:
             raise ValueError(
@@ -299,11 +323,14 @@ class Generator:
     @torch.no_grad()
     def denoising_loss(
         self, batch: Mapping[str, Any], seed: int = 0
-    ) -> Float[np.ndarray, " sample"]:
-        """The base's loss for each row of a loader's batch, with fixed (latent, time, noise).
+    ) -> Float[np.ndarray, " sample"] | None:
+        """The base's loss for each row of a loader's batch, with fixed (latent, time, noise); None
+        without a base.
 
         In fp32 whatever the precision: it is compared between models to the fourth digit.
         """
+        if self.base is None:
+            return None
         return self.base.heldout_loss(to_tensors(batch, self._device), seed).cpu().numpy()
 
     def bits_per_dim(
@@ -330,7 +357,8 @@ class Generator:
 
     @property
     def _drawing(self) -> list[Any]:
-        return [*([self.prior] if self.prior else []), self.base, *self.enlarging.values()]
+        before = [it for it in (self.prior, self.base) if it is not None]
+        return [*before, *self.enlarging.values()]
 
     @property
     def reads_labels(self) -> bool:
@@ -339,7 +367,8 @@ class Generator:
 
     @property
     def _device(self) -> torch.device:
-        return self.base.shift.device
+        drawing = self.codec if self.base is None else self.base
+        return next(drawing.parameters()).device
 
     def _samplers(
         self, chosen: Mapping[str, Any]
@@ -372,13 +401,13 @@ class Generator:
         told = self._read(asked)
         z = self._embeddings(asked, told, samplers)
         x = self._latents(asked, told, z, sampler, guides, eps)
-        pixels = to_bytes(x) if self.codec is None else self.codec.decode(self.base.unscaled(x))
+        pixels = to_bytes(x) if self.codec is None else self.codec.decode(self._unscaled(x))
         yield BASE, _numpy(pixels)
         x = x.clamp(-1, 1) if self.codec is None else to_unit(pixels)
         for name, stage in self.enlarging.items():
             low = stage.config.low
             strength = torch.full((len(x),), samplers[name].level, device=x.device)
-            noise = self._drawn(stage, asked.seeds, f"{name}/level", x.shape[1:])
+            noise = self._drawn(x.shape[1:], asked.seeds, f"{name}/level")
             damaged = low.told(x, strength, stage.model, noise)
             more = self._more(stage, asked, z) | damaged
             x = self._sampled(name, stage, asked, told, samplers[name], more).clamp(-1, 1)
@@ -393,9 +422,15 @@ class Generator:
         guides: Sequence[Guide] = (),
         eps: Tensor | None = None,
     ) -> Tensor:
-        """What the base draws."""
+        """What the base draws, or the autoencoder's prior."""
+        if self.base is None:
+            return self._drawn(self.latent_shape, asked.seeds, "sample") if eps is None else eps
         more = self._more(self.base, asked, z)
         return self._sampled(BASE, self.base, asked, told, sampler, more, guides, eps)
+
+    def _unscaled(self, x: Tensor) -> Tensor:
+        """Latents as the autoencoder knows them."""
+        return x if self.base is None else self.base.unscaled(x)
 
     def _more(self, stage: Any, asked: _Asked, z: Embeddings | None) -> dict[str, Tensor]:
         """What a stage is told beside the texts: its classes, the embedding of what is drawn."""
@@ -488,7 +523,7 @@ class Generator:
             return []
         if self.codec is not None:
             raise ValueError("known: needs a base of pixels, and this generator draws latents")
-        side = self.base.latent_shape.tolist()[-1] // known.factor
+        side = self.latent_shape[-1] // known.factor
         wanted = (len(prompts), side, side, 3)
         masked = wanted[:3] if known.mask is None else known.mask.shape
         if known.pictures.shape != wanted or masked != wanted[:3]:
@@ -538,6 +573,7 @@ class Generator:
     ) -> Tensor:
         """What a stage draws, told the texts and `more`."""
         purpose = "sample" if name == BASE else f"sample/{name}"
+        shape = stage.latent_shape.tolist()
         calls = iter(range(1 << 62))
 
         def network(x: Tensor, label: Tensor, cond: Cond) -> Tensor:
@@ -547,18 +583,16 @@ class Generator:
 
         return sampler.sample(
             stage.build_model(network),
-            self._drawn(stage, asked.seeds, purpose) if eps is None else eps,
+            self._drawn(shape, asked.seeds, purpose) if eps is None else eps,
             _cond(stage, told.texts, more),
             negative=None if told.against is None else _cond(stage, told.against, more, False),
             guides=guides,
-            noise=lambda x: self._drawn(stage, asked.seeds, f"{purpose}/{next(calls)}").to(x),
+            noise=lambda x: self._drawn(shape, asked.seeds, f"{purpose}/{next(calls)}").to(x),
         )
 
-    def _drawn(
-        self, stage: Any, seeds: Sequence[int], purpose: str, shape: Sequence[int] | None = None
-    ) -> Tensor:
-        """Standard normal noise like what a stage draws, each row a function of its own seed."""
-        shape = tuple(shape or stage.latent_shape.tolist())
+    def _drawn(self, shape: Sequence[int], seeds: Sequence[int], purpose: str) -> Tensor:
+        """Standard normal noise of this shape, each row a function of its own seed."""
+        shape = tuple(shape)
         origin = torch.zeros(1, dtype=torch.int64, device=self._device)
         return torch.cat([normal(seed, purpose, origin, shape) for seed in seeds])
 
@@ -680,7 +714,8 @@ def assemble(
     """Make a self-contained generator of trained stages.
 
     `stages` maps "base", "prior", "sr1", "sr2", "autoencoder" and the names of the text encoders to
-    stage directories, or to pretrained models (folder or hub id), whose files are copied.
+    stage directories, or to pretrained models (folder or hub id), whose files are copied. Without
+    a base the autoencoder, a stage of the line's, is the generator.
     `defaults` are fields of SamplerConfig (guidance, steps, ...), `samplers` those of StageSampler
     for the other stages that draw. What was in the directory is replaced. ValueError when a stage
     is missing or not the one that another was trained with.
@@ -691,8 +726,9 @@ def assemble(
 
     target = Path(directory)
     sources = {name: open_source(where, name) for name, where in stages.items()}
-    if "base" not in sources or sources["base"].family != "base":
-        raise ValueError(f"{target}: a generator needs a base stage, got {', '.join(stages)}")
+    if BASE in sources and sources[BASE].family != BASE:
+        raise ValueError(f"{target}: the base is no base stage but a {sources[BASE].family}")
+    shape = () if BASE in sources else _prior_shape(sources.get("autoencoder"), target)
     sampler = reconstruct(SamplerConfig, dict(defaults or {}), "defaults")
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -716,7 +752,8 @@ def assemble(
                 done = committed(origin) or {}
                 origins[name] |= {"pretrained": None, "fingerprint": done.get("fingerprint")}
         places = {name: draft / name for name in sources}
-        generator = _open(places, sampler, _stage_samplers(samplers or {}), "cpu", "fp32")
+        beside = _stage_samplers(samplers or {})
+        generator = _open(places, sampler, beside, "cpu", "fp32", shape)
         for name in DENOISING:
             if name in sources:
                 done = committed(sources[name].directory())
@@ -727,6 +764,8 @@ def assemble(
             "resolution": generator.resolution,
             "defaults": generator.defaults,
         }
+        if shape:
+            described["latent_shape"] = shape
         if generator.samplers:
             described["samplers"] = {name: asdict(it) for name, it in generator.samplers.items()}
         _write(draft / GENERATOR, described)
@@ -738,14 +777,39 @@ def assemble(
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def _prior_shape(autoencoder: Any, target: Path) -> tuple[int, ...]:
+    """Of the latents of an autoencoder that draws alone. ValueError where its latents are held to
+    no N(0, I)."""
+    from .results import committed
+
+    done = (
+        None
+        if autoencoder is None or autoencoder.pretrained
+        else committed(autoencoder.directory())
+    )
+    if not done:
+        raise ValueError(
+            f"{target}: a generator needs a base stage, or an autoencoder stage of the line's that "
+            "draws alone"
+        )
+    if done["config"].get("network", {}).get("codebook"):
+        raise ValueError(
+            f"{target}: the autoencoder's latents are vectors of a codebook, which no Gaussian "
+            "draws: give a base stage too"
+        )
+    return tuple(done["measured"]["latent_shape"])
+
+
 def _open(
     directories: Mapping[str, Path],
     sampler: SamplerConfig,
     samplers: Mapping[str, StageSampler],
     device: torch.device | str,
     precision: str,
+    latent_shape: tuple[int, ...] = (),
 ) -> Generator:
-    """The generator of these stage folders. ValueError when a stage needs another one."""
+    """The generator of these stage folders; `latent_shape` is that of one without a base.
+    ValueError when a stage needs another one."""
     from .encoders import LOADERS
     from .encoders.autoencoder import open_codec
     from .encoders.sources import open_source
@@ -756,9 +820,9 @@ def _open(
     drawing: dict[str, Any] = {
         n: load(directories[n]).to(device) for n in DENOISING if n in directories
     }
-    base: Any = drawing[BASE]
+    base: Any = drawing.get(BASE)
     texts: list[str] = []
-    wanted = ["autoencoder"] if base.config.data == "moments" else []
+    wanted = ["autoencoder"] if base is None or base.config.data == "moments" else []
     for name, stage in drawing.items():
         needed = [*stage.config.texts, *(["clip"] if stage.config.hears_embedding else [])]
         texts += (it for it in needed if it not in texts)
@@ -778,7 +842,7 @@ def _open(
     towers = directories.get("clip") if "clip" in sources else None
     if towers is not None and sources["clip"].pretrained:
         towers = None
-    shape = base.latent_shape.tolist()
+    shape = tuple(latent_shape if base is None else base.latent_shape.tolist())
     side = shape[-1]
     if codec is not None:
         with torch.no_grad():
@@ -808,6 +872,7 @@ def _open(
         prior=drawing.get(PRIOR),
         enlarging=enlarging,
         samplers=beside,
+        latent_shape=shape,
     )
 
 
