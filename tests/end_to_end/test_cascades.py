@@ -46,3 +46,20 @@ def test_a_published_system_goes_through_the_line(darkroom, name, tmp_path):
     page = Path(made["report"]).read_text()
     assert "From stage to stage" in page
     assert ("Along the difference of two captions" in page) == (name == "shapes-unclip")
+
+
+def test_an_autoencoder_alone_goes_through_the_line(darkroom):
+    """shapes-vae: no base, no captions; promoted by what it draws."""
+    few = [it for it in TINY if not it.startswith(("base.", "t5."))]
+    train = ("autoencoder.training.images=640", "autoencoder.config.network.channels=16")
+    made = darkroom("run", "shapes-vae", *few, *train, "data.dataset=few-32")
+    assert made["verdict"]["promote"], made["verdict"]
+    card = made["scorecard"]
+    assert 0 <= card["legible"] <= 1
+    assert 5 < card["reconstruction_psnr"] < 40
+    assert "heldout_loss" not in card
+    from pathlib import Path
+
+    page = Path(made["report"]).read_text()
+    assert "Between two draws of the prior" in page
+    assert "Through the autoencoder" in page

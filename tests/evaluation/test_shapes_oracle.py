@@ -14,6 +14,7 @@ from evaluation.shapes_oracle import (
     compare,
     judge,
     judge_all,
+    legible,
     read,
     read_all,
 )
@@ -198,3 +199,11 @@ def test_wrong_pictures_are_refused():
         read_all(np.zeros((2, 32, 32, 3), np.uint8), objects=3)
     with pytest.raises(ValueError, match="truth"):
         judge_all(np.zeros((2, 32, 32, 3), np.uint8), [])
+
+
+def test_a_picture_is_legible_where_every_attribute_can_be_told():
+    drawn = np.stack([shapes.draw(shapes.scene(3, index), 32) for index in range(8)])
+    blank = np.full((2, 32, 32, 3), 255, np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    found = legible(np.concatenate([drawn, blank, noise]))
+    assert found.tolist() == [True] * 8 + [False] * 4

@@ -191,3 +191,19 @@ def test_an_enlarging_stage_that_hears_t5_changes_no_base_that_does_not():
     assert "t5" in heard.stages
     assert "t5" not in silent.stages
     assert heard.inputs("base") == silent.inputs("base") == ("clip",)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("autoencoder.pretrained=some/where", "unset autoencoder.pretrained"),
+        ("autoencoder.config.network.codebook.codes=64", "without a codebook"),
+        ("classifier.training.images=64", "no base for it to work with"),
+    ],
+)
+def test_an_autoencoder_alone_is_a_recipe(override, said):
+    recipe = load("shapes", ["base=null"])
+    check_stages(recipe)
+    assert recipe.stages == ("autoencoder", "clip")
+    with pytest.raises(RecipeError, match=said):
+        check_stages(load("shapes", ["base=null", override]))

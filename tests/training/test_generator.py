@@ -381,3 +381,47 @@ def test_pictures_between_two_seeds_begin_and_end_with_theirs(drawer, generator)
         assert np.abs(row[[0, 2]].astype(int) - ends).max() <= 1
         assert (row[1] != row[0]).any()
         assert (row[1] != row[2]).any()
+
+
+@pytest.fixture(scope="module")
+def alone(line, tmp_path_factory) -> Path:
+    """A VAE: the autoencoder and nothing else."""
+    made = tmp_path_factory.mktemp("vae") / "generator"
+    assemble(made, {"autoencoder": line.stages["autoencoder"]}, DEFAULTS)
+    return made
+
+
+def test_an_autoencoder_alone_decodes_draws_of_its_prior(alone):
+    generator = Generator.load(alone, "cpu", precision="fp32")
+    drawn = generator(PROMPTS, seed=3)
+    shape = generator.latent_shape
+    z = torch.cat([normal(seed, "sample", torch.tensor([0]), shape) for seed in (3, 4, 5)])
+    with torch.no_grad():
+        wanted = generator.codec.decode(z).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(drawn, wanted)
+    np.testing.assert_array_equal(generator([""] * 3, seed=3), drawn)  # captions say nothing
+    ends = generator.between("", (3, 5), [0.0, 1.0])
+    np.testing.assert_array_equal(ends, drawn[[0, 2]])
+    assert generator.networks == []
+    assert generator.denoising_loss({}) is None
+
+
+def test_what_the_autoencoder_encodes_it_decodes(alone, line):
+    generator = Generator.load(alone, "cpu", precision="fp32")
+    pictures = generator(PROMPTS, seed=3)
+    codec = generator.codec
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        again = codec.decode(codec.network.mean(codec.encode(x))).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(generator.decode(generator.encode(pictures)), again)
+
+
+def test_an_autoencoder_alone_needs_a_prior(line, tmp_path):
+    with pytest.raises(ValueError, match="or an autoencoder stage"):
+        assemble(tmp_path / "g", {"clip": line.stages["clip"]})
+    coded = shutil.copytree(line.stages["autoencoder"], tmp_path / "vq")
+    done = json.loads((coded / "stage.json").read_text())
+    done["config"]["network"] = {"codebook": {"codes": 8}}
+    (coded / "stage.json").write_text(json.dumps(done))
+    with pytest.raises(ValueError, match="codebook"):
+        assemble(tmp_path / "g", {"autoencoder": coded})
