@@ -27,6 +27,16 @@ from .techniques import Technique, described
 
 TEMPLATE = "comparison.html.jinja"
 AMONG = 100
+NEIGHBOURS = 3
+KID_BLOCK = 32
+_WHOLE = {
+    "precision": ("Precision", 100.0, "%"),
+    "recall": ("Recall", 100.0, "%"),
+    "kid": ("KID x 1000", 1000.0, ""),
+    "saturation": ("Saturated", 100.0, "%"),
+    "legible": ("Shows a scene at all", 100.0, "%"),
+}
+"""Measure -> its heading, by what it is multiplied, its unit."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,20 @@ class Drawn:
     """A picture."""
     against_first: metrics.Interval | None
     """`right` minus that of the first contender, paired; None for the first itself."""
+    measures: Mapping[str, Measure] = field(default_factory=dict[str, "Measure"])
+    """What is said of all its pictures together, by name."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value for each picture, real picture or block of pictures; paired with the first one's."""
+
+    values: ndarray
+    against_first: metrics.Interval | None = None
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
 
 
 def compare(
@@ -60,13 +84,15 @@ def compare(
     *,
     seed: int,
     clip: Extractor | None = None,
+    reference: Pictures | None = None,
     batch: int = 64,
     blocks: int = 16,
     progress: Progress | None = None,
 ) -> list[Drawn]:
     """Each contender's pictures of all prompts, picture i from seed + i.
 
-    Prompts with a truth are judged by the oracle, others by `clip`. ValueError when there is
+    Prompts with a truth are judged by the oracle, others by `clip`. Real pictures as `reference`
+    say how near and how varied the drawn ones are, as `clip` sees them. ValueError when there is
     nothing to compare, or prompts without a truth and no `clip`.
     """
     if len(contenders) < 2 or len(prompts) < 2:
@@ -83,6 +109,7 @@ def compare(
     for it in contenders:  # a wrong option is found at once, and nobody's time has the first call's
         it.generator([prompts[0].text], seed=[seed], **options(it, prompts[:1]))
     found: list[Drawn] = []
+    real = None if clip is None or reference is None else clip.images(reference)
     total = len(contenders) * len(prompts)
     for number, it in enumerate(contenders):
         parts: list[Pictures] = []
@@ -99,10 +126,43 @@ def compare(
         seconds = time.perf_counter() - started
         pictures = np.concatenate(parts)
         right = judged(pictures, prompts, clip)
-        against = metrics.paired_difference(right, found[0].right, blocks) if found else None
+        gained = metrics.paired_difference(right, found[0].right, blocks) if found else None
         spent = counted() / len(prompts)
-        found.append(Drawn(it.name, pictures, right, spent, seconds / len(prompts), against))
+        whole = _whole(pictures, prompts, clip, real)
+        first = found[0].measures if found else {}
+        measures: dict[str, Measure] = {}
+        for name, values in whole.items():
+            by, against = None if name == "kid" else min(blocks, len(values)), None
+            if name in first and len(values) > 1:
+                against = metrics.paired_difference(values, first[name].values, by)
+            measures[name] = Measure(values, against)
+        made = Drawn(it.name, pictures, right, spent, seconds / len(prompts), gained, measures)
+        found.append(made)
     return found
+
+
+def _whole(
+    pictures: Pictures,
+    prompts: Sequence[Prompt],
+    clip: Extractor | None,
+    real: ndarray | None,
+) -> dict[str, ndarray]:
+    """What is said of all pictures together: values whose mean it is."""
+    found = {"saturation": metrics.saturation(pictures)}
+    if truths := _scenes(prompts):
+        objects = len(truths[0].get("objects", (0,)))
+        found["legible"] = shapes_oracle.legible(pictures, objects).astype(np.float64)
+    if clip is None or real is None or min(len(pictures), len(real)) <= NEIGHBOURS:
+        return found
+    features = clip.images(pictures)
+    near, covered = metrics.manifolds(features, real, neighbours=NEIGHBOURS)
+    block = min(KID_BLOCK, len(features), len(real))
+    return {
+        "precision": near.astype(np.float64),
+        "recall": covered.astype(np.float64),
+        "kid": metrics.kid(features, real, block=block),
+        **found,
+    }
 
 
 def judged(pictures: Pictures, prompts: Sequence[Prompt], clip: Extractor | None) -> ndarray:
@@ -174,6 +234,21 @@ def render(
                 "against": _signed(it.against_first),
             }
         )
+    named = [name for name in _WHOLE if name in drawn[0].measures]
+    whole = [
+        {
+            "name": it.name,
+            "cells": [
+                {
+                    "value": f"{factor * it.measures[name].mean:.2f}{unit and f' {unit}'}",
+                    "against": _signed(it.measures[name].against_first, factor),
+                }
+                for name in named
+                for _, factor, unit in [_WHOLE[name]]
+            ],
+        }
+        for it in drawn
+    ]
     pictures = [
         {
             "text": prompt.text,
@@ -187,6 +262,7 @@ def render(
     return page(
         TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
         table=table, rows=pictures, count=len(prompts),
+        whole=whole, measures=[_WHOLE[name][0] for name in named],
         names=[it.name for it in drawn],
         techniques=[described(it) for it in shown],
         judge="every attribute is read from the pixels" if _scenes(prompts)
@@ -200,8 +276,8 @@ def _scenes(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
     return truths if len(truths) == len(prompts) else []
 
 
-def _signed(difference: metrics.Interval | None) -> str:
+def _signed(difference: metrics.Interval | None, factor: float = 100.0) -> str:
     if difference is None:
         return ""
-    mean, low, high = (100 * x for x in (difference.mean, difference.low, difference.high))
+    mean, low, high = (factor * x for x in (difference.mean, difference.low, difference.high))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -14,7 +14,7 @@ from functools import cache
 from statistics import NormalDist
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy import ndarray
 
 Features = Float[ndarray, "pictures width"]
@@ -186,11 +186,16 @@ def _squared_distances(x: ndarray, y: ndarray) -> ndarray:
 
 
 def precision_recall(x: Features, y: Features, *, neighbours: int = 3) -> tuple[float, float]:
-    """(precision, recall) of generated x against real y (Kynkäänniemi et al. 2019, eq. 1-2).
+    """(precision, recall) of generated x against real y (Kynkäänniemi et al. 2019, eq. 1-2)."""
+    inside, covered = manifolds(x, y, neighbours=neighbours)
+    return float(inside.mean()), float(covered.mean())
 
-    Precision: the share of x inside the union of balls around y, each as wide as its k-th nearest
-    neighbour; recall: swapped.
-    """
+
+def manifolds(
+    x: Features, y: Features, *, neighbours: int = 3
+) -> tuple[Bool[ndarray, " x"], Bool[ndarray, " y"]]:
+    """(which of x lie inside the union of balls around y, each as wide as its k-th nearest
+    neighbour, which of y inside that around x): their means are precision and recall."""
     if min(len(x), len(y)) <= neighbours:
         raise ValueError(
             f"{neighbours} neighbours need more pictures on both sides, got {len(x)} and {len(y)}"
@@ -201,9 +206,8 @@ def precision_recall(x: Features, y: Features, *, neighbours: int = 3) -> tuple[
         np.sort(_squared_distances(z, z), 1)[:, neighbours] * (1 + 1e-9) + 1e-12 for z in (x, y)
     )
     between = _squared_distances(x, y)
-    return float((between <= radii_y).any(1).mean()), float(
-        (between <= radii_x[:, None]).any(0).mean()
-    )
+    inside, covered = between <= radii_y, between <= radii_x[:, None]
+    return np.asarray(inside.any(1)), np.asarray(covered.any(0))
 
 
 def _unit(x: Features) -> Features:
@@ -216,6 +220,12 @@ def psnr(pictures: ndarray, truth: ndarray) -> Values:
     that of an error of 1e-10 of full scale squared, which only equal pictures reach."""
     error = np.square((pictures.astype(np.float64) - truth) / 255).mean((1, 2, 3))
     return -10 * np.log10(np.maximum(error, 1e-10))
+
+
+def saturation(pictures: ndarray) -> Values:
+    """Share of each picture's values that are at an end of their range: uint8 [n, ...] of 0 or
+    255. Guidance drives them there (Saharia et al. 2022, section 2.3)."""
+    return ((pictures == 0) | (pictures == 255)).reshape(len(pictures), -1).mean(1)
 
 
 def clip_score(images: Features, texts: Features) -> Values:

@@ -204,6 +204,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             asked,
             seed=line.recipe.evaluation.seed,
             clip=question.clip,
+            reference=question.reference,
             progress=progress,
         )
     shown = techniques(
@@ -223,6 +224,13 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             and [it.against_first.mean, it.against_first.low, it.against_first.high],
             "evaluations": it.evaluations,
             "seconds": it.seconds,
+            "measures": {
+                name: {
+                    "mean": measure.mean,
+                    "against_first": measure.against_first and asdict(measure.against_first),
+                }
+                for name, measure in it.measures.items()
+            },
         }
         for it in drawn
     ]

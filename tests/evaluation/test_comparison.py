@@ -1,5 +1,7 @@
 """Side by side: the same prompts and seeds, and what is said of a difference is paired."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,41 @@ def test_the_same_prompts_and_seeds_for_all_and_differences_are_paired():
     assert (again.against_first.low, again.against_first.high) == (0.0, 0.0)
 
 
+class Eye:
+    """Sees the mean colour of each quarter."""
+
+    def images(self, pictures):
+        quarters = pictures.reshape(len(pictures), 2, 16, 2, 16, 3)
+        return quarters.mean((2, 4)).reshape(len(pictures), -1) / 255
+
+    def texts(self, texts):
+        raise NotImplementedError
+
+
+def test_all_pictures_together_are_held_against_real_ones():
+    """One that draws the same scene for each prompt misses most of what is real."""
+    real = np.stack([shapes.draw(it, 32) for it in SCENES])
+
+    class Same(Painter):
+        def __call__(self, prompts, **options):
+            return super().__call__(["0"] * len(prompts), **options)
+
+    contenders = [Contender("a", Painter()), Contender("b", Same())]
+    good, same = compare(contenders, PROMPTS, seed=0, clip=Eye(), reference=real, blocks=4)
+    assert good.measures["recall"].mean == good.measures["precision"].mean == 1.0
+    assert same.measures["recall"].mean < 0.2
+    lost = same.measures["recall"].against_first
+    assert lost is not None
+    assert lost.high < -0.5
+    assert good.measures["kid"].mean < same.measures["kid"].mean
+    assert good.measures["legible"].mean == 1.0
+    ends = ((real == 0) | (real == 255)).mean()
+    assert good.measures["saturation"].mean == pytest.approx(ends)
+    html = render("two", [good, same], PROMPTS, rows=2)
+    assert "100.00 %" in html
+    assert "KID" in html
+
+
 def test_a_classifier_is_told_what_the_prompts_ask_for():
     plain, guided = Painter(), Painter()
     compare(
@@ -77,10 +114,13 @@ def test_the_page_is_self_contained_and_escapes_captions():
     assert html.count('class="wrong"') == 2  # pictures 0 and 3 of the second
 
 
+BASE = SimpleNamespace(config=SimpleNamespace(hears_embedding=False))
+
+
 class Filler:
     """A model of pixels that knows how to keep what is known, and draws grey elsewhere."""
 
-    codec, clip, enlarging, resolution = None, None, {}, 16
+    codec, base, clip, enlarging, resolution = None, BASE, None, {}, 16
 
     def __call__(self, prompts, *, seed, guidance, known):
         assert set(prompts) == {""}
