@@ -2,7 +2,9 @@
 
 Each level halves *before* its blocks on the way down and doubles *after* them on the way up: full
 resolution sees the first and last convolutions and nothing else. Skips are scaled by 1 / sqrt 2
-(Saharia et al. 2022, appendix B). The same contract as UNet; made to enlarge pictures.
+(Saharia et al. 2022, appendix B). What the first convolution makes also goes to the last one, so
+that what is to be said of single pixels need not pass through half the resolution: of the noise in
+v the widths of small networks lost most. The same contract as UNet; made to enlarge pictures.
 """
 
 from __future__ import annotations
@@ -157,14 +159,14 @@ class EfficientUNet(nn.Module):
             Upsample(b, a) for a, b in zip(outer[::-1], widths[::-1], strict=True)
         )
         out = (config.out_channels or config.in_channels) * (1 + config.learned_variance)
-        self.norm = group_norm(widths[0])
-        self.out = zeroed(conv3(widths[0], out))
+        self.norm = group_norm(2 * widths[0])
+        self.out = zeroed(conv3(2 * widths[0], out))
 
     def forward(self, x: Image, label: Labels, cond: Cond | None = None) -> Image:
         cond = cond or {}
         told = self.conditioning(label, cond)
         x = join_low(x, cond, self.config.low_channels)
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        h = stem = self.stem(x.contiguous(memory_format=torch.channels_last))
         sizes: list[torch.Size] = []
         skips: list[Tensor] = []
         for shrink, level in zip(self.shrink, self.down, strict=True):
@@ -176,4 +178,5 @@ class EfficientUNet(nn.Module):
             if i:
                 h = torch.cat([h, skips.pop() * 2**-0.5], dim=1)
             h = grow(level(h, told), sizes.pop())
+        h = torch.cat([h, stem * 2**-0.5], dim=1)
         return self.out(F.silu(self.norm(h)))
