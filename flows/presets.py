@@ -148,7 +148,7 @@ def shapes_cdm() -> Recipe:
         sides=(16, 32, 64),
         base=_pixel_base(16, diffusion),
         sr1=_enlarging(16, 32, diffusion, patch=2),
-        sr2=_enlarging(32, 64, diffusion, patch=4, images=60_000, augment="blur", strongest=1.0),
+        sr2=_enlarging(32, 64, diffusion, patch=4, augment="blur", strongest=1.0),
     )
 
 
@@ -395,7 +395,7 @@ def _enlarging(
     *,
     patch: int = 1,
     network: dict[str, Any] | None = None,
-    images: int = 60_000,
+    images: int = 40_000,
     augment: str = "noise",
     strongest: float = 0.5,
     listens: list[str] | None = None,
