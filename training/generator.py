@@ -408,7 +408,8 @@ class Generator:
             low = stage.config.low
             strength = torch.full((len(x),), samplers[name].level, device=x.device)
             noise = self._drawn(x.shape[1:], asked.seeds, f"{name}/level")
-            damaged = low.told(x, strength, stage.model, noise)
+            side = stage.latent_shape.tolist()[-1]
+            damaged = low.told(x, strength, stage.model, noise, side)
             more = self._more(stage, asked, z) | damaged
             x = self._sampled(name, stage, asked, told, samplers[name], more).clamp(-1, 1)
             yield name, _numpy(to_bytes(x))

@@ -53,7 +53,7 @@ def _squared_error(
     """The error, F and the learned variance's fraction, from one network call."""
     level = a, s = model.path.at(t, x0)
     out, fraction = model.predict(a * x0 + s * eps, t, cond)
-    error = (out - model.prediction.target(x0, eps, level)).square()
+    error = (out - model.target(x0, eps, level, cond)).square()
     if weight is not None:
         error = error * (weight((a / s) ** 2) * model.prediction.solve(level)[1] ** 2)
     return error.flatten(1).mean(1), out, fraction
@@ -238,7 +238,7 @@ def hybrid_loss(
     """
     error, out, fraction = _squared_error(model, x0, t, eps, cond, weight)
     assert fraction is not None, "a model without learned variance has no bound to add"
-    estimate = model.read(out.detach(), model.path.noise(x0, eps, t), t)
+    estimate = model.read(out.detach(), model.path.noise(x0, eps, t), t, cond)
     u = t - 1 / steps
     u = torch.where(u < 0.5 / steps, 0, u)  # the chain has no state between the data and 1/steps
     return error + share * steps * variance_bound(model.path, x0, estimate, fraction, t, u)

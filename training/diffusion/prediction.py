@@ -23,6 +23,8 @@ Denoiser = Callable[[Tensor, Tensor, Cond], Tensor]
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
 """(c_in x, label [batch], cond) -> F; knows nothing of diffusion."""
 NULL: Cond = {}
+MEAN = "mean"
+"""The leaf of a condition that says where the data is expected."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class Model:
 
     The network sees its input at unit variance and, with label "noise", log(s/a)/4 (EDM's c_noise):
     two gauges of one path then show it the same numbers. With label "time" it sees t.
+
+    Where cond has a "mean", shaped like x, the data is expected there: what the network sees and
+    says is of x0 - mean, whose state is x - a mean (residual diffusion: SRDiff, Li et al. 2022),
+    and sigma_data is the deviation of what is left.
     """
 
     network: Network
@@ -107,17 +113,29 @@ class Model:
         """The estimate of x0, and the fraction of a model with learned variance."""
         x = _at_least_float32(x)
         out, fraction = self.predict(x, t, cond)
-        return self.read(out, x, t), fraction
+        return self.read(out, x, t, cond), fraction
 
-    def read(self, out: Tensor, x: Data, t: Time) -> Data:
+    def read(self, out: Tensor, x: Data, t: Time, cond: Cond = NULL) -> Data:
         """x0 of a network's output F."""
         k, o = self.prediction.solve(self.path.at(t, x))
-        return k * x + o * out
+        if (mean := cond.get(MEAN)) is None:
+            return k * x + o * out
+        return mean + k * self._left(x, t, mean) + o * out
+
+    def target(self, x0: Data, eps: Data, level: Level, cond: Cond = NULL) -> Data:
+        """What F should be."""
+        mean = cond.get(MEAN)
+        return self.prediction.target(x0 if mean is None else x0 - mean, eps, level)
+
+    def _left(self, x: Data, t: Time, mean: Data) -> Data:
+        return x - self.path.at(t, x)[0] * mean
 
     def predict(self, x: Data, t: Time, cond: Cond = NULL) -> tuple[Tensor, Tensor | None]:
         """F, and of a model with learned variance the fraction by which `ddim` interpolates."""
         x = _at_least_float32(x)
-        out = self.network(self.shown(x, t), self.labels(t, x), cond).to(x.dtype)
+        mean = cond.get(MEAN)
+        shown = self.shown(x if mean is None else self._left(x, t, mean), t)
+        out = self.network(shown, self.labels(t, x), cond).to(x.dtype)
         channels = x.shape[1] * (1 + self.learned_variance)
         if out.shape != (x.shape[0], channels, *x.shape[2:]):
             raise ValueError(
