@@ -171,7 +171,7 @@ def shapes_imagen() -> Recipe:
         "shapes-imagen",
         sides=(16, 64),
         base=_pixel_base(16, diffusion, listens=["t5"]),
-        sr1=_enlarging(16, 64, network=efficient, images=24_000, listens=["t5"], sampler=dynamic),
+        sr1=_enlarging(16, 64, network=efficient, listens=["t5"], sampler=dynamic),
     )
     return recipe.model_copy(update={"sampler": {**recipe.sampler, **dynamic}})
 

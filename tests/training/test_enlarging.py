@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.diffusion import DiffusionConfig, normal
-from training.enlarging import LowConfig, blurred, shrunk
+from training.enlarging import PIXELS_VARIANCE, LowConfig, blurred, enlarged, shrunk
 
 POSITION = torch.arange(64)
 
@@ -15,7 +15,7 @@ def pictures(rows: int = 64, side: int = 8) -> torch.Tensor:
 
 def told(config: LowConfig, strength: torch.Tensor, low: torch.Tensor):
     model = DiffusionConfig(path="cosine", prediction="v").build_model(lambda x, label, cond: x)
-    return model, config.told(low, strength, model, config.noise(0, POSITION, low))
+    return model, config.told(low, strength, model, config.noise(0, POSITION, low), 16)
 
 
 def test_a_small_picture_is_the_means_of_squares():
@@ -68,6 +68,26 @@ def test_a_blur_is_a_gaussian_of_the_row_s_own_deviation():
     for deviation in (-0.1, 0.7):
         with pytest.raises(ValueError, match="it learnt blur from 0 to 0.6"):
             LowConfig(side=8, augment="blur", strongest=0.6).check(deviation, "sr1.level")
+
+
+@pytest.mark.parametrize("augment", ["noise", "blur", "none"])
+def test_a_residual_is_around_the_best_linear_guess(augment):
+    low = PIXELS_VARIANCE**0.5 * pictures()
+    config = LowConfig(side=8, augment=augment, strongest=0.9, residual=True)
+    assert "mean" not in told(LowConfig(side=8, augment=augment), torch.zeros(64), low)[1]
+    for level in (0.0, 0.6):
+        strength = torch.full((64,), level)
+        _, cond = told(config, strength, low)
+        mean = cond["mean"]
+        assert mean.shape == (64, 3, 16, 16)
+        if augment != "noise" or not level:
+            assert torch.allclose(mean, enlarged(cond["low"], 16), atol=1e-6)
+            continue
+        errors = [
+            (enlarged(cond["low"] * k, 16) - enlarged(low, 16)).square().mean().item()
+            for k in torch.linspace(0, 1.5, 31)
+        ]
+        assert (mean - enlarged(low, 16)).square().mean().item() < min(errors) + 1e-3
 
 
 def test_without_augmentation_what_is_told_is_the_picture_itself():

@@ -16,6 +16,7 @@ from training.diffusion import (
     ve,
     vp,
 )
+from training.diffusion.objective import loss
 from training.diffusion.path import like, named_betas, table, zero_terminal_snr
 from training.diffusion.prediction import regauge
 
@@ -126,6 +127,34 @@ def test_two_gauges_show_the_network_the_same_numbers():
         torch.testing.assert_close(x, seen[0][0])
         torch.testing.assert_close(label, seen[0][1])
         torch.testing.assert_close(estimate, estimates[0], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["x0", "v", "flow", "edm"])
+def test_a_mean_moves_the_data_and_nothing_else(name):
+    """Around a mean a model is the model of x0 - mean: what its network sees, says and should say,
+    and the estimate is moved back."""
+    x0, eps = pair()
+    mean = torch.randn_like(x0)
+    t = torch.full((len(x0),), 0.3, dtype=torch.float64)
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, label: Tensor, cond) -> Tensor:
+        seen.append(x)
+        return torch.tanh(x)
+
+    path = vp()
+    model = Model(network, path, PREDICTIONS[name])
+    plain = model(path.noise(x0 - mean, eps, t), t)
+    moved = model(path.noise(x0, eps, t), t, {"mean": mean})
+    torch.testing.assert_close(seen[1], seen[0])
+    torch.testing.assert_close(moved, plain + mean)
+    level = path.at(t, x0)
+    torch.testing.assert_close(
+        model.target(x0, eps, level, {"mean": mean}), model.target(x0 - mean, eps, level)
+    )
+    torch.testing.assert_close(
+        loss(model, x0, t, eps, {"mean": mean}), loss(model, x0 - mean, t, eps)
+    )
 
 
 def test_labels_are_a_quarter_of_log_noise_and_bounded():
