@@ -177,6 +177,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
     from evaluation.editing import edits
+    from evaluation.given import Given
     from evaluation.techniques import editing, techniques
 
     from .score_model import ask
@@ -204,6 +205,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             asked,
             seed=line.recipe.evaluation.seed,
             clip=question.clip,
+            pictured=question.pictured,
             progress=progress,
         )
     shown = techniques(
@@ -211,6 +213,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         [prompt.text for prompt in asked[:4]],
         question.reference[:6],
         line.recipe.evaluation.seed,
+        Given.of(contenders[0].generator, asked[:4], question.pictured),
     )
     if edited := edits(contenders[0].generator, question.heldout):
         shown.append(editing(edited))
@@ -223,6 +226,8 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             and [it.against_first.mean, it.against_first.low, it.against_first.high],
             "evaluations": it.evaluations,
             "seconds": it.seconds,
+            "psnr": it.psnr,
+            "consistency": it.consistency,
         }
         for it in drawn
     ]
