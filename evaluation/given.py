@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch.nn.functional import interpolate
 
-from pipeline import shapes
+from pipeline import shapes, storage
+from pipeline.images import decode
+from pipeline.outcomes import Rejected
 
 from .prompts import Prompt
 from .sample import Pictures
@@ -25,6 +28,7 @@ from .shapes_oracle import ATTRIBUTES
 if TYPE_CHECKING:
     from pipeline.load import Loader
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Pictured = Callable[[Sequence[Prompt]], Pictures]
 """The real pictures of prompts, one each."""
 
@@ -120,6 +124,30 @@ def held_out(prompts: Sequence[Prompt], loader: Loader) -> Pictures:
             "pictures of one version of the data"
         )
     return np.stack([found[str(it.key)] for it in prompts])
+
+
+def read_low(place: str, side: int) -> dict[str, UInt8[ndarray, "side side 3"]]:
+    """A picture file, or all of a folder, by their names. ValueError for one that is broken or not
+    of this side, and where there is none.
+    """
+    folder = not place.lower().endswith(SUFFIXES)
+    names = [it for it in storage.list_names(place) if it.lower().endswith(SUFFIXES)]
+    files = [storage.join(place, it) for it in names] if folder else [place]
+    if not files:
+        raise ValueError(f"{place}: no picture there ({', '.join(SUFFIXES)})")
+    found: dict[str, ndarray] = {}
+    for file in files:
+        try:
+            picture, _ = decode(storage.read_bytes(file))
+        except Rejected as error:
+            raise ValueError(f"{file}: {error}") from None
+        if picture.size != (side, side):
+            raise ValueError(
+                f"{file}: got {picture.width} x {picture.height} pixels, wanted {side} x {side}, "
+                "which this model enlarges"
+            )
+        found[PurePosixPath(file).stem] = np.asarray(picture)
+    return found
 
 
 def shrunk(pictures: Pictures, side: int) -> Float[ndarray, "n side side 3"]:

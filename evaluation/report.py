@@ -298,9 +298,7 @@ class _Page:
             for picture, prompt in zip(scored.pictures[:count], scored.prompts[:count], strict=True)
         ]
         if self.card.config.kind == "shapes":
-            truths = truths_of(
-                scored.prompts[:count], self.card.asked or shapes_oracle.ATTRIBUTES
-            )
+            truths = truths_of(scored.prompts[:count], self.card.asked or shapes_oracle.ATTRIBUTES)
             verdict = shapes_oracle.judge_all(scored.pictures[:count], truths)
             verdict.pop("all")
             for k, figure in enumerate(figures):

@@ -387,11 +387,13 @@ class Generator:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What a call may give beside prompts, for those who only read about the generator:
-        "labels" (attribute -> answers) and "low" (side in pixels), where stages are told them."""
+        """What a call gives beside prompts, for those who only read of the generator: "labels"
+        (attribute -> answers) and "low" (side in pixels), where stages are told them, and then
+        "text", whether prompts are heard as well; {} where they are all there is."""
         labels = {"labels": {name: list(it) for name, it in self.answers.items()}}
         low = {"low": self.low_side}
-        return (labels if self.reads_labels else {}) | (low if self.low_side else {})
+        found = (labels if self.reads_labels else {}) | (low if self.low_side else {})
+        return {**found, "text": self.reads_text} if found else {}
 
     @property
     def low_side(self) -> int:

@@ -82,9 +82,8 @@ def test_a_generator_says_what_it_is_given(made, line, tmp_path):
 
     enlarged, latents = made["enlarged"], made["latents"]
     assert (enlarged.low_side, enlarged.reads_labels, enlarged.reads_text) == (LOW, False, False)
-    assert enlarged.given == {"low": LOW}
-    assert latents.given == {"low": 4, "labels": {"colour": list(COLOURS)}}
-    assert latents.reads_text
+    assert enlarged.given == {"low": LOW, "text": False}
+    assert latents.given == {"low": 4, "labels": {"colour": list(COLOURS)}, "text": True}
     stages = {name: line.stages[name] for name in ("autoencoder", "clip", "t5", "base")}
     assemble(tmp_path / "g", stages)
     assert "given" not in json.loads((tmp_path / "g" / "generator.json").read_text())
