@@ -1,0 +1,99 @@
+"""Systems that are told more than a caption go through the line: SR3, and LDM by class and by a
+small picture."""
+
+import base64
+import json
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+TINY = (
+    "data.scenes=300", "data.ingest.shard_samples=100", "data.dataset=told",
+    "autoencoder.training.images=320", "clip.training.images=512", "t5.training.images=160",
+    "base.training.images=320", "sampler.steps=2", "evaluation.prompts=24",
+    "evaluation.sweep_prompts=8", "evaluation.reference_count=24", "evaluation.train_count=64",
+    "evaluation.kid_block=8", "evaluation.heldout_loss_samples=16", "evaluation.blocks=4",
+    "gate.absolute={}", "gate.min_samples=8", "executor.kind=local",
+)  # fmt: skip
+
+
+def small(path: Path, side: int) -> str:
+    Image.fromarray(np.full((side, side, 3), 200, np.uint8)).save(path)
+    return str(path)
+
+
+def test_sr3_enlarges_what_it_is_given(darkroom, tmp_path):
+    made = darkroom("run", "shapes-sr3", *TINY)
+    assert made["verdict"]["promote"], made["verdict"]
+    card = made["scorecard"]
+    assert {"psnr", "psnr_bicubic", "psnr_gain", "consistency", "correct_bicubic"} <= card.keys()
+    assert card["psnr_gain"] == pytest.approx(card["psnr"] - card["psnr_bicubic"])
+    page = Path(made["report"]).read_text()
+    assert "Enlarged" in page and "Bicubic" in page
+    assert "scores" in darkroom("run", "shapes-sr3", *TINY)["reused"]
+
+    out, low = str(tmp_path / "out"), small(tmp_path / "grey.png", 16)
+    drawn = darkroom("sample", "shapes-sr3", "--low", low, "--out", out, "--count", "2")
+    assert [Path(it).name for it in drawn["files"]] == ["000-grey-0.png", "001-grey-1.png"]
+    assert Image.open(drawn["files"][0]).size == (32, 32)
+    wrong = small(tmp_path / "large.png", 32)
+    for words, said in (
+        (("--low", wrong), "got 32 x 32 pixels, wanted 16 x 16"),
+        (("a ring",), "this model enlarges pictures of 16 px: give --low FILE"),
+        (("--low", low, "--label", "shape=ring"), "this model is told no classes"),
+        ((), "nothing to draw"),
+    ):
+        refused = darkroom("sample", "shapes-sr3", *words, "--out", out, code=2)
+        assert said in refused["error"]
+
+    page = tmp_path / "compared.html"
+    asked = ("shapes-sr3", "shapes-sr3?steps=1", "--prompts", "12", "--out", str(page))
+    rows = darkroom("compare", *asked)["rows"]
+    assert rows[0]["psnr"] != rows[1]["psnr"]
+    assert "Given" in page.read_text()
+
+    port = darkroom.free_port()
+    log = tmp_path / "serve.log"
+    words = darkroom.command("serve", "shapes-sr3", "--port", str(port))
+    with darkroom.beside(words, darkroom.environment, log):
+        url = f"http://127.0.0.1:{port}"
+        darkroom.until(lambda: urllib.request.urlopen(f"{url}/health").status == 200, 120, log)
+        file = base64.b64encode(Path(low).read_bytes()).decode()
+        body = {"dataframe_records": [{"low": file}], "params": {"seed": 0}}
+        request = urllib.request.Request(
+            f"{url}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        (answer,) = json.load(urllib.request.urlopen(request))["predictions"]
+        assert base64.b64decode(answer)[:4] == b"\x89PNG"
+        assert "dataframe_records" in log.read_text()
+
+
+def test_ldm_is_told_a_class_or_a_small_picture(darkroom, tmp_path):
+    """They share what is frozen."""
+    few = (*TINY, "base.config.network.channels=32", "evaluation.guidance_scales=[2.0]")
+    low = darkroom("run", "shapes-ldm-low", *few)
+    assert low["verdict"]["promote"], low["verdict"]
+    assert {"psnr", "consistency", "correct_unguided"} <= low["scorecard"].keys()
+    told = darkroom("run", "shapes-ldm-class", *few)
+    assert told["verdict"]["promote"], told["verdict"]
+    assert {"data", "clip", "autoencoder"} <= set(told["reused"])
+    assert "correct" in told["scorecard"] and "psnr" not in told["scorecard"]
+
+    out = str(tmp_path / "out")
+    words = ("--label", "shape=ring", "--label", "colour=blue")
+    drawn = darkroom("sample", "shapes-ldm-class", *words, "--out", out)
+    assert Image.open(drawn["files"][0]).size == (32, 32)
+    for label, said in (
+        ("shape=rnig", "shape is one of circle, square"),
+        ("size=small", "this model is told colour, shape"),
+        ("ring", "expected NAME=ANSWER, e.g. colour=red"),
+    ):
+        refused = darkroom("sample", "shapes-ldm-class", "--label", label, "--out", out, code=2)
+        assert said in refused["error"]
+    file = small(tmp_path / "grey.png", 8)
+    darkroom("sample", "shapes-ldm-low", "a blue ring", "--low", file, "--out", out)
