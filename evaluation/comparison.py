@@ -101,7 +101,7 @@ def compare(
     for it, given in zip(contenders, told, strict=True):
         # A wrong option is found at once, and nobody's time has the first call's.
         it.generator([prompts[0].text], seed=[seed], **it.options, **given.options(slice(1)))
-    attributes = asked_of_all(contenders)
+    attributes = _asked_of_all(contenders)
     found: list[Drawn] = []
     total = len(contenders) * len(prompts)
     for number, (it, given) in enumerate(zip(contenders, told, strict=True)):
@@ -126,7 +126,7 @@ def compare(
     return found
 
 
-def asked_of_all(contenders: Sequence[Contender]) -> tuple[str, ...]:
+def _asked_of_all(contenders: Sequence[Contender]) -> tuple[str, ...]:
     """The attributes of drawn scenes that each contender can be asked for."""
     asked = [asked_of(it.generator) for it in contenders]
     return tuple(name for name in shapes_oracle.ATTRIBUTES if all(name in it for it in asked))
@@ -229,7 +229,7 @@ def render(
         table=table, rows=pictures, count=len(prompts), given=low is not None,
         names=[it.name for it in drawn],
         techniques=[described(it) for it in shown],
-        judge="every attribute is read from the pixels" if _scenes(prompts)
+        judge="every attribute that all are asked for is read from the pixels" if _scenes(prompts)
         else "the line's CLIP finds the caption again among others",
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ class Given:
         """
         labels = low = real = None
         if classifier or getattr(generator, "reads_labels", False):
-            labels = labels_of(generator, prompts)
+            labels = labels_of(generator, prompts, "answers" if classifier else "classes")
         if side := getattr(generator, "low_side", 0):
             if pictured is None:
                 raise ValueError("this model enlarges pictures, and its prompts bring none")
@@ -69,15 +69,18 @@ class Given:
         return {name: it[rows] for name, it in told.items() if it is not None}
 
 
-def labels_of(generator: Any, prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
-    """What the prompts' truths say to the attributes that the generator knows."""
-    known: Mapping[str, Sequence[str]] | None = getattr(generator, "answers", None)
+def labels_of(generator: Any, prompts: Sequence[Prompt], known_as: str) -> list[Mapping[str, Any]]:
+    """What the prompts' truths say to the attributes that the generator knows (its `classes` or
+    `answers`); nothing where they leave one of them open: the class is then none.
+    """
+    known: Mapping[str, Sequence[str]] | None = getattr(generator, known_as, None)
     truths = [it.truth or {} for it in prompts]
     if known is None:  # a painter of another make
         return truths
+    whole = [all(it.get(name) in answers for name, answers in known.items()) for it in truths]
     return [
-        {name: it[name] for name, answers in known.items() if it.get(name) in answers}
-        for it in truths
+        {name: it[name] for name in known} if all_said else {}
+        for it, all_said in zip(truths, whole, strict=True)
     ]
 
 
@@ -87,7 +90,7 @@ def asked_of(generator: Any) -> tuple[str, ...]:
     silent = not getattr(generator, "reads_text", True) and not getattr(generator, "low_side", 0)
     if not silent or not getattr(generator, "reads_labels", False):
         return ATTRIBUTES
-    return tuple(name for name in ATTRIBUTES if name in generator.answers)
+    return tuple(name for name in ATTRIBUTES if name in generator.classes)
 
 
 def truths_of(prompts: Sequence[Prompt], attributes: Sequence[str]) -> list[Mapping[str, Any]]:

@@ -192,6 +192,11 @@ def _label(generator: Any, words: Sequence[str]) -> dict[str, str]:
         if answer not in known[name]:
             raise UsageError(f"--label {word}: {name} is one of {', '.join(known[name])}")
         label[name] = answer
+    if label and (left := [name for name in known if name not in label]):
+        raise UsageError(
+            f"--label {words[0]}: a class is {' and '.join(known)} together: give "
+            f"{' '.join(f'--label {name}=...' for name in left)} too"
+        )
     return label
 
 

@@ -376,21 +376,21 @@ class Generator:
         return bool(self.encoders)
 
     @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Attribute -> answers, of the stages that are told classes."""
+        return _answers(self._drawing)
+
+    @property
     def answers(self) -> dict[str, tuple[str, ...]]:
-        """Attribute -> the answers that `labels` may give, of the stages that are told classes and
-        of the classifier."""
-        found: dict[str, tuple[str, ...]] = {}
-        for stage in (*self._drawing, *([self.classifier] if self.classifier else ())):
-            for it in stage.config.attributes:
-                found[it.name] = tuple(dict.fromkeys((*found.get(it.name, ()), *it.answers)))
-        return found
+        """All that `labels` may say: to these stages, and to the classifier."""
+        return _answers([*self._drawing, *([self.classifier] if self.classifier else [])])
 
     @property
     def given(self) -> dict[str, Any]:
         """What a call gives beside prompts, for those who only read of the generator: "labels"
         (attribute -> answers) and "low" (side in pixels), where stages are told them, and then
         "text", whether prompts are heard as well; {} where they are all there is."""
-        labels = {"labels": {name: list(it) for name, it in self.answers.items()}}
+        labels = {"labels": {name: list(it) for name, it in self.classes.items()}}
         low = {"low": self.low_side}
         found = (labels if self.reads_labels else {}) | (low if self.low_side else {})
         return {**found, "text": self.reads_text} if found else {}
@@ -465,6 +465,14 @@ class Generator:
                 if answer not in known[name]:
                     raise ValueError(
                         f"labels[{row}]: {name} {answer!r} is none of {', '.join(known[name])}"
+                    )
+            for stage in self._drawing:
+                names = [it.name for it in stage.config.attributes]
+                said = [name for name in names if name in (label or {})]
+                if said and said != names:
+                    raise ValueError(
+                        f"labels[{row}]: a class is {' and '.join(names)} together, got "
+                        f"{' and '.join(said)} alone"
                     )
 
     @torch.no_grad()
@@ -767,6 +775,15 @@ def _cond(
     if "y" in cond and not embedded:
         cond["y"] = torch.full_like(cond["y"], stage.config.network.classes)
     return cond
+
+
+def _answers(stages: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """Attribute -> its answers in all of these stages."""
+    found: dict[str, tuple[str, ...]] = {}
+    for stage in stages:
+        for it in stage.config.attributes:
+            found[it.name] = tuple(dict.fromkeys((*found.get(it.name, ()), *it.answers)))
+    return found
 
 
 def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:

@@ -93,7 +93,7 @@ class Classy:
     reads_labels, reads_text = True, False
 
     def __init__(self):
-        self.answers = {"colour": tuple(shapes.COLOURS), "shape": shapes.SHAPES}
+        self.classes = {"colour": tuple(shapes.COLOURS), "shape": shapes.SHAPES}
 
     def __call__(self, prompts, *, labels, guidance=None, steps=None, seed=()):
         assert all(it.keys() == {"colour", "shape"} for it in labels)
@@ -132,8 +132,10 @@ def test_only_what_a_model_reads_is_told():
     np.testing.assert_array_equal(given.options(slice(3, 5))["low"], given.low[3:5])
     with pytest.raises(ValueError, match="its prompts bring none"):
         Given.of(Enlarger(), PROMPTS)
-    odd = Prompt("x", "seen", {"colour": "mauve", "shape": "ring", "place": "centre"})
-    assert Given.of(Classy(), [odd]).options() == {"labels": [{"shape": "ring"}]}
+    truths = [{"colour": it, "shape": "ring", "place": "centre"} for it in ("red", "mauve")]
+    asked = [Prompt("x", "seen", it) for it in truths]
+    told = Given.of(Classy(), asked).options()
+    assert told == {"labels": [{"colour": "red", "shape": "ring"}, {}]}
 
 
 def test_the_score_of_an_enlargement_is_known():

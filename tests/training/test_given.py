@@ -16,6 +16,7 @@ NETWORK = {
 }  # fmt: skip
 COMMON = {"network": NETWORK, "preview": {"steps": 2}}
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "brown")
+RED, BLUE = {"colour": "red", "size": "small"}, {"colour": "blue", "size": "large"}
 CONFIGS = {
     "enlarged": {
         **COMMON, "data": "pixels", "listens": [], "low": {"side": LOW, "strongest": 0.4},
@@ -23,7 +24,10 @@ CONFIGS = {
     },
     "latents": {
         **COMMON, "listens": ["clip"], "low": {"side": 4, "augment": "none"},
-        "attributes": [{"name": "colour", "answers": COLOURS}],
+        "attributes": [
+            {"name": "colour", "answers": COLOURS},
+            {"name": "size", "answers": ["small", "large"]},
+        ],
     },
 }  # fmt: skip
 DEFAULTS = {"steps": 6, "guidance": 2.0}
@@ -83,7 +87,8 @@ def test_a_generator_says_what_it_is_given(made, line, tmp_path):
     enlarged, latents = made["enlarged"], made["latents"]
     assert (enlarged.low_side, enlarged.reads_labels, enlarged.reads_text) == (LOW, False, False)
     assert enlarged.given == {"low": LOW, "text": False}
-    assert latents.given == {"low": 4, "labels": {"colour": list(COLOURS)}, "text": True}
+    labels = {"colour": list(COLOURS), "size": ["small", "large"]}
+    assert latents.given == {"low": 4, "labels": labels, "text": True}
     stages = {name: line.stages[name] for name in ("autoencoder", "clip", "t5", "base")}
     assemble(tmp_path / "g", stages)
     assert "given" not in json.loads((tmp_path / "g" / "generator.json").read_text())
@@ -132,10 +137,10 @@ def test_the_stages_of_latents_are_told_it_too(made, scenes):
     np.testing.assert_array_equal(drawn["base"], it(PROMPTS, seed=1, low=given))
     moved = it.latents(PROMPTS, seed=1, low=given[::-1])
     assert (moved - it.latents(PROMPTS, seed=1, low=given)).abs().max() > 1e-3
-    row = it.between(PROMPTS[0], (3, 8), [0.0, 1.0], low=given[0], label={"colour": "red"})
+    row = it.between(PROMPTS[0], (3, 8), [0.0, 1.0], low=given[0], label=RED)
     ends = it(
         [PROMPTS[0]] * 2, seed=[3, 8], sampler="ddim", low=given[[0, 0]],
-        labels=[{"colour": "red"}] * 2,
+        labels=[RED] * 2,
     )  # fmt: skip
     assert np.abs(row.astype(int) - ends).max() <= 1
 
@@ -147,9 +152,9 @@ def test_without_a_label_a_class_is_not_told(made):
     options = {"seed": 1, "low": given, "steps": 1, "guidance": 1.0}
     plain = it.latents(PROMPTS, **options)
     none = it.latents(PROMPTS, labels=[None, {}, None], **options)
-    some = it.latents(PROMPTS, labels=[{"colour": "blue"}, None, {"colour": "red"}], **options)
+    some = it.latents(PROMPTS, labels=[BLUE, None, RED], **options)
     hook.remove()
-    assert [it.tolist() for it in told] == [[8, 8, 8], [8, 8, 8], [2, 8, 0]]
+    assert [it.tolist() for it in told] == [[16, 16, 16], [16, 16, 16], [5, 16, 0]]
     torch.testing.assert_close(plain, none)
     assert (some - plain).abs().amax((1, 2, 3))[1] < 1e-4
     assert (some - plain).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-4
@@ -171,7 +176,8 @@ def test_what_does_not_fit_is_refused(made, low, line, tmp_path):
     few = np.zeros((1, 4, 4, 3), np.uint8)
     for label, said in [
         ({"colour": "mauve"}, r"labels\[0\]: colour 'mauve' is none of red, green"),
-        ({"shape": "ring"}, r"labels\[0\]: no attribute 'shape'; there are colour"),
+        ({"shape": "ring"}, r"labels\[0\]: no attribute 'shape'; there are colour, size"),
+        ({"size": "small"}, r"labels\[0\]: a class is colour and size together, got size alone"),
     ]:
         with pytest.raises(ValueError, match=said):
             latents(["a"], low=few, labels=[label])
