@@ -55,7 +55,7 @@ class Given:
         """
         labels = low = real = None
         if classifier or getattr(generator, "reads_labels", False):
-            labels = labels_of(generator, prompts, "answers" if classifier else "classes")
+            labels = labels_of(generator, prompts, classifier)
         if side := getattr(generator, "low_side", 0):
             if pictured is None:
                 raise ValueError("this model enlarges pictures, and its prompts bring none")
@@ -69,19 +69,25 @@ class Given:
         return {name: it[rows] for name, it in told.items() if it is not None}
 
 
-def labels_of(generator: Any, prompts: Sequence[Prompt], known_as: str) -> list[Mapping[str, Any]]:
-    """What the prompts' truths say to the attributes that the generator knows (its `classes` or
-    `answers`); nothing where they leave one of them open: the class is then none.
+def labels_of(
+    generator: Any, prompts: Sequence[Prompt], classifier: bool = False
+) -> list[Mapping[str, Any]]:
+    """What the prompts' truths say to the attributes that the generator's stages, and its
+    `classifier`, know. A class is told whole: where a truth leaves a part open, there is none.
     """
-    known: Mapping[str, Sequence[str]] | None = getattr(generator, known_as, None)
+    known: Mapping[str, Sequence[str]] | None = getattr(
+        generator, "answers" if classifier else "classes", None
+    )
     truths = [it.truth or {} for it in prompts]
     if known is None:  # a painter of another make
         return truths
-    whole = [all(it.get(name) in answers for name, answers in known.items()) for it in truths]
-    return [
-        {name: it[name] for name in known} if all_said else {}
-        for it, all_said in zip(truths, whole, strict=True)
-    ]
+    joint: set[str] = {*generator.classes}
+    found: list[Mapping[str, Any]] = []
+    for truth in truths:
+        said = {it: truth[it] for it, answers in known.items() if truth.get(it) in answers}
+        left = set() if joint <= said.keys() else joint
+        found.append({name: answer for name, answer in said.items() if name not in left})
+    return found
 
 
 def asked_of(generator: Any) -> tuple[str, ...]:
@@ -113,14 +119,15 @@ def held_out(prompts: Sequence[Prompt], loader: Loader) -> Pictures:
 
     ValueError for prompts whose picture it has not.
     """
-    wanted, found = {it.key for it in prompts}, dict[str, ndarray]()
+    wanted: set[str | None] = {it.key for it in prompts}
+    found: dict[str, ndarray] = {}
     for start in range(0, loader.samples, 256):
         if len(found) == len(wanted):
             break
         batch = loader.rows(np.arange(start, min(start + 256, loader.samples)))
         for key, pixels in zip(batch["key"], batch["pixels"], strict=True):
             if key in wanted:
-                found[key] = pixels.transpose(1, 2, 0)
+                found[str(key)] = pixels.transpose(1, 2, 0)
     if missing := [it.text for it in prompts if it.key not in found]:
         raise ValueError(
             f"{len(missing)} prompts without a picture, {missing[0]!r:.80} first: take prompts and "

@@ -36,7 +36,7 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
 
 from pipeline import storage
@@ -476,7 +476,7 @@ def _signature(generator: Mapping[str, Any]) -> ModelSignature:
     ]
     # The prompt's column has no name: MLflow refuses a plain list of strings where the column has
     # one.
-    columns = [ColSpec("string")]
+    columns: list[ColSpec | TensorSpec] = [ColSpec("string")]
     if given:
         labels = given.get("labels", {})
         if odd := {"prompt", "low"}.intersection(labels):

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
+from pandas.api.types import is_list_like
 from PIL import Image
 
 
@@ -139,19 +140,23 @@ def _prompts(model_input: Any) -> list[str]:
 
 def _table(model_input: Any) -> pd.DataFrame:
     """One row a picture: a table, a mapping of lists, or a list of mappings or of prompts."""
-    if isinstance(model_input, str | bytes):
-        model_input = [model_input]
-    if isinstance(model_input, Sequence) and all(isinstance(it, str) for it in model_input):
-        model_input = {"prompt": list(model_input)}
-    table = model_input
-    if not isinstance(model_input, pd.DataFrame):
-        single = isinstance(model_input, Mapping) and not any(
-            isinstance(it, Sequence) and not isinstance(it, str | bytes)
-            for it in model_input.values()
+    if isinstance(model_input, pd.DataFrame):
+        table = model_input
+    elif isinstance(model_input, str):
+        table = pd.DataFrame({"prompt": [model_input]})
+    elif isinstance(model_input, Mapping):
+        many = any(is_list_like(it) for it in model_input.values())
+        table = pd.DataFrame(dict(model_input) if many else [dict(model_input)])
+    elif not isinstance(model_input, Sequence):
+        raise ValueError(
+            f"expected a table or rows, got {type(model_input).__name__}: {model_input!r:.80}"
         )
-        table = pd.DataFrame([model_input] if single else model_input)
-    # Over HTTP a mapping of lists arrives as one row that holds them.
-    listed = [name for name in table if table[name].map(lambda it: isinstance(it, list)).any()]
+    elif all(isinstance(it, str) for it in model_input):
+        table = pd.DataFrame({"prompt": list(model_input)})
+    else:
+        table = pd.DataFrame(list(model_input))
+    # A mapping of lists may arrive as one row that holds them.
+    listed = [name for name in table if any(is_list_like(it) for it in table[name])]
     return table.explode(listed, ignore_index=True) if listed else table
 
 

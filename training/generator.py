@@ -44,7 +44,7 @@ EMBEDDING = "clip_image"
 
 Pictures = UInt8[np.ndarray, "picture height width 3"]
 Labels = Sequence[Mapping[str, str] | None]
-"""Of each picture, attribute -> answer; what is left out is not said."""
+"""Of each picture, attribute -> answer; None or {}: of any class."""
 Embeddings = Float[Tensor, "picture width"]
 """Of pictures by CLIP, of length 1."""
 

@@ -2,6 +2,7 @@
 small picture."""
 
 import base64
+import io
 import json
 import re
 import urllib.request
@@ -38,6 +39,11 @@ def home(darkroom, monkeypatch):
 def small(path: Path, side: int) -> str:
     Image.fromarray(np.full((side, side, 3), 200, np.uint8)).save(path)
     return str(path)
+
+
+def answers(url: str) -> bool:
+    with urllib.request.urlopen(url) as response:
+        return response.status == 200
 
 
 def sample(model: str, out: Path, *prompts: str, **more):
@@ -79,14 +85,16 @@ def test_sr3_enlarges_what_it_is_given(darkroom, home, tmp_path):
     words = darkroom.command("serve", "shapes-sr3", "--port", str(port))
     with darkroom.beside(words, darkroom.environment, log):
         url = f"http://127.0.0.1:{port}"
-        darkroom.until(lambda: urllib.request.urlopen(f"{url}/health").status == 200, 240, log)
+        darkroom.until(lambda: answers(f"{url}/health"), 240, log)
         file = base64.b64encode(Path(low).read_bytes()).decode()
         body = {"dataframe_records": [{"low": file}], "params": {"seed": 0}}
         request = urllib.request.Request(
             f"{url}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        (answer,) = json.load(urllib.request.urlopen(request))["predictions"]
-        assert base64.b64decode(answer) == Path(drawn["files"][0]).read_bytes()
+        with urllib.request.urlopen(request) as response:
+            (answer,) = json.load(response)["predictions"]
+        served = Image.open(io.BytesIO(base64.b64decode(answer)))
+        np.testing.assert_array_equal(served, Image.open(drawn["files"][0]))
         assert "dataframe_records" in log.read_text()
 
 

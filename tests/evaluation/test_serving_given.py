@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +46,7 @@ def packaged(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("given")
     done: dict[str, str] = {}
+    stage: Any
     for kind, config in {"clip": CLIP, "base": BASE}.items():
         torch.manual_seed(0)
         stage = stages.create(kind, config, dict(done))
