@@ -20,6 +20,7 @@ from pipeline import storage
 
 from . import metrics, shapes_oracle
 from .features import Extractor
+from .given import Given, Pictured, asked_of, shrunk, truths_of
 from .page import PIXELATED, image, page
 from .prompts import Prompt
 from .sample import Pictures, Progress
@@ -64,6 +65,22 @@ class Drawn:
     """`right` minus that of the first contender, paired; None for the first itself."""
     measures: Mapping[str, Measure] = field(default_factory=dict[str, "Measure"])
     """What is said of all its pictures together, by name."""
+    given: Given = field(default_factory=Given)
+    """What it was told beside the prompts."""
+
+    @property
+    def psnr(self) -> float | None:
+        """To the real pictures; None for what enlarges none."""
+        real = self.given.real
+        return None if real is None else float(metrics.psnr(self.pictures, real).mean())
+
+    @property
+    def consistency(self) -> float | None:
+        """PSNR of the pictures, shrunk again, to those that were given."""
+        low = self.given.low
+        if low is None:
+            return None
+        return float(metrics.psnr(shrunk(self.pictures, low.shape[1]), low).mean())
 
 
 @dataclass(frozen=True)
@@ -85,15 +102,17 @@ def compare(
     seed: int,
     clip: Extractor | None = None,
     reference: Pictures | None = None,
+    pictured: Pictured | None = None,
     batch: int = 64,
     blocks: int = 16,
     progress: Progress | None = None,
 ) -> list[Drawn]:
     """Each contender's pictures of all prompts, picture i from seed + i.
 
-    Prompts with a truth are judged by the oracle, others by `clip`. Real pictures as `reference`
-    say how near and how varied the drawn ones are, as `clip` sees them. ValueError when there is
-    nothing to compare, or prompts without a truth and no `clip`.
+    Prompts with a truth are judged by the oracle, of what all contenders can be asked for, others
+    by `clip`; `pictured` are the prompts' real pictures, for those that enlarge some. Real pictures
+    as `reference` say how near and how varied the drawn ones are, as `clip` sees them. ValueError
+    when there is nothing to compare, or prompts without a truth and no `clip`.
     """
     if len(contenders) < 2 or len(prompts) < 2:
         raise ValueError(
@@ -101,17 +120,18 @@ def compare(
             f"{len(prompts)}"
         )
 
-    def options(it: Contender, asked: Sequence[Prompt]) -> dict[str, Any]:
-        told = {"labels": [prompt.truth or {} for prompt in asked]}
-        wanted = it.options.get("classifier_guidance") or getattr(it.generator, "reads_labels", 0)
-        return {**it.options, **(told if wanted else {})}
-
-    for it in contenders:  # a wrong option is found at once, and nobody's time has the first call's
-        it.generator([prompts[0].text], seed=[seed], **options(it, prompts[:1]))
+    told = [
+        Given.of(it.generator, prompts, pictured, bool(it.options.get("classifier_guidance")))
+        for it in contenders
+    ]
+    for it, given in zip(contenders, told, strict=True):
+        # A wrong option is found at once, and nobody's time has the first call's.
+        it.generator([prompts[0].text], seed=[seed], **it.options, **given.options(slice(1)))
+    attributes = _asked_of_all(contenders)
     found: list[Drawn] = []
     real = None if clip is None or reference is None else clip.images(reference)
     total = len(contenders) * len(prompts)
-    for number, it in enumerate(contenders):
+    for number, (it, given) in enumerate(zip(contenders, told, strict=True)):
         parts: list[Pictures] = []
         started = time.perf_counter()
         with evaluations(it.generator) as counted:
@@ -119,15 +139,16 @@ def compare(
                 asked = prompts[start : start + batch]
                 texts = [prompt.text for prompt in asked]
                 seeds = [seed + start + k for k in range(len(texts))]
-                drawn = it.generator(texts, seed=seeds, **options(it, asked))
+                here = given.options(slice(start, start + batch))
+                drawn = it.generator(texts, seed=seeds, **it.options, **here)
                 parts.append(np.asarray(drawn))
                 if progress:
                     progress(number * len(prompts) + start + len(texts), total)
         seconds = time.perf_counter() - started
         pictures = np.concatenate(parts)
-        right = judged(pictures, prompts, clip)
+        right = judged(pictures, prompts, clip, attributes)
         gained = metrics.paired_difference(right, found[0].right, blocks) if found else None
-        spent = counted() / len(prompts)
+        spent, each = counted() / len(prompts), seconds / len(prompts)
         whole = _whole(pictures, prompts, clip, real)
         first = found[0].measures if found else {}
         measures: dict[str, Measure] = {}
@@ -136,8 +157,7 @@ def compare(
             if name in first and len(values) > 1:
                 against = metrics.paired_difference(values, first[name].values, by)
             measures[name] = Measure(values, against)
-        made = Drawn(it.name, pictures, right, spent, seconds / len(prompts), gained, measures)
-        found.append(made)
+        found.append(Drawn(it.name, pictures, right, spent, each, gained, measures, given))
     return found
 
 
@@ -165,9 +185,22 @@ def _whole(
     }
 
 
-def judged(pictures: Pictures, prompts: Sequence[Prompt], clip: Extractor | None) -> ndarray:
-    """For each picture 1.0 where it shows its prompt, else 0.0."""
-    if truths := _scenes(prompts):
+def _asked_of_all(contenders: Sequence[Contender]) -> tuple[str, ...]:
+    """The attributes of drawn scenes that each contender can be asked for."""
+    asked = [asked_of(it.generator) for it in contenders]
+    return tuple(name for name in shapes_oracle.ATTRIBUTES if all(name in it for it in asked))
+
+
+def judged(
+    pictures: Pictures,
+    prompts: Sequence[Prompt],
+    clip: Extractor | None,
+    attributes: Sequence[str] = shapes_oracle.ATTRIBUTES,
+) -> ndarray:
+    """For each picture 1.0 where it shows its prompt, else 0.0; of scenes of one object these
+    attributes count."""
+    if _scenes(prompts):
+        truths = truths_of(prompts, attributes)
         return shapes_oracle.judge_all(pictures, truths)["all"].astype(np.float64)
     if clip is None:
         raise ValueError("prompts without a truth are judged by CLIP, and none was given")
@@ -231,6 +264,8 @@ def render(
                 "between": f"{100 * share.low:.1f} to {100 * share.high:.1f} %",
                 "evaluations": "" if np.isnan(it.evaluations) else f"{it.evaluations:.0f}",
                 "milliseconds": f"{1000 * it.seconds:.0f} ms",
+                "psnr": _decibels(it.psnr),
+                "consistency": _decibels(it.consistency),
                 "against": _signed(it.against_first),
             }
         )
@@ -249,9 +284,13 @@ def render(
         }
         for it in drawn
     ]
+    given = next((it.given for it in drawn if it.given.low is not None), Given())
+    low, real = given.low, given.real
     pictures = [
         {
             "text": prompt.text,
+            "given": None if low is None else image(low[row]),
+            "real": None if real is None else image(real[row]),
             "images": [
                 {"uri": image(it.pictures[row]), "right": bool(it.right[row])} for it in drawn
             ],
@@ -261,11 +300,11 @@ def render(
     side = drawn[0].pictures.shape[1]
     return page(
         TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
-        table=table, rows=pictures, count=len(prompts),
+        table=table, rows=pictures, count=len(prompts), given=low is not None,
         whole=whole, measures=[_WHOLE[name][0] for name in named],
         names=[it.name for it in drawn],
         techniques=[described(it) for it in shown],
-        judge="every attribute is read from the pixels" if _scenes(prompts)
+        judge="every attribute that all are asked for is read from the pixels" if _scenes(prompts)
         else "the line's CLIP finds the caption again among others",
     )  # fmt: skip
 
@@ -274,6 +313,10 @@ def _scenes(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
     """The truths of the prompts if all are of drawn scenes, else none."""
     truths = [prompt.truth for prompt in prompts if prompt.truth and "background" in prompt.truth]
     return truths if len(truths) == len(prompts) else []
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} dB"
 
 
 def _signed(difference: metrics.Interval | None, factor: float = 100.0) -> str:

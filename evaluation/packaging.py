@@ -66,7 +66,8 @@ def package(
             f"{generator}: no generator.json; package what training.generator.assemble wrote"
         )
     sources, imported = code(Path(code_root) if code_root else _HERE.parent)
-    stages = storage.read_json(str(generator / "generator.json")).get("stages", {})
+    described = storage.read_json(str(generator / "generator.json"))
+    stages = described.get("stages", {})
     foreign = (
         {"diffusers"} if any(stage.get("pretrained") for stage in stages.values()) else set[str]()
     )
@@ -95,6 +96,8 @@ def package(
                 shutil.copyfile(source, _place(draft / path))
             manifest = {"format": 1, "package": identity, "code": name, "commit": commit, **said}
             manifest |= {"files": hashes, "scorecard": None}
+            if given := described.get("given"):
+                manifest["given"] = given
             storage.publish_json(str(draft / MANIFEST), manifest)
             draft.chmod(0o755)
             try:
@@ -244,15 +247,14 @@ def _serving() -> Any:
 def card(manifest: Mapping[str, Any]) -> str:
     """The model card in Markdown: how to use it, what it was made from, how good it is."""
     lineage, scorecard = manifest["lineage"], manifest["scorecard"]
+    given: Mapping[str, Any] = manifest.get("given", {})
     title = str(manifest["recipe"].get("name") or lineage.get("name") or "Darkroom generator")
     parts = [
         f"# {title}",
         "A text-to-image model made by Darkroom. "
         "The same prompt, seed and settings draw the same picture.",
         "## Use",
-        "```python\nimport mlflow\n\n"
-        'model = mlflow.pyfunc.load_model("models:/NAME@champion")\n'
-        'png = model.predict(["a red circle"], params={"seed": 7})[0]\n```',
+        *(_use_given(given) if given else [_USE]),
         "## Made from",
         _table(lineage | {"commit": manifest["commit"], "package": manifest["package"]}),
         "## Scores",
@@ -263,6 +265,42 @@ def card(manifest: Mapping[str, Any]) -> str:
         f"```json\n{json.dumps(manifest['recipe'], indent=1, sort_keys=True)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+_USE = """```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/NAME@champion")
+png = model.predict(["a red circle"], params={"seed": 7})[0]
+```"""
+
+
+def _use_given(given: Mapping[str, Any]) -> list[str]:
+    """How to use a model that is told more than prompts."""
+    cells = [f'"{key}": "{value}"' for key, value in example(given).items() if key != "low"]
+    cells += ['"low": open("small.png", "rb").read()'] if given.get("low") else []
+    told = [f"`{name}`: one of {', '.join(it)}." for name, it in given.get("labels", {}).items()]
+    if side := given.get("low"):
+        told.append(
+            f"`low`: a PNG file of {side} x {side} pixels, the picture that is enlarged; over HTTP "
+            "its base64. The parameter `level` says how strongly it is damaged first."
+        )
+    if not given["text"]:
+        told.append("It hears no prompts.")
+    return [
+        "```python\nimport mlflow\nimport pandas as pd\n\n"
+        'model = mlflow.pyfunc.load_model("models:/NAME@champion")\n'
+        f"rows = pd.DataFrame([{{{', '.join(cells)}}}])\n"
+        'png = model.predict(rows, params={"seed": 7})[0]\n```',
+        "\n".join(f"- {it}" for it in told),
+    ]
+
+
+def example(given: Mapping[str, Any]) -> dict[str, str]:
+    """What a service may be asked for by a row; `given` is that of generator.json."""
+    row = {"prompt": "a red circle"} if given["text"] else {}
+    row |= {name: answers[0] for name, answers in given.get("labels", {}).items()}
+    return row | ({"low": "BASE64 OF A PNG FILE"} if given.get("low") else {})
 
 
 def _table(values: Mapping[str, Any], limit: int = 60) -> str:

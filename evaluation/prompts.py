@@ -33,6 +33,8 @@ class Prompt:
     text: str
     group: Group
     truth: Mapping[str, Any] | None = None
+    key: str | None = None
+    """Of the held-out picture whose caption it is; None for a scene that nobody has drawn yet."""
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
@@ -82,7 +84,8 @@ def dataset_prompts(manifest: Manifest, split: str, count: int, seed: int = 0) -
     again: list[Prompt] = []
     for number, index in enumerate(order):
         row = rows[index]
-        prompt = Prompt(row["captions"][number % len(row["captions"])], GROUPS[split], _truth(row))
+        text = row["captions"][number % len(row["captions"])]
+        prompt = Prompt(text, GROUPS[split], _truth(row), row["key"])
         if prompt.text in first:
             again.append(prompt)
         else:

@@ -8,6 +8,7 @@ was registered.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import inspect
 import json
@@ -35,14 +36,15 @@ from mlflow.entities import LoggedModelOutput
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
 
 from pipeline import storage
 from training.results import WEIGHTS
 
 from .ledger import Entry, Ledger
-from .packaging import CARD, MANIFEST, describe, package
+from .packaging import CARD, MANIFEST, describe, example, package
+from .sample import png
 from .serving import open_generator, verify
 
 __all__ = [
@@ -138,19 +140,22 @@ def load(model: str, *, tracking_uri: str | None = None, device: str | None = No
     return open_generator(folder, device, sha256)
 
 
-def application(model: str, *, tracking_uri: str | None = None) -> tuple[str, Any]:
-    """(the registered version, MLflow's scoring server of it, an ASGI application): POST
-    /invocations with {"inputs": [prompts], "params": {...}} answers with PNG files in base64.
-    Everything is checked as `load` does. ValueError where there is no such version.
+def application(model: str, *, tracking_uri: str | None = None) -> tuple[str, Any, str]:
+    """(the registered version, MLflow's scoring server of it, an ASGI application, an example of
+    what to POST to /invocations): {"inputs": [prompts], "params": {...}}, or {"dataframe_records":
+    [...]} for a model that is told more than prompts, answers with PNG files in base64. Everything
+    is checked as `load` does. ValueError where there is no such version.
     """
     from mlflow.pyfunc import scoring_server
 
-    locate(model, tracking_uri=tracking_uri)
+    folder, _ = locate(model, tracking_uri=tracking_uri)
+    given = storage.read_json(str(folder / "generator" / "generator.json")).get("given", {})
     version = find(MlflowClient(tracking_uri), model)
     mlflow.set_tracking_uri(tracking_uri or mlflow.get_tracking_uri())
     name = candidate(version.name, version.version)
     served = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
-    return name, scoring_server.init(served)
+    body = {"dataframe_records": [example(given)]} if given else {"inputs": ["a prompt"]}
+    return name, scoring_server.init(served), json.dumps(body | {"params": {"seed": 1}})
 
 
 def locate(model: str, *, tracking_uri: str | None = None) -> tuple[Path, str | None]:
@@ -333,14 +338,17 @@ def draw_in_fresh_process(
     """
     folder, sha256 = locate(model, tracking_uri=tracking_uri)
     served = folder.parent.parent if sha256 else folder
+    given = storage.read_json(str(folder / "generator" / "generator.json")).get("given", {})
+    record, told = _trial(given, prompt)
     job = {
         "folder": str(served.resolve()),
         "prompt": prompt,
+        "record": record,
         "params": {"seed": seed} | ({"steps": steps} if steps else {}),
         "threads": torch.get_num_threads(),
         "hidden": _OURS,
     }
-    here = open_generator(folder, None, sha256)([prompt], seed=seed, steps=steps)[0]
+    here = open_generator(folder, None, sha256)([prompt], seed=seed, steps=steps, **told)[0]
     lines = ("from __future__ import annotations", inspect.getsource(_draw_alone), "_draw_alone()")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     environment |= {
@@ -414,12 +422,19 @@ def _draw_alone() -> None:
     import torch
 
     torch.set_num_threads(job["threads"])
+    asked: Any = [job["prompt"]]
+    if record := job["record"]:
+        import base64
+
+        import pandas as pd
+
+        if "low" in record:
+            record["low"] = base64.b64decode(record["low"])
+        asked = pd.DataFrame([record])
     if (folder / "MLmodel").exists():
         import mlflow.pyfunc
 
-        pictures = mlflow.pyfunc.load_model(str(folder)).predict(
-            [job["prompt"]], params=job["params"]
-        )
+        pictures = mlflow.pyfunc.load_model(str(folder)).predict(asked, params=job["params"])
     else:
         spec = importlib.util.spec_from_file_location("packaged_serving", folder / "serving.py")
         assert spec and spec.loader
@@ -429,12 +444,30 @@ def _draw_alone() -> None:
         model.load_context(
             types.SimpleNamespace(artifacts={"package": str(folder)}, model_config={})
         )
-        pictures = model.predict(None, [job["prompt"]], job["params"])
+        pictures = model.predict(None, asked, job["params"])
     Path("picture.png").write_bytes(pictures[0])
 
 
+def _trial(given: Mapping[str, Any], prompt: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """(the record that asks a service for a picture of the prompt, what the generator itself is
+    given for the same); nothing for a model of prompts alone.
+    """
+    if not given:
+        return {}, {}
+    record, told = {"prompt": prompt} if given["text"] else {}, {}
+    label = {name: answers[0] for name, answers in given.get("labels", {}).items()}
+    if label:
+        record, told = record | label, {"labels": [label]}
+    if side := given.get("low"):
+        ramp = np.linspace(0, 255, side).astype(np.uint8)
+        picture = np.stack([*np.meshgrid(ramp, ramp), np.full((side, side), 128, np.uint8)], -1)
+        file = base64.b64encode(png(picture)).decode()
+        record, told = record | {"low": file}, told | {"low": picture[None]}
+    return record, told
+
+
 def _signature(generator: Mapping[str, Any]) -> ModelSignature:
-    defaults = generator.get("defaults", {})
+    defaults, given = generator.get("defaults", {}), generator.get("given", {})
     params = [
         ParamSpec("negative_prompt", "string", ""),
         ParamSpec("guidance", "double", float(defaults.get("guidance", 1.0))),
@@ -443,9 +476,18 @@ def _signature(generator: Mapping[str, Any]) -> ModelSignature:
     ]
     # The prompt's column has no name: MLflow refuses a plain list of strings where the column has
     # one.
-    return ModelSignature(
-        Schema([ColSpec("string")]), Schema([ColSpec("binary")]), ParamSchema(params)
-    )
+    columns: list[ColSpec | TensorSpec] = [ColSpec("string")]
+    if given:
+        labels = given.get("labels", {})
+        if odd := {"prompt", "low"}.intersection(labels):
+            raise ValueError(f"an attribute of classes named {odd.pop()}: services need that name")
+        # A list of prompts must not pass for rows in which nothing is said.
+        columns = [ColSpec("string", "prompt")] if given["text"] else []
+        columns += [ColSpec("string", name, required=not given["text"]) for name in labels]
+        if given.get("low"):
+            columns.append(ColSpec("binary", "low"))
+            params.append(ParamSpec("level", "double", float(defaults.get("level", 0.0))))
+    return ModelSignature(Schema(columns), Schema([ColSpec("binary")]), ParamSchema(params))
 
 
 def _checked(name: str) -> str:

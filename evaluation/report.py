@@ -18,6 +18,7 @@ from training import results
 
 from . import shapes_oracle
 from .gate import Verdict
+from .given import truths_of
 from .page import (
     PIXELATED,
     Chart,
@@ -146,6 +147,12 @@ _NAMES = {
     "heldout_loss": "Held-out loss",
     "bits_per_dim": "Bits per dimension",
     "reconstruction_psnr": "Reconstruction, dB",
+    "psnr": "PSNR, in dB",
+    "psnr_bicubic": "PSNR of bicubic enlargement",
+    "psnr_gain": "PSNR gained over bicubic",
+    "consistency": "Consistency, in dB",
+    "correct_bicubic": "Right when enlarged bicubically",
+    "retrieval_bicubic": "Found again when enlarged bicubically",
     "edit_changed": "Edits that were made",
     "edit_kept": "Edits that kept all else",
 }
@@ -161,12 +168,16 @@ _MEANING = {
     "heldout_loss": "denoising loss on fixed noise",
     "bits_per_dim": "-log2 p of held-out pictures given their captions; an upper bound",
     "reconstruction_psnr": "of held-out pictures through the autoencoder",
+    "psnr": "to the real picture, of which a small copy was given",
+    "psnr_bicubic": "the same copies, enlarged without a model",
+    "psnr_gain": "prompt by prompt",
+    "consistency": "PSNR of what was drawn, shrunk again, to what was given",
     "edit_changed": "held-out scenes that show the attribute they were to get",
     "edit_kept": "of the same scenes, those of which no other attribute changed",
 }
 _SHARES = (
     "correct", "retrieval", "legible", "guidance_gain", "precision", "recall", "edit_changed",
-    "edit_kept",
+    "edit_kept", "correct_bicubic", "retrieval_bicubic",
 )  # fmt: skip
 _GROUPS = {
     "seen": ("seen in training", "combinations that training showed, in new words"),
@@ -255,6 +266,16 @@ class _Page:
                 + self._against_champion("kid", lambda x: f"{1000 * x:.2f}"),
             }
         )
+        if near := card.values.get("psnr"):
+            plain = card.values["psnr_bicubic"].value
+            figures.append(
+                {
+                    "value": f"{near.value:.1f} dB",
+                    "label": "PSNR to the real picture",
+                    "note": f"{plain:.1f} dB when enlarged bicubically"
+                    + self._against_champion("psnr", lambda x: f"{x:.1f} dB"),
+                }
+            )
         if rate := card.speed.get("pictures_per_second"):
             figures.append(
                 {
@@ -281,7 +302,7 @@ class _Page:
             for picture, prompt in zip(scored.pictures[:count], scored.prompts[:count], strict=True)
         ]
         if self.card.config.kind == "shapes":
-            truths = [it.truth or {} for it in scored.prompts[:count]]
+            truths = truths_of(scored.prompts[:count], self.card.asked or shapes_oracle.ATTRIBUTES)
             verdict = shapes_oracle.judge_all(scored.pictures[:count], truths)
             verdict.pop("all")
             for k, figure in enumerate(figures):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,8 +34,8 @@ class Painter(Protocol):
 class Sampler:
     """Draws prompts in batches, tells the progress and adds up the time.
 
-    Picture i of `prompts[first:]` is drawn from seed + first + i, whatever the batch size. A
-    generator that reads labels is given those of the prompts.
+    Picture i of `prompts[first:]` is drawn from seed + first + i, whatever the batch size. `given`
+    says what the generator is told besides, as options of a call, for a slice of all prompts.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Sampler:
         batch: int = 64,
         total: int = 0,
         progress: Progress | None = None,
-        labels: Sequence[Any] | None = None,
+        given: Callable[[slice], Mapping[str, Any]] | None = None,
     ):
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
         self.generator, self.steps, self.seed, self.batch = generator, steps, seed, batch
         self.total, self.progress, self.done = total, progress, 0
-        self.labels = labels if getattr(generator, "reads_labels", False) else None
+        self.given = given
 
     def __call__(
         self, prompts: Sequence[str], guidance: float | None, first: int = 0
@@ -66,7 +66,7 @@ class Sampler:
             texts = list(prompts[start : start + self.batch])
             begun = time.perf_counter()
             seeds = [self.seed + start + k for k in range(len(texts))]
-            told = {"labels": self.labels[start : start + len(texts)]} if self.labels else {}
+            told = self.given(slice(start, start + len(texts))) if self.given else {}
             pictures = np.asarray(
                 self.generator(texts, guidance=guidance, steps=self.steps, seed=seeds, **told)
             )

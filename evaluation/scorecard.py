@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from . import metrics, shapes_oracle
 from .config import EvaluationConfig
 from .editing import edits
 from .gate import Evidence
+from .given import Given, Pictured, asked_of, bicubic, shrunk, truths_of
 from .prompts import Prompt, digest
 from .sample import Painter, Pictures, Progress, Sampler, sheet
 
@@ -49,7 +50,7 @@ class Basis(_Record):
     """What a value was measured with. Values of different bases are never compared."""
 
     judge: str
-    """The metric's extractor: "oracle", "the line's own CLIP", or "the model itself"."""
+    """The metric's extractor: "oracle", "the line's own CLIP", "the model itself" or "pixels"."""
     weights: str | None = None
     resize: str | None = None
     count: int
@@ -98,6 +99,8 @@ class Scorecard(_Record):
     against another's prompt).
     """
     speed: dict[str, float]
+    asked: tuple[str, ...] = ()
+    """Of drawn scenes, the attributes that the model can be asked for; none: all of them."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Scored:
         arrays |= {
             f"sweep/{scale!r}": np.ascontiguousarray(drawn) for scale, drawn in self.sweep.items()
         }
-        prompts = [{"text": it.text, "group": it.group, "truth": it.truth} for it in self.prompts]
+        prompts = [asdict(it) for it in self.prompts]
         storage.publish_bytes(storage.join(directory, "scored.safetensors"), save(arrays))
         storage.publish_json(storage.join(directory, "prompts.json"), prompts)
         storage.publish_json(
@@ -194,17 +197,18 @@ def score(
     train: Pictures | None = None,
     heldout: Loader | None = None,
     scale: float | None = None,
+    pictured: Pictured | None = None,
     progress: Progress | None = None,
 ) -> Scored:
     """Score a generator on prompts; `reference` are held-out pictures, `train` training ones (for
-    memorisation).
+    memorisation), `pictured` the prompts' own ones, for a model that enlarges them.
 
     `heldout` is a loader of held-out encodings for the denoising loss of a generator that has
     `denoising_loss`. `scale` skips the sweep: a champion scored anew keeps the scale it serves
     with. ValueError when prompts, pictures and config do not fit.
     """
     return _Scoring(
-        generator, config, prompts, clip, reference, train, heldout, scale, progress
+        generator, config, prompts, clip, reference, train, heldout, scale, pictured, progress
     ).run()
 
 
@@ -219,6 +223,7 @@ class _Scoring:
         train: Pictures | None,
         heldout: Loader | None,
         scale: float | None,
+        pictured: Pictured | None,
         progress: Progress | None,
     ):
         if config.kind == "shapes" and any(it.truth is None for it in prompts):
@@ -236,6 +241,8 @@ class _Scoring:
         )
         self.reference, self.train, self.heldout, self.fixed = reference, train, heldout, scale
         self.texts = [it.text for it in self.prompts]
+        self.given = Given.of(generator, self.prompts, pictured)
+        self.asked = asked_of(generator)
         self.first = min(config.sweep_prompts, len(self.prompts)) if scale is None else 0
         self.scales = sorted({UNGUIDED, *config.guidance_scales}) if scale is None else []
         self.sampler = Sampler(
@@ -245,7 +252,7 @@ class _Scoring:
             batch=config.batch,
             total=len(self.scales) * self.first + 2 * (len(self.prompts) - self.first),
             progress=progress,
-            labels=[it.truth for it in self.prompts],
+            given=self.given.options,
         )
         self.features = clip.images(reference).astype(np.float64)
         self.text_features = clip.texts(self.texts).astype(np.float64)
@@ -282,6 +289,7 @@ class _Scoring:
                 per_prompt[name], values[name] = measured
         if measured := self._reconstructed():
             per_prompt["reconstruction_psnr"], values["reconstruction_psnr"] = measured
+        values |= self._enlarged(found, pictures.shape[1])
         for name, (shares, value) in self._edits().items():
             per_prompt[name], values[name] = shares, value
         groups = self._groups(found)
@@ -308,6 +316,7 @@ class _Scoring:
             groups=groups,
             attributes=self._attributes(found, plain),
             speed=speed,
+            asked=self.asked if self.asked != shapes_oracle.ATTRIBUTES else (),
         )
         return Scored(card, self.prompts, pictures, unguided, sweep or {best: pictures}, per_prompt)
 
@@ -370,11 +379,8 @@ class _Scoring:
         """Per picture: does it show its prompt (or, shifted, that of another picture)?"""
         count = len(pictures)
         if self.config.kind == "shapes":
-            truths = [it.truth for it in self.prompts[:count]]
-            others = truths[shift:] + truths[:shift]
-            verdict = shapes_oracle.judge_all(
-                pictures, [truth for truth in others if truth is not None]
-            )
+            truths = truths_of(self.prompts[:count], self.asked)
+            verdict = shapes_oracle.judge_all(pictures, truths[shift:] + truths[:shift])
             return {"correct": verdict.pop("all").astype(np.float64)} | {
                 f"correct_{name}": right.astype(np.float64) for name, right in verdict.items()
             }
@@ -426,7 +432,39 @@ class _Scoring:
             per_prompt["memorisation"] = excess
             basis = self._basis(count, self.train, len(self.train))
             values["memorisation"] = _value(metrics.mean_interval(excess, config.blocks), basis)
+        for name, decibels in self._held_to(pictures).items():
+            per_prompt[name] = decibels
+            basis = self._pixels(count)
+            values[name] = _value(metrics.mean_interval(decibels, config.blocks), basis)
         return _Measured(per_prompt, values, shuffled)
+
+    def _held_to(self, pictures: Pictures) -> dict[str, ndarray]:
+        """How near pictures come to the real ones, and shrunk to what was given of them; nothing
+        for a model that enlarges none.
+        """
+        low, real = self.given.low, self.given.real
+        if low is None or real is None:
+            return {}
+        return {
+            "psnr": metrics.psnr(pictures, real),
+            "consistency": metrics.psnr(shrunk(pictures, low.shape[1]), low),
+        }
+
+    def _enlarged(self, found: _Measured, side: int) -> dict[str, Value]:
+        """What bicubic enlargement makes of the same pictures, and what is gained over it."""
+        if self.given.low is None:
+            return {}
+        plain = bicubic(self.given.low, side)
+        count, blocks = len(plain), self.config.blocks
+        near = self._held_to(plain)["psnr"]
+        shown = self._fidelity(plain, self.clip.images(plain).astype(np.float64))[self.main]
+        gain = metrics.paired_difference(found.per_prompt["psnr"], near, blocks)
+        fidelity = found.values[self.main].basis
+        return {
+            f"{self.main}_bicubic": _value(metrics.proportion(shown), fidelity),
+            "psnr_bicubic": _value(metrics.mean_interval(near, blocks), self._pixels(count)),
+            "psnr_gain": _value(gain, self._pixels(count)),
+        }
 
     def _train_features(self) -> ndarray:
         if not hasattr(self, "_train"):
@@ -518,7 +556,16 @@ class _Scoring:
         return table
 
     def _oracle(self, count: int) -> Basis:
-        return Basis(judge="oracle", count=count, prompts=digest(self.prompts))
+        part = "" if self.asked == shapes_oracle.ATTRIBUTES else f", of {', '.join(self.asked)}"
+        return Basis(judge=f"oracle{part}", count=count, prompts=digest(self.prompts))
+
+    def _pixels(self, count: int) -> Basis:
+        assert self.given.real is not None
+        real = self.given.real
+        return Basis(
+            judge="pixels", count=count, prompts=digest(self.prompts),
+            reference=self._digest(real), reference_count=len(real),
+        )  # fmt: skip
 
     def _basis(self, count: int, against: Pictures | None = None, among: int = 0) -> Basis:
         names = dict(self.clip.tuple_id)

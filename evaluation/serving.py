@@ -1,4 +1,5 @@
-"""A packaged generator as an MLflow model: prompts in, PNG files out.
+"""A packaged generator as an MLflow model: prompts in, PNG files out; beside the prompts whatever
+else its stages are told.
 
 MLflow copies this one file beside the package and runs it ("models from code") where darkroom is
 not installed, so it imports nothing of darkroom. What it uses of the package it checks against the
@@ -6,6 +7,7 @@ manifest first; the package's code then runs from the checked bytes, under a nam
 digest, so that two versions live in one process.
 """
 
+import base64
 import hashlib
 import importlib
 import importlib.abc
@@ -17,9 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
+from pandas.api.types import is_list_like
 from PIL import Image
 
 
@@ -52,7 +56,7 @@ def open_generator(
     package: str | Path, device: str | None = None, manifest_sha256: str | None = None
 ) -> Any:
     """The package's generator, loaded by the package's own code: `(prompts, *, negative, guidance,
-    steps, seed)` -> uint8 [n, H, W, 3]. ValueError names a file that is missing or changed."""
+    steps, seed, ...)` -> uint8 [n, H, W, 3]. ValueError names a file that is missing or changed."""
     package = Path(package)
     manifest = verify(package, manifest_sha256)
     name = manifest["code"]
@@ -134,6 +138,73 @@ def _prompts(model_input: Any) -> list[str]:
     return [prompt for entry in model_input for prompt in _prompts(entry)]
 
 
+def _table(model_input: Any) -> pd.DataFrame:
+    """One row a picture: a table, a mapping of lists, or a list of mappings or of prompts."""
+    if isinstance(model_input, pd.DataFrame):
+        table = model_input
+    elif isinstance(model_input, str):
+        table = pd.DataFrame({"prompt": [model_input]})
+    elif isinstance(model_input, Mapping):
+        many = any(is_list_like(it) for it in model_input.values())
+        table = pd.DataFrame(dict(model_input) if many else [dict(model_input)])
+    elif not isinstance(model_input, Sequence):
+        raise ValueError(
+            f"expected a table or rows, got {type(model_input).__name__}: {model_input!r:.80}"
+        )
+    elif all(isinstance(it, str) for it in model_input):
+        table = pd.DataFrame({"prompt": list(model_input)})
+    else:
+        table = pd.DataFrame(list(model_input))
+    # A mapping of lists may arrive as one row that holds them.
+    listed = [name for name in table if any(is_list_like(it) for it in table[name])]
+    return table.explode(listed, ignore_index=True) if listed else table
+
+
+def _said(value: Any) -> str:
+    """A cell's text; "" where there is none."""
+    return value if isinstance(value, str) else ""
+
+
+def _given(table: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's columns as what the generator is given beside prompts. ValueError names a column
+    that is missing or unknown.
+    """
+    names = list(given.get("labels", {}))
+    wanted = ["prompt", *names, *(["low"] if given.get("low") else [])]
+    if unknown := [str(name) for name in table if name not in wanted]:
+        raise ValueError(f"no column {', '.join(unknown)} is known; there are {', '.join(wanted)}")
+    told: dict[str, Any] = {}
+    if names:
+        rows = table.reindex(columns=names).to_dict("records")
+        told["labels"] = [{n: v for n, v in row.items() if _said(v)} for row in rows]
+    if side := given.get("low"):
+        if "low" not in table:
+            raise ValueError(f"column low: wanted a PNG file of {side} x {side} pixels in each row")
+        told["low"] = np.stack([_pixels(it, row, side) for row, it in enumerate(table["low"])])
+    return told
+
+
+def _pixels(data: Any, row: int, side: int) -> np.ndarray:
+    """A PNG file, or its base64, as pixels [side, side, 3]."""
+    where = f"column low, row {row}"
+    try:
+        file = data.encode() if isinstance(data, str) else memoryview(data).tobytes()
+        if not file.startswith(b"\x89PNG"):  # MLflow decodes one of its two forms of a request
+            file = base64.b64decode(file, validate=True)
+        picture = Image.open(io.BytesIO(file), formats=["PNG"])
+    except (TypeError, ValueError, OSError):
+        raise ValueError(f"{where}: wanted a PNG file, or its base64") from None
+    if picture.size != (side, side):
+        raise ValueError(
+            f"{where}: got {picture.width} x {picture.height} pixels, wanted {side} x {side}"
+        )
+    ground = Image.new("RGBA", picture.size, "white")
+    try:
+        return np.asarray(Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB"))
+    except (ValueError, OSError, SyntaxError):
+        raise ValueError(f"{where}: a PNG file that is broken") from None
+
+
 def _png(picture: Any) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
@@ -157,15 +228,29 @@ class PackagedGenerator(PythonModel):
         """One PNG for each prompt; picture i is drawn from seed + i.
 
         Besides a table with a `prompt` column, a list of strings or {"prompt": ...} is understood.
-        Params: negative_prompt, guidance, steps, seed; what is left out is the package's default.
+        A generator whose stages are told more reads it from columns: `low`, a PNG file of the
+        picture to enlarge, and one for each attribute of its classes. Params: negative_prompt,
+        guidance, steps, seed, and level, how strongly `low` is damaged first; what is left out is
+        the package's default.
         """
         params = {key: value for key, value in (params or {}).items() if value is not None}
+        given: Mapping[str, Any] = getattr(self.generator, "given", {})
+        if given:
+            table = _table(model_input)
+            told = _given(table, given)
+            blank = [""] * len(table)
+            prompts = [_said(it) for it in table["prompt"]] if "prompt" in table else blank
+        else:
+            prompts, told = _prompts(model_input), {}
+        if given.get("low") and "level" in params:
+            told["level"] = float(params["level"])
         pictures = self.generator(
-            _prompts(model_input),
+            prompts,
             negative=params.get("negative_prompt") or None,
             guidance=params.get("guidance"),
             steps=params.get("steps"),
             seed=int(params.get("seed", 0)),
+            **told,
         )
         return [_png(picture) for picture in pictures]
 

@@ -151,13 +151,17 @@ def tally(
 
 
 def compare(scene: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str, bool]:
-    """Attribute by attribute, what was read against what was asked.
+    """Attribute by attribute, what was read against what was asked; of one object, a truth may ask
+    for some attributes alone.
 
     Two objects are matched in the order that suits colours and shapes best; the relation has to
     hold in that order.
     """
     if "objects" not in truth:
-        return {name: scene[name] is not None and scene[name] == truth[name] for name in ATTRIBUTES}
+        asked = [name for name in ATTRIBUTES if name in truth]
+        if not asked:
+            raise ValueError(f"a truth asks for one of {', '.join(ATTRIBUTES)}, got {dict(truth)}")
+        return {name: scene[name] is not None and scene[name] == truth[name] for name in asked}
 
     def verdict(first: int, relation: str | None) -> dict[str, bool]:
         found = {

@@ -1,6 +1,6 @@
 """What a model does beside drawing from a caption: what each of its stages draws, variations and
 mixtures of pictures by their embeddings (unCLIP), pictures between two noises, holes filled, small
-copies enlarged. Nothing but the sampling is conditioned.
+copies enlarged. But for what a base is trained to enlarge, the sampling alone is conditioned.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import metrics
+from .given import Given, bicubic
 from .page import image
 from .sample import Pictures
 
@@ -54,15 +56,23 @@ def described(it: Technique) -> dict[str, Any]:
 
 
 def techniques(
-    generator: Generator, prompts: Sequence[str], pictures: Pictures, seed: int
+    generator: Generator,
+    prompts: Sequence[str],
+    pictures: Pictures,
+    seed: int,
+    given: Given | None = None,
 ) -> list[Technique]:
-    """All that the generator can do: `prompts` for what is drawn, real `pictures` for the rest.
-    Only what draws its last pictures as pixels, in one stage, can be held to some of them.
+    """All that the generator can do: `prompts`, and what is `given` beside them, for what is drawn,
+    real `pictures` for the rest. Only what draws its last pictures as pixels, in one stage, from
+    nothing that shows what they are, can be held to some of them.
     """
     if not hasattr(generator, "codec"):  # a painter of another make
         return []
-    found = stages_apart(generator, prompts, seed)
-    if hears_embeddings(generator):
+    given = given or Given()
+    found = stages_apart(generator, prompts, seed, given)
+    if given.low is not None:
+        found.append(enlargements(generator, prompts, seed, given))
+    elif hears_embeddings(generator):
         found += [
             variations(generator, pictures, seed),
             mixtures(generator, pictures, seed),
@@ -73,8 +83,8 @@ def techniques(
     if generator.base is None:
         found += [between_latents(generator, pictures), between_noises(generator, seed)]
     if generator.codec is None:
-        found.append(interpolation(generator, prompts, seed))
-        if not generator.enlarging:
+        found.append(interpolation(generator, prompts, seed, given))
+        if not generator.enlarging and given.low is None:
             found.append(inpainting(generator, pictures, seed))
             found.append(super_resolution(generator, pictures, seed))
     return found
@@ -86,11 +96,13 @@ def hears_embeddings(generator: Generator) -> bool:
     return base is not None and generator.clip is not None and base.config.hears_embedding
 
 
-def stages_apart(generator: Generator, prompts: Sequence[str], seed: int) -> list[Technique]:
+def stages_apart(
+    generator: Generator, prompts: Sequence[str], seed: int, given: Given
+) -> list[Technique]:
     """One prompt a row: what each stage drew. Nothing for a model of one stage."""
     if not generator.enlarging:
         return []
-    drawn = generator.stages(list(prompts), seed=seed)
+    drawn = generator.stages(list(prompts), seed=seed, **given.options())
     side = generator.resolution
     columns = [f"{name}, {it.shape[1]} px" for name, it in drawn.items()]
     shown = [_enlarged(it, side // it.shape[1]) for it in drawn.values()]
@@ -142,6 +154,30 @@ def between_noises(generator: Generator, seed: int, rows: int = 4) -> Technique:
         [f"{share:.2f}" for share in shares],
         drawn,
         [""] * rows,
+    )
+
+
+def enlargements(
+    generator: Generator, prompts: Sequence[str], seed: int, given: Given
+) -> Technique:
+    """What a base that enlarges makes of the small pictures that it is given."""
+    low, real = given.low, given.real
+    assert low is not None
+    assert real is not None
+    count, side = len(low), generator.resolution
+    drawn = [
+        generator(list(prompts), seed=seed + k * count, **given.options()) for k in range(DRAWS)
+    ]
+    plain = bicubic(low, side)
+    near, without = (metrics.psnr(it, real).mean() for it in (drawn[0], plain))
+    return Technique(
+        "Enlarged",
+        f"It was trained for this: {low.shape[1]} px are given, {side} are drawn, each time from "
+        f"other noise. PSNR to the real pictures: {near:.1f} dB, enlarged bicubically "
+        f"{without:.1f}.",
+        ["Given", "Bicubic", *(f"Drawn {k + 1}" for k in range(DRAWS)), "The picture"],
+        list(np.stack([_enlarged(low, side // low.shape[1]), plain, *drawn, real], axis=1)),
+        prompts,
     )
 
 
@@ -209,11 +245,13 @@ def text_differences(generator: Generator, prompts: Sequence[str], seed: int) ->
     )
 
 
-def interpolation(generator: Generator, prompts: Sequence[str], seed: int) -> Technique:
+def interpolation(
+    generator: Generator, prompts: Sequence[str], seed: int, given: Given
+) -> Technique:
     """One prompt a row, its noise from that of one seed to that of another on the sphere."""
     shares = [k / (SHARES - 1) for k in range(SHARES)]
     rows = [
-        generator.between(text, (seed + 2 * k, seed + 2 * k + 1), shares)
+        generator.between(text, (seed + 2 * k, seed + 2 * k + 1), shares, **_one(given, k))
         for k, text in enumerate(prompts)
     ]
     return Technique(
@@ -279,6 +317,12 @@ def editing(found: Edits, count: int = 12) -> Technique:
         list(np.stack([it[:count] for it in shown], 1)),
         [""] * min(count, len(found.keys)),
     )
+
+
+def _one(given: Given, row: int) -> dict[str, Any]:
+    """What is given beside one prompt, as Generator.between takes it."""
+    label = {} if given.labels is None else {"label": given.labels[row]}
+    return label | ({} if given.low is None else {"low": given.low[row]})
 
 
 def _held(generator: Generator, known: Known, count: int, seed: int) -> Pictures:

@@ -139,13 +139,32 @@ def parser() -> argparse.ArgumentParser:
 
     it = verb("sample", "draw pictures from prompts", commands.sample)
     it.add_argument("model", metavar="MODEL")
-    it.add_argument("prompts", nargs="+", metavar="PROMPT")
+    it.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="may be left out with --low or --label"
+    )
     it.add_argument("--out", required=True, metavar="DIR")
     it.add_argument("--negative", default=None, metavar="TEXT", help="what must not be seen")
     it.add_argument("--guidance", type=float, default=None, metavar="S")
     it.add_argument("--steps", type=int, default=None, metavar="N")
     it.add_argument("--seed", type=int, default=0, metavar="K")
     it.add_argument("--count", type=int, default=1, metavar="N", help="pictures of each prompt")
+    it.add_argument(
+        "--low",
+        default=None,
+        metavar="FILE",
+        help="the small picture that is enlarged, or a folder of them: each with each prompt",
+    )
+    it.add_argument(
+        "--level", type=float, default=None, metavar="X", help="how strongly that is damaged first"
+    )
+    it.add_argument(
+        "--label",
+        dest="labels",
+        action="append",
+        default=[],
+        metavar="NAME=ANSWER",
+        help="of the class to draw, e.g. shape=circle; as often as there are names",
+    )
 
     it = verb("serve", "a registered model over HTTP, by MLflow's server", commands.serve)
     it.add_argument("model", metavar="MODEL")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,22 +141,85 @@ def sample(
     steps: int | None,
     seed: int,
     count: int,
+    low: str | None = None,
+    level: float | None = None,
+    labels: Sequence[str] = (),
 ) -> dict[str, Any]:
+    import numpy as np
+
     from evaluation.registry import load
     from evaluation.sample import png
     from pipeline import storage
 
     if count < 1:
         raise UsageError(f"--count must be at least 1, got {count}")
+    if not (prompts or low or labels):
+        raise UsageError("nothing to draw: give a prompt, or --low or --label to a model of such")
     generator = load(model, tracking_uri=settings().mlflow_uri)
-    texts = [prompt for prompt in prompts for _ in range(count)]
-    pictures = generator(texts, negative=negative, guidance=guidance, steps=steps, seed=seed)
+    label, small = _label(generator, labels), _low(generator, low)
+    asked = [
+        (prompt, name) for prompt in prompts or [""] for name in small or [""] for _ in range(count)
+    ]
+    texts = [prompt for prompt, _ in asked]
+    options: dict[str, Any] = {"labels": [label] * len(texts)} if label else {}
+    if small:
+        options["low"] = np.stack([small[name] for _, name in asked])
+    if level is not None:
+        options["level"] = level
+    pictures = generator(
+        texts, negative=negative, guidance=guidance, steps=steps, seed=seed, **options
+    )
     files = []
-    for number, picture in enumerate(pictures):
-        name = f"{number:03d}-{_slug(texts[number])}-{seed + number}.png"
+    for number, (picture, words) in enumerate(zip(pictures, asked, strict=True)):
+        name = f"{number:03d}-{_slug(' '.join(words))}-{seed + number}.png"
         storage.publish_bytes(storage.join(out, name), png(picture))
         files.append(storage.join(out, name))
     return {"files": files, "text": "\n".join(files)}
+
+
+def _label(generator: Any, words: Sequence[str]) -> dict[str, str]:
+    """NAME=ANSWER words as a generator takes them."""
+    known: dict[str, list[str]] = getattr(generator, "given", {}).get("labels", {})
+    label: dict[str, str] = {}
+    for word in words:
+        name, equals, answer = word.partition("=")
+        if not known:
+            raise UsageError(f"--label {word}: this model is told no classes")
+        if not equals:
+            raise UsageError(f"--label {word}: expected NAME=ANSWER, e.g. {_example(known)}")
+        if name not in known:
+            raise UsageError(f"--label {word}: this model is told {', '.join(known)}")
+        if answer not in known[name]:
+            raise UsageError(f"--label {word}: {name} is one of {', '.join(known[name])}")
+        label[name] = answer
+    if label and (left := [name for name in known if name not in label]):
+        raise UsageError(
+            f"--label {words[0]}: a class is {' and '.join(known)} together: give "
+            f"{' '.join(f'--label {name}=...' for name in left)} too"
+        )
+    return label
+
+
+def _example(known: Mapping[str, Sequence[str]]) -> str:
+    name, answers = next(iter(known.items()))
+    return f"{name}={answers[0]}"
+
+
+def _low(generator: Any, place: str | None) -> dict[str, Any]:
+    """The pictures that are to be enlarged, by name."""
+    from evaluation.given import read_low
+
+    side = getattr(generator, "given", {}).get("low")
+    if place is None:
+        if side:
+            raise UsageError(f"this model enlarges pictures of {side} px: give --low FILE")
+        return {}
+    if not side:
+        raise UsageError(f"--low {place}: this model enlarges no picture that it is given")
+    try:
+        return read_low(place, side)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"--low: {error}") from None
 
 
 def serve(model: str, host: str, port: int) -> dict[str, Any]:
@@ -164,11 +228,8 @@ def serve(model: str, host: str, port: int) -> dict[str, Any]:
 
     from evaluation.registry import application
 
-    name, app = application(model, tracking_uri=settings().mlflow_uri)
-    say(
-        f"{name} answers on http://{host}:{port}: POST /invocations "
-        '{"inputs": ["a prompt"], "params": {"seed": 1}}; GET /health'
-    )
+    name, app, example = application(model, tracking_uri=settings().mlflow_uri)
+    say(f"{name} answers on http://{host}:{port}: POST /invocations {example}; GET /health")
     uvicorn.run(app, host=host, port=port, log_level="warning")
     return {"model": name, "text": f"{name}: stopped"}
 
@@ -177,6 +238,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
     from evaluation.editing import edits
+    from evaluation.given import Given
     from evaluation.techniques import editing, techniques
 
     from .score_model import ask
@@ -205,6 +267,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             seed=line.recipe.evaluation.seed,
             clip=question.clip,
             reference=question.reference,
+            pictured=question.pictured,
             progress=progress,
         )
     shown = techniques(
@@ -212,6 +275,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         [prompt.text for prompt in asked[:4]],
         question.reference[:6],
         line.recipe.evaluation.seed,
+        Given.of(contenders[0].generator, asked[:4], question.pictured),
     )
     if edited := edits(contenders[0].generator, question.heldout):
         shown.append(editing(edited))
@@ -231,6 +295,8 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
                 }
                 for name, measure in it.measures.items()
             },
+            "psnr": it.psnr,
+            "consistency": it.consistency,
         }
         for it in drawn
     ]

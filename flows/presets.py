@@ -8,6 +8,7 @@ from typing import Any
 from evaluation.config import EvaluationConfig
 from evaluation.gate import GatePolicy
 from pipeline.ingest import IngestRules
+from pipeline.shapes import COLOURS, SHAPES
 
 from .recipe import DataRecipe, EncodeRecipe, Recipe, StageRecipe
 
@@ -259,6 +260,39 @@ def shapes_autoencoder() -> Recipe:
     )
 
 
+def shapes_ldm_class() -> Recipe:
+    """shapes-ldm told classes, not captions: 48 of them, a colour and a shape each, by which alone
+    it is judged. Shares its autoencoder and CLIP.
+    """
+    answers = {"colour": list(COLOURS), "shape": list(SHAPES)}
+    attributes = [{"name": name, "answers": them} for name, them in answers.items()]
+    return _conditioned("shapes-ldm-class", shapes_ldm(), listens=[], attributes=attributes)
+
+
+def shapes_ldm_low() -> Recipe:
+    """shapes-ldm told a picture of the latents' side, 8 px, beside the caption, as LDM enlarges
+    (Rombach et al. 2022, section 4.4). Shares its autoencoder, CLIP and T5.
+    """
+    return _conditioned("shapes-ldm-low", shapes_ldm(), low={"side": 8, "augment": "none"})
+
+
+def shapes_sr3() -> Recipe:
+    """SR3 (Saharia et al. 2021): super-resolution alone, scenes of 16 px enlarged to 32 without a
+    word. The oracle reads a bicubic enlargement rightly too; the gate wants a better PSNR than it.
+    """
+    base = _enlarging(16, 32, patch=2, images=60_000, augment="none", listens=[])
+    recipe = _cascade("shapes-sr3", sides=(32,), base=base.model_copy(update={"sampler": None}))
+    return recipe.model_copy(
+        update={
+            # Without words there is nothing that guidance could lead to.
+            "evaluation": EvaluationConfig(kind="shapes", guidance_scales=(1.0,)),
+            "gate": recipe.gate.model_copy(
+                update={"absolute": {**recipe.gate.absolute, "psnr_gain": 0.0}}
+            ),
+        }
+    )
+
+
 def shapes_two() -> Recipe:
     """Two objects and how they lie, in latents at 32 px: a tenth of the pairs of objects is held
     out as a whole, in every relation and on every ground, and asked for in half of the prompts.
@@ -330,6 +364,12 @@ def emoji_unclip() -> Recipe:
     assert efficient is not None
     silent = efficient.model_copy(update={"config": {**efficient.config, "listens": []}})
     return _of_pictures("emoji-unclip", like.model_copy(update={"sr1": silent}), images=300_000)
+
+
+def _conditioned(name: str, like: Recipe, **told: Any) -> Recipe:
+    """A recipe whose base is told something else, or more."""
+    base = like.base.model_copy(update={"config": {**like.base.config, **told}})
+    return like.model_copy(update={"name": name, "base": base})
 
 
 def _of_pictures(name: str, like: Recipe, *, images: int) -> Recipe:
@@ -867,6 +907,9 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-ldm": shapes_ldm,
     "shapes-vae": shapes_vae,
     "shapes-autoencoder": shapes_autoencoder,
+    "shapes-ldm-class": shapes_ldm_class,
+    "shapes-ldm-low": shapes_ldm_low,
+    "shapes-sr3": shapes_sr3,
     "shapes-two": shapes_two,
     "shapes-diffusionclip": shapes_diffusionclip,
     "pictures": pictures,

@@ -21,6 +21,7 @@ from .score_model import (
     ask,
     heldout_pictures,
     lineage,
+    pictured,
     score_candidate,
 )
 
@@ -110,6 +111,7 @@ def write_report(
 ) -> Path:
     """The page that shows the model, in its directory."""
     from evaluation import report
+    from evaluation.given import Given
     from evaluation.techniques import techniques
     from training.generator import Generator
 
@@ -120,14 +122,16 @@ def write_report(
         if not line.recipe.stage(stage).pretrained
     ]
     scored = _as_scored(line, data, name)
-    shown = [prompt.text for prompt in scored.prompts[:SHOWN]]
+    asked = scored.prompts[:SHOWN]
+    shown = [prompt.text for prompt in asked]
     pictures = heldout_pictures(line, data, SHOWN)
     generator = Generator.load(line.model_dir(data) / GENERATOR)
+    given = Given.of(generator, asked, pictured(line, data))
     inputs = report.ReportInputs(
         name=line.recipe.name,
         version=name.rpartition("/")[2],
         scored=scored,
-        techniques=techniques(generator, shown, pictures, line.recipe.evaluation.seed),
+        techniques=techniques(generator, shown, pictures, line.recipe.evaluation.seed, given),
         verdict=decision.verdict,
         champion=decision.champion,
         stages=stages,

@@ -148,7 +148,7 @@ class Recipe(_Part):
     """A copy of the base that draws one thing in another's place (DiffusionCLIP); none by
     default."""
     sampler: dict[str, Any] = {"kind": "dpmpp2m", "steps": 16}
-    """How pictures are drawn (training.diffusion.SamplerConfig); the sweep chooses the guidance."""
+    """How pictures are drawn (training.generator.BaseSampler); the sweep chooses the guidance."""
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GatePolicy = GatePolicy()
     executor: Executor = Executor(kind="auto")
@@ -367,18 +367,22 @@ def _check_alone(recipe: Recipe) -> None:
 
 def _check_sampler(recipe: Recipe) -> None:
     """What only the scoring would find out, after hours of training."""
-    from training.diffusion import SamplerConfig
+    from training.generator import BaseSampler
     from training.stages import CONFIGS, reconstruct
 
     base: Any = reconstruct(CONFIGS["base"], recipe.stage("base").config, "base.config")
     try:
-        sampler = reconstruct(SamplerConfig, recipe.sampler, "sampler")
+        sampler = reconstruct(BaseSampler, recipe.sampler, "sampler")
+        if base.low:
+            base.low.check(sampler.level, "sampler.level")
     except ValueError as error:
         raise RecipeError(str(error)) from None
     try:
         sampler.build_grid(base.diffusion.build_path())
     except ValueError as error:
         raise RecipeError(f"sampler: {error}") from None
+    if sampler.level and not base.low:
+        raise RecipeError("sampler.level: the base enlarges no picture; set base.config.low, or 0")
     if sampler.variance == "learned" and not base.network.learned_variance:
         raise RecipeError(
             "sampler.variance: 'learned' needs a network that learns it; set "
@@ -424,10 +428,9 @@ def _check_cascade(recipe: Recipe) -> None:
             raise RecipeError(
                 f"{name}.config.low.side: got {config.low.side}, no proper divisor of {drawn}"
             )
-    if configs["base"].low or configs["base"].data == "embedding":
+    if configs["base"].data == "embedding":
         raise RecipeError(
-            "base.config: the base draws pictures or latents from captions: set low=null, and data "
-            "to moments or pixels"
+            "base.config: the base draws pictures or latents: set data to moments or pixels"
         )
     if "prior" in configs:
         if configs["prior"].data != "embedding":
@@ -487,6 +490,8 @@ def _check_edit(recipe: Recipe) -> None:
     """An edit is judged by a CLIP of the line's own, in pixels."""
     if not recipe.in_pixels:
         raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
+    if recipe.stage("base").config.get("low"):
+        raise RecipeError("edit: it edits by what draws from nothing; set base.config.low=null")
     if recipe.stage("base").config.get("side") not in (None, 0, recipe.data.side):
         raise RecipeError("edit: it edits pictures of data.side; set base.config.side=0")
     for name in recipe.inputs("edit"):

@@ -25,6 +25,7 @@ from .train_stage import encodings
 
 if TYPE_CHECKING:
     from evaluation.features import Extractor
+    from evaluation.given import Pictured
     from evaluation.prompts import Prompt
     from evaluation.sample import Pictures
     from evaluation.scorecard import Scored
@@ -43,6 +44,7 @@ class Question:
     reference: Pictures
     train: Pictures
     heldout: Loader
+    pictured: Pictured
 
     def score(self, line: Line, generator: Any, title: str, scale: float | None = None) -> Scored:
         from evaluation.scorecard import score
@@ -57,6 +59,7 @@ class Question:
                 train=self.train,
                 heldout=self.heldout,
                 scale=scale,
+                pictured=self.pictured,
                 progress=progress,
             )
 
@@ -78,7 +81,19 @@ def ask(line: Line, data: Manifest) -> Question:
         heldout=_loader(
             line, data, encodings(line, "base", data) if line.recipe.base else pixels, "heldout"
         ),
+        pictured=pictured(line, data),
     )
+
+
+def pictured(line: Line, data: Manifest) -> Pictured:
+    """The real pictures of prompts: scenes drawn for them, or those whose captions they are."""
+    from evaluation.given import drawn_for, held_out
+
+    config, side = line.recipe.evaluation, line.recipe.data.side
+    if config.kind == "shapes":
+        return lambda prompts: drawn_for(prompts, side, config.seed)
+    splits = [it for it in ("heldout", "unseen") if data.split(it)]
+    return lambda prompts: held_out(prompts, _loader(line, data, [pixels_spec(side)], *splits))
 
 
 def heldout_pictures(line: Line, data: Manifest, count: int) -> Pictures:

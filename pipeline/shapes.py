@@ -8,7 +8,7 @@ kept for evaluation alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -173,19 +173,20 @@ def scene(seed: int, index: int, objects: int = 1) -> Scene:
         size, place = _pick(draws, tuple(SIZES)), _pick(draws, tuple(PLACES))
         return Scene((_object(draws, size, place, PLACES[place]),), background)
     relation = _pick(draws, tuple(RELATIONS))
-    dx, dy = RELATIONS[relation]
-    first = _object(draws, "small", None, (0.5 + 0.22 * dx, 0.5 + 0.22 * dy))
-    second = _object(draws, "small", None, (0.5 - 0.22 * dx, 0.5 - 0.22 * dy), other=first.colour)
-    return Scene((first, second), background, relation)
+    return Scene(_pair(draws, relation), background, relation)
 
 
 def scene_of(truth: Mapping[str, Any], seed: int, index: int) -> Scene:
     """A scene with these attributes and fresh jitter: what a prompt of this truth asks for."""
     draws = np.random.Generator(np.random.Philox(key=[seed, index]))
     if "objects" in truth:
-        raise ValueError("scene_of draws scenes of one object; use scene(seed, index, objects=2)")
+        things = [
+            replace(it, colour=asked["colour"], shape=asked["shape"])
+            for it, asked in zip(_pair(draws, truth["relation"]), truth["objects"], strict=True)
+        ]
+        return Scene(tuple(things), truth["background"], truth["relation"])
     it = _object(draws, truth["size"], truth["place"], PLACES[truth["place"]])
-    it = Object(truth["colour"], truth["shape"], it.size, it.place, it.x, it.y, it.radius)
+    it = replace(it, colour=truth["colour"], shape=truth["shape"])
     return Scene((it,), truth["background"])
 
 
@@ -276,6 +277,13 @@ def _object(
     x, y = centre[0] + 0.02 * jitter[0], centre[1] + 0.02 * jitter[1]
     radius = SIZES[size] * (1 + 0.05 * jitter[2])
     return Object(colour, shape, size, place, float(x), float(y), float(radius))
+
+
+def _pair(draws: np.random.Generator, relation: str) -> tuple[Object, Object]:
+    dx, dy = RELATIONS[relation]
+    first = _object(draws, "small", None, (0.5 + 0.22 * dx, 0.5 + 0.22 * dy))
+    second = _object(draws, "small", None, (0.5 - 0.22 * dx, 0.5 - 0.22 * dy), other=first.colour)
+    return first, second
 
 
 def _place_words(draws: np.random.Generator, place: str) -> str:

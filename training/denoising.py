@@ -230,12 +230,14 @@ class BaseStage(Stage):
         """-log2 p(picture | caption) per byte: the probability-flow ODE, a uniform draw added to
         each byte (Song et al. 2021b, section 4.3), one random direction for the trace.
 
-        ValueError for a base of latents: what an autoencoder loses has no density.
+        ValueError for a base of latents, as what an autoencoder loses has no density, and for one
+        of shrunk pictures.
         """
-        if self.config.data != "pixels" or self.config.side:
+        config = self.config
+        if config.data != "pixels" or config.side not in (0, batch["pixels"].shape[-1]):
             raise ValueError(
                 "bits per dimension need data 'pixels' as they are, got "
-                f"{self.config.data!r}, side {self.config.side}"
+                f"{config.data!r}, side {config.side}"
             )
         position, x = batch["position"], self._plain(batch)
         shape = tuple(x.shape[1:])

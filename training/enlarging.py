@@ -1,4 +1,5 @@
-"""The smaller picture that a stage of a cascade enlarges, and the damage that is done to it.
+"""The smaller picture that a stage enlarges, and the damage that is done to it: in a cascade what
+the stage before it drew, for a base (SR3, Saharia et al. 2021) what a caller gives.
 
 A stage that has only seen small copies of real pictures believes every mistake of the stage before
 it. Conditioning augmentation (CDM, Ho et al. 2022, section 4) shows it damaged copies and tells it

@@ -45,27 +45,38 @@ DENOISING = (PRIOR, BASE, *ENLARGING)
 EMBEDDING = "clip_image"
 
 Pictures = UInt8[np.ndarray, "picture height width 3"]
+Labels = Sequence[Mapping[str, str] | None]
+"""Of each picture, attribute -> answer; None or {}: of any class."""
 Embeddings = Float[Tensor, "picture width"]
 """Of pictures by CLIP, of length 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSampler(SamplerConfig):
-    """How a stage before or after the base draws."""
+class BaseSampler(SamplerConfig):
+    """How the base draws."""
 
     level: float = 0.0
-    """Of an enlarging stage: how strongly the picture that it enlarges is damaged first, in the
-    units of LowConfig.strongest (CDM and Imagen sweep it)."""
+    """Where a picture is enlarged: how strongly it is damaged first, in the units of
+    LowConfig.strongest (CDM and Imagen sweep it)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.level < 0:
+            raise ValueError(f"level: got {self.level}, wanted at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSampler(BaseSampler):
+    """How a stage before or after the base draws."""
+
     candidates: int = 1
     """Of a prior: embeddings that are drawn, the one nearest to the caption's is taken (unCLIP:
     2)."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.level < 0 or self.candidates < 1:
-            raise ValueError(
-                f"wanted level >= 0 and candidates >= 1, got {self.level} and {self.candidates}"
-            )
+        if self.candidates < 1:
+            raise ValueError(f"candidates: got {self.candidates}, wanted at least 1")
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Generator:
     """The autoencoder, encode and decode; None where the base draws pixels."""
     encoders: Mapping[str, Any]
     """The text encoders, by the names of the base's contexts."""
-    sampler: SamplerConfig
+    sampler: BaseSampler
     resolution: int
     """Side of the pictures in pixels."""
     precision: str
@@ -152,7 +163,7 @@ class Generator:
                 f"{path}: format {described.get('format')}, this version reads {FORMAT}"
             )
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        sampler = reconstruct(SamplerConfig, described["defaults"], "defaults")
+        sampler = reconstruct(BaseSampler, described["defaults"], "defaults")
         samplers = _stage_samplers(described.get("samplers", {}))
         sources = {name: Path(directory, name) for name in described["stages"]}
         shape = tuple(described.get("latent_shape", ()))
@@ -160,7 +171,7 @@ class Generator:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What a call that names nothing uses: the fields of SamplerConfig."""
+        """What a call that names nothing uses: the fields of BaseSampler."""
         return asdict(self.sampler)
 
     def __call__(
@@ -172,7 +183,8 @@ class Generator:
         steps: int | None = None,
         seed: int | Sequence[int] = 0,
         sampler: str | None = None,
-        labels: Sequence[Mapping[str, str]] | None = None,
+        labels: Labels | None = None,
+        low: Pictures | None = None,
         classifier_guidance: float = 0.0,
         clip_guidance: float = 0.0,
         known: Known | None = None,
@@ -184,11 +196,15 @@ class Generator:
         `negative` is what guidance leads away from: one text, or one for each prompt. `sampler` is
         a kind of SamplerConfig, `options` are any other fields of it (guidance_interval, eta, ...),
         and those of another stage's StageSampler by its name (`**{"sr1.level": 0.2}`). What is left
-        out is the generator's default. An empty text is no caption at all. A base that is told
-        classes reads them from `labels`.
+        out is the generator's default. An empty text is no caption at all.
 
-        `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage, for one
-        mapping of attributes to answers a prompt; `clip_guidance` that of the noise-aware CLIP, or
+        A stage that is told classes reads them from `labels`, one mapping of attributes to answers
+        a prompt; without them it draws of any class. A base that enlarges pictures (SR3, Saharia et
+        al. 2021) needs `low`: one for each prompt, `low_side` pixels a side, damaged first by the
+        option `level`.
+
+        `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage;
+        `clip_guidance` that of the noise-aware CLIP, or
         else of the line's CLIP, which judges the estimate of the picture. Both come on top of
         `guidance`: 0 there leaves the captions to them. `known` is what the pictures must agree
         with, one for each prompt: inpainting and super-resolution by conditioning alone (PiGDM,
@@ -202,7 +218,7 @@ class Generator:
             *self._clip_guide(prompts, clip_guidance),
             *self._known_guide(prompts, known),
         ]
-        asked = _Asked.of(prompts, negative, seed, labels, embeddings)
+        asked = self._asked(prompts, negative, seed, labels, low, embeddings)
         pictures = [
             list(self._stages(asked.rows(rows), chosen, [make(rows) for make in guides]))[-1][1]
             for rows in asked.batches()
@@ -216,13 +232,14 @@ class Generator:
         *,
         negative: str | Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
-        labels: Sequence[Mapping[str, str]] | None = None,
+        labels: Labels | None = None,
+        low: Pictures | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         **options: Any,
     ) -> dict[str, Pictures]:
         """What each stage that draws pictures drew, by its name, the last of them what a call
-        returns; `options` are fields of SamplerConfig, as there."""
-        asked = _Asked.of(prompts, negative, seed, labels, embeddings)
+        returns; `options` are fields of BaseSampler, as there."""
+        asked = self._asked(prompts, negative, seed, labels, low, embeddings)
         parts = [dict(self._stages(asked.rows(rows), options)) for rows in asked.batches()]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -260,16 +277,30 @@ class Generator:
 
     @torch.no_grad()
     def between(
-        self, prompt: str, seeds: tuple[int, int], shares: Sequence[float], **options: Any
+        self,
+        prompt: str,
+        seeds: tuple[int, int],
+        shares: Sequence[float],
+        *,
+        label: Mapping[str, str] | None = None,
+        low: UInt8[np.ndarray, "side side 3"] | None = None,
+        **options: Any,
     ) -> Pictures:
         """Pictures of one prompt from noise between that of two seeds, on the sphere: share 0 is
-        the first seed's picture (DDIM, Song et al. 2021, sec. 5.3). `options` are fields of
-        SamplerConfig; without them the sampler is deterministic.
+        the first seed's picture (DDIM, Song et al. 2021, sec. 5.3). `label` and `low` are one of a
+        call's; `options` are fields of BaseSampler, without which the sampler is deterministic.
         """
         first, last = (self._drawn(self.latent_shape, [seed], "sample") for seed in seeds)
         eps = torch.cat([slerp(first, last, share) for share in shares])
         # All else, as what the prior or the enlarging stages draw, is the first seed's.
-        asked = _Asked.of([prompt] * len(shares), None, [seeds[0]] * len(shares))
+        count = len(shares)
+        asked = self._asked(
+            [prompt] * count,
+            None,
+            [seeds[0]] * count,
+            None if label is None else [label] * count,
+            None if low is None else np.stack([low] * count),
+        )
         chosen = {"kind": "ddim", "eta": 0.0, "corrections": 0, **options}
         return list(self._stages(asked, chosen, eps=eps))[-1][1]
 
@@ -280,11 +311,13 @@ class Generator:
         *,
         negative: str | Sequence[str] | None = None,
         seed: int | Sequence[int] = 0,
+        labels: Labels | None = None,
+        low: Pictures | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         **options: Any,
     ) -> Float[Tensor, "picture channel height width"]:
-        """What a call decodes, still shifted and scaled; `options` are fields of SamplerConfig."""
-        asked = _Asked.of(prompts, negative, seed, embeddings=embeddings)
+        """What a call decodes, still shifted and scaled; `options` are fields of BaseSampler."""
+        asked = self._asked(prompts, negative, seed, labels, low, embeddings)
         sampler, samplers = self._samplers(options)
         return torch.cat(
             [
@@ -366,13 +399,44 @@ class Generator:
         return any(stage.config.attributes for stage in self._drawing)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether stages are told captions."""
+        return bool(self.encoders)
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Attribute -> answers, of the stages that are told classes."""
+        return _answers(self._drawing)
+
+    @property
+    def answers(self) -> dict[str, tuple[str, ...]]:
+        """All that `labels` may say: to these stages, and to the classifier."""
+        return _answers([*self._drawing, *([self.classifier] if self.classifier else [])])
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What a call gives beside prompts, for those who only read of the generator: "labels"
+        (attribute -> answers) and "low" (side in pixels), where stages are told them, and then
+        "text", whether prompts are heard as well; {} where they are all there is."""
+        labels = {"labels": {name: list(it) for name, it in self.classes.items()}}
+        low = {"low": self.low_side}
+        found = (labels if self.reads_labels else {}) | (low if self.low_side else {})
+        return {**found, "text": self.reads_text} if found else {}
+
+    @property
+    def low_side(self) -> int:
+        """Of the pictures that a call gives as `low`, in pixels; 0 where the base enlarges none."""
+        low = None if self.base is None else self.base.config.low
+        return low.side if low else 0
+
+    @property
     def _device(self) -> torch.device:
         drawing = self.codec if self.base is None else self.base
         return next(drawing.parameters()).device
 
     def _samplers(
         self, chosen: Mapping[str, Any]
-    ) -> tuple[SamplerConfig, Mapping[str, StageSampler]]:
+    ) -> tuple[BaseSampler, Mapping[str, StageSampler]]:
         """(the base's sampler, those of the others), with what a call chose."""
         chosen = {name: value for name, value in chosen.items() if value is not None}
         mine = {name: chosen.pop(name) for name in [*chosen] if "." not in name}
@@ -383,8 +447,63 @@ class Generator:
                 has = ", ".join(samplers) or "none beside the base"
                 raise ValueError(f"{name}: no stage {stage!r} that draws; this generator has {has}")
             samplers[stage] = _replaced(samplers[stage], {key: value}, stage)
-        _check_levels(self.enlarging, samplers)
-        return _replaced(self.sampler, mine), samplers
+        sampler = _replaced(self.sampler, mine)
+        _check_levels(self.base, sampler, self.enlarging, samplers)
+        return sampler, samplers
+
+    def _asked(
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None,
+        seed: int | Sequence[int],
+        labels: Labels | None = None,
+        low: Pictures | None = None,
+        embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
+    ) -> _Asked:
+        """What a call asks for. ValueError where the stages cannot be told it."""
+        low = None if low is None else np.asarray(low)
+        asked = _Asked.of(prompts, negative, seed, labels, embeddings, low)
+        self._check_labels(labels)
+        side = self.low_side
+        if low is None:
+            if side and len(prompts):
+                raise ValueError(
+                    f"low: this generator enlarges pictures, and none was given; give uint8 "
+                    f"[{len(prompts)}, {side}, {side}, 3], one for each prompt"
+                )
+        elif not side:
+            raise ValueError("low: this generator enlarges no picture that a call gives")
+        elif low.dtype != np.uint8 or low.shape[1:] != (side, side, 3):
+            raise ValueError(
+                f"low: got {low.dtype} {list(low.shape)}, wanted uint8 [{len(prompts)}, {side}, "
+                f"{side}, 3]"
+            )
+        return asked
+
+    def _check_labels(self, labels: Labels | None) -> None:
+        if labels is None:
+            return
+        known = self.answers
+        if not known:
+            raise ValueError("labels: no stage of this generator is told classes")
+        for row, label in enumerate(labels):
+            for name, answer in (label or {}).items():
+                if name not in known:
+                    raise ValueError(
+                        f"labels[{row}]: no attribute {name!r}; there are {', '.join(known)}"
+                    )
+                if answer not in known[name]:
+                    raise ValueError(
+                        f"labels[{row}]: {name} {answer!r} is none of {', '.join(known[name])}"
+                    )
+            for stage in self._drawing:
+                names = [it.name for it in stage.config.attributes]
+                said = [name for name in names if name in (label or {})]
+                if said and said != names:
+                    raise ValueError(
+                        f"labels[{row}]: a class is {' and '.join(names)} together, got "
+                        f"{' and '.join(said)} alone"
+                    )
 
     @torch.no_grad()
     def _stages(
@@ -405,12 +524,8 @@ class Generator:
         yield BASE, _numpy(pixels)
         x = x.clamp(-1, 1) if self.codec is None else to_unit(pixels)
         for name, stage in self.enlarging.items():
-            low = stage.config.low
-            strength = torch.full((len(x),), samplers[name].level, device=x.device)
-            noise = self._drawn(x.shape[1:], asked.seeds, f"{name}/level")
-            side = stage.latent_shape.tolist()[-1]
-            damaged = low.told(x, strength, stage.model, noise, side)
-            more = self._more(stage, asked, z) | damaged
+            more = self._more(stage, asked, z)
+            more |= self._damaged(name, stage, asked, x, samplers[name].level)
             x = self._sampled(name, stage, asked, told, samplers[name], more).clamp(-1, 1)
             yield name, _numpy(to_bytes(x))
 
@@ -419,19 +534,34 @@ class Generator:
         asked: _Asked,
         told: _Told,
         z: Embeddings | None,
-        sampler: SamplerConfig,
+        sampler: BaseSampler,
         guides: Sequence[Guide] = (),
         eps: Tensor | None = None,
     ) -> Tensor:
         """What the base draws, or the autoencoder's prior."""
+        from .autoencoding import to_unit
+
         if self.base is None:
             return self._drawn(self.latent_shape, asked.seeds, "sample") if eps is None else eps
         more = self._more(self.base, asked, z)
+        if asked.low is not None:
+            small = torch.from_numpy(np.ascontiguousarray(asked.low)).permute(0, 3, 1, 2)
+            small = to_unit(small.to(self._device))
+            more |= self._damaged(BASE, self.base, asked, small, sampler.level)
         return self._sampled(BASE, self.base, asked, told, sampler, more, guides, eps)
 
     def _unscaled(self, x: Tensor) -> Tensor:
         """Latents as the autoencoder knows them."""
         return x if self.base is None else self.base.unscaled(x)
+
+    def _damaged(
+        self, name: str, stage: Any, asked: _Asked, small: Tensor, level: float
+    ) -> dict[str, Tensor]:
+        """What a stage is told of the pictures that it enlarges."""
+        strength = torch.full((len(small),), level, device=small.device)
+        noise = self._drawn(small.shape[1:], asked.seeds, f"{name}/level")
+        side = stage.latent_shape.tolist()[-1]
+        return stage.config.low.told(small, strength, stage.model, noise, side)
 
     def _more(self, stage: Any, asked: _Asked, z: Embeddings | None) -> dict[str, Tensor]:
         """What a stage is told beside the texts: its classes, the embedding of what is drawn."""
@@ -479,7 +609,7 @@ class Generator:
         return torch.stack(drawn)[near, torch.arange(len(near), device=near.device)]
 
     def _classifier_guide(
-        self, prompts: Sequence[str], labels: Sequence[Mapping[str, str]] | None, scale: float
+        self, prompts: Sequence[str], labels: Labels | None, scale: float
     ) -> list[Callable[[slice], Guide]]:
         if not scale:
             return []
@@ -605,8 +735,9 @@ class _Asked:
     prompts: Sequence[str]
     negatives: Sequence[str] | None
     seeds: Sequence[int]
-    labels: Sequence[Mapping[str, str]] | None = None
+    labels: Labels | None = None
     embeddings: Embeddings | Literal["prior", "text", "none"] = "prior"
+    low: Pictures | None = None
 
     @classmethod
     def of(
@@ -614,15 +745,16 @@ class _Asked:
         prompts: Sequence[str],
         negative: str | Sequence[str] | None,
         seed: int | Sequence[int],
-        labels: Sequence[Mapping[str, str]] | None = None,
+        labels: Labels | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
+        low: Pictures | None = None,
     ) -> _Asked:
         if isinstance(prompts, str):
             raise ValueError(f"prompts: wanted a list of texts, got one text: {prompts!r:.80}")
         count = len(prompts)
         seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [*map(int, seed)]
         negatives = [negative] * count if isinstance(negative, str) else negative
-        given = {"seed": seeds, "negative": negatives, "labels": labels}
+        given = {"seed": seeds, "negative": negatives, "labels": labels, "low": low}
         given["embeddings"] = embeddings if isinstance(embeddings, Tensor) else None
         for name, values in given.items():
             if values is not None and len(values) != count:
@@ -631,7 +763,7 @@ class _Asked:
             raise ValueError(
                 f"embeddings: got {embeddings!r}, wanted 'prior', 'text', 'none' or a tensor"
             )
-        return cls(prompts, negatives, seeds, labels, embeddings)
+        return cls(prompts, negatives, seeds, labels, embeddings, low)
 
     def batches(self) -> list[slice]:
         return [slice(start, start + BATCH) for start in range(0, len(self.prompts), BATCH)]
@@ -643,6 +775,7 @@ class _Asked:
             self.seeds[rows],
             None if self.labels is None else self.labels[rows],
             self.embeddings[rows] if isinstance(self.embeddings, Tensor) else self.embeddings,
+            None if self.low is None else self.low[rows],
         )
 
 
@@ -680,6 +813,15 @@ def _cond(
     return cond
 
 
+def _answers(stages: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """Attribute -> its answers in all of these stages."""
+    found: dict[str, tuple[str, ...]] = {}
+    for stage in stages:
+        for it in stage.config.attributes:
+            found[it.name] = tuple(dict.fromkeys((*found.get(it.name, ()), *it.answers)))
+    return found
+
+
 def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
     from .stages import reconstruct
 
@@ -691,7 +833,16 @@ def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
     return reconstruct(type(sampler), asdict(sampler) | dict(chosen), where or "sampler")
 
 
-def _check_levels(enlarging: Mapping[str, Any], samplers: Mapping[str, StageSampler]) -> None:
+def _check_levels(
+    base: Any,
+    sampler: BaseSampler,
+    enlarging: Mapping[str, Any],
+    samplers: Mapping[str, StageSampler],
+) -> None:
+    if base.config.low:
+        base.config.low.check(sampler.level, "level")
+    elif sampler.level:
+        raise ValueError(f"level: got {sampler.level:g}, and the base enlarges no picture")
     for name, stage in enlarging.items():
         stage.config.low.check(samplers[name].level, f"{name}.level")
 
@@ -717,7 +868,7 @@ def assemble(
     `stages` maps "base", "prior", "sr1", "sr2", "autoencoder" and the names of the text encoders to
     stage directories, or to pretrained models (folder or hub id), whose files are copied. Without
     a base the autoencoder, a stage of the line's, is the generator.
-    `defaults` are fields of SamplerConfig (guidance, steps, ...), `samplers` those of StageSampler
+    `defaults` are fields of BaseSampler (guidance, steps, ...), `samplers` those of StageSampler
     for the other stages that draw. What was in the directory is replaced. ValueError when a stage
     is missing or not the one that another was trained with.
     """
@@ -730,7 +881,7 @@ def assemble(
     if BASE in sources and sources[BASE].family != BASE:
         raise ValueError(f"{target}: the base is no base stage but a {sources[BASE].family}")
     shape = () if BASE in sources else _prior_shape(sources.get("autoencoder"), target)
-    sampler = reconstruct(SamplerConfig, dict(defaults or {}), "defaults")
+    sampler = reconstruct(BaseSampler, dict(defaults or {}), "defaults")
 
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -769,6 +920,8 @@ def assemble(
             described["latent_shape"] = shape
         if generator.samplers:
             described["samplers"] = {name: asdict(it) for name, it in generator.samplers.items()}
+        if given := generator.given:
+            described["given"] = given
         _write(draft / GENERATOR, described)
         draft.chmod(0o755)
         if target.exists():
@@ -803,7 +956,7 @@ def _prior_shape(autoencoder: Any, target: Path) -> tuple[int, ...]:
 
 def _open(
     directories: Mapping[str, Path],
-    sampler: SamplerConfig,
+    sampler: BaseSampler,
     samplers: Mapping[str, StageSampler],
     device: torch.device | str,
     precision: str,
@@ -858,7 +1011,7 @@ def _open(
             )
         side = stage.latent_shape.tolist()[-1]
     beside = {name: samplers.get(name, StageSampler()) for name in drawing if name != BASE}
-    _check_levels(enlarging, beside)
+    _check_levels(base, sampler, enlarging, beside)
     return Generator(
         base=base,
         codec=codec,

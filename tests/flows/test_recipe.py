@@ -173,10 +173,18 @@ def test_options_are_checked_where_they_are(option, told):
         ("shapes-cdm", ["edit={}"], "edit: it edits pictures of data.side"),
         ("shapes-cdm", ["base.sampler.steps=3"], "base.sampler: only stages before and after"),
         ("shapes-glide", ["noisy_clip.config.side=0"], "got 0, and the base that it guides draws"),
-        ("shapes-flow", ['base.config.low={"side": 8}'], "the base draws pictures or latents"),
+        (
+            "shapes-flow", ['base.config={"data": "embedding", "network": {"kind": "prior"}}'],
+            "the base draws pictures or latents",
+        ),
+        ("shapes-flow", ["sampler.level=0.1"], "sampler.level: the base enlarges no picture"),
+        ("shapes-sr3", ["sampler.level=0.1"], "got 0.1, and it learnt none from 0 to 0"),
+        ("shapes-sr3", ["edit={}"], "edit: it edits by what draws from nothing"),
+        ("shapes-ldm-low", ["base.config.low.side=32"], "got 32, no proper divisor of 32"),
+        ("shapes-ldm-low", ["data.encode.max_aspect=2"], "base shrinks squares alone"),
         ("shapes-unclip", ['base.config.listens=["clip"]'], "which the base does not listen to"),
     ],
-)
+)  # fmt: skip
 def test_stages_that_do_not_fit_together_are_refused_before_anything_is_trained(
     preset, changes, said
 ):

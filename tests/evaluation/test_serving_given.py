@@ -1,0 +1,187 @@
+"""A service is told more than prompts: the picture to enlarge and a class, by columns."""
+
+import base64
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from evaluation import serving
+from pipeline import storage
+
+COLOURS = ["red", "blue"]
+CLIP = {
+    "embed": 24,
+    "image": {"kind": "vit", "side": 16, "patch": 4, "width": 32, "layers": 1},
+    "text": {"vocabulary": 1024, "context": 40, "width": 32, "layers": 1, "heads": 2},
+}
+BASE = {
+    "data": "pixels",
+    "low": {"side": 8, "strongest": 0.5},
+    "attributes": [{"name": "colour", "answers": COLOURS}],
+    "network": {
+        "kind": "unet", "channels": 16, "channel_mult": [1], "attention": [1], "head_width": 16,
+        "context_width": 32, "blocks": 1, "patch": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory) -> Path:
+    """Real stages with random weights: a base that is told a text, a class and a picture."""
+    import torch
+    from safetensors.torch import save_file
+
+    from evaluation.packaging import package
+    from training import stages
+    from training.generator import assemble
+    from training.stage import distinct_tensors
+
+    root = tmp_path_factory.mktemp("given")
+    done: dict[str, str] = {}
+    stage: Any
+    for kind, config in {"clip": CLIP, "base": BASE}.items():
+        torch.manual_seed(0)
+        stage = stages.create(kind, config, dict(done))
+        if kind == "base":
+            stage.latent_shape.copy_(torch.tensor([3, 16, 16]))
+            torch.nn.init.normal_(stage.network.out.weight, std=0.3)  # else it draws 0
+        folder = root / kind
+        folder.mkdir()
+        tensors = {name: t.detach().contiguous() for name, t in distinct_tensors(stage).items()}
+        save_file(tensors, folder / "weights.safetensors")
+        described = {"kind": kind, "config": asdict(stage.config)}
+        (folder / "config.json").write_text(json.dumps(described))
+        sha256 = storage.sha256(folder / "weights.safetensors")
+        described |= {"fingerprint": kind, "weights_sha256": sha256}
+        (folder / "stage.json").write_text(json.dumps(described))
+        done[kind] = str(folder)
+    assemble(root / "generator", done, {"steps": 2, "guidance": 2.0})
+    made = package(root / "generator", root / "packages", recipe={"name": "told"}, lineage={})
+    return Path(made)
+
+
+@pytest.fixture(scope="module")
+def model(packaged):
+    it = serving.PackagedGenerator()
+    it.load_context(SimpleNamespace(artifacts={"package": str(packaged)}, model_config={}))
+    return it
+
+
+@pytest.fixture(scope="module")
+def low() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+
+
+def png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def pixels(files: list[bytes]) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(io.BytesIO(it))) for it in files])
+
+
+def test_a_row_tells_prompt_class_and_picture_in_every_form(model, low):
+    prompts, colours = ["a ring", "a cross"], ["blue", None]
+    labels = [{"colour": "blue"}, {}]
+    wanted = model.generator(prompts, seed=5, low=low, labels=labels)
+    files = [png(it) for it in low]
+    texts = [base64.b64encode(it).decode() for it in files]
+    columns = {"prompt": prompts, "colour": colours, "low": files}
+    coded = columns | {"low": texts}
+    rows = [dict(zip(coded, row, strict=True)) for row in zip(*coded.values(), strict=True)]
+    for asked in (pd.DataFrame(columns), columns, coded, rows, pd.DataFrame([coded])):
+        drawn = pixels(model.predict(None, asked, {"seed": 5}))
+        np.testing.assert_array_equal(drawn, wanted)
+    alone = model.predict(None, {"low": texts[0]}, {"level": 0.4})
+    there = model.generator([""], low=low[:1], level=0.4)
+    np.testing.assert_array_equal(pixels(alone), there)
+    assert (there != model.generator([""], low=low[:1])).any()
+
+
+def test_what_is_transparent_lies_on_white(model, low):
+    clear = np.concatenate([low[0], np.zeros((8, 8, 1), np.uint8)], -1)
+    drawn = model.predict(None, {"low": png(clear)}, {})
+    white = np.full((1, 8, 8, 3), 255, np.uint8)
+    np.testing.assert_array_equal(pixels(drawn), model.generator([""], low=white))
+
+
+def test_what_a_row_lacks_or_has_too_much_is_named(model, low):
+    file = png(low[0])
+    for asked, said in [
+        (["a ring"], "column low: wanted a PNG file of 8 x 8 pixels in each row"),
+        ({"low": file, "color": "red"}, "no column color is known; there are prompt, colour, low"),
+        ({"low": png(low[0, :4])}, "column low, row 0: got 8 x 4 pixels, wanted 8 x 8"),
+        ({"low": "nonsense"}, "column low, row 0: wanted a PNG file, or its base64"),
+        ({"low": [file, None]}, "column low, row 1: wanted a PNG file, or its base64"),
+        ({"low": b"GIF89a" + file}, "row 0: wanted a PNG file"),
+        ({"low": file[:-30]}, "row 0: a PNG file that is broken"),
+        ({"low": file, "colour": "mauve"}, "colour 'mauve' is none of red, blue"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            model.predict(None, asked, {})
+
+
+def test_the_card_says_what_to_give(packaged):
+    page = (packaged / "README.md").read_text()
+    row = '[{"prompt": "a red circle", "colour": "red", "low": open("small.png", "rb").read()}]'
+    assert f"rows = pd.DataFrame({row})" in page
+    assert "- `colour`: one of red, blue." in page
+    assert "8 x 8 pixels" in page
+
+
+@pytest.mark.slow
+def test_mlflow_and_its_server_take_what_the_generator_takes(
+    packaged, model, low, tmp_path, monkeypatch
+):
+    import mlflow
+    from fastapi.testclient import TestClient
+    from mlflow.exceptions import MlflowException
+
+    from evaluation import registry
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    version = registry.register(packaged, "told", tracking_uri=uri)
+    assert registry.facts(f"told/{version}", tracking_uri=uri, lineage=())["infra"] is True
+    mlflow.set_tracking_uri(uri)
+    served = mlflow.pyfunc.load_model(f"models:/told/{version}")
+    row = {"prompt": "a ring", "colour": "blue", "low": png(low[0])}
+    wanted = model.generator(["a ring"], seed=3, low=low[:1], labels=[{"colour": "blue"}])
+    drawn = served.predict(pd.DataFrame([row]), params={"seed": 3})
+    np.testing.assert_array_equal(pixels(drawn), wanted)
+    plain = model.generator(["a ring"], seed=3, low=low[:1], level=0.25)
+    del row["colour"]
+    drawn = served.predict(pd.DataFrame([row]), params={"seed": 3, "level": 0.25})
+    np.testing.assert_array_equal(pixels(drawn), plain)
+    with pytest.raises(MlflowException, match="missing inputs"):
+        served.predict(["a ring"])
+
+    name, app, example = registry.application(f"told/{version}", tracking_uri=uri)
+    assert name == f"told/{version}"
+    record = json.loads(example)["dataframe_records"][0]
+    assert record == {
+        "prompt": "a red circle", "colour": "red", "low": "BASE64 OF A PNG FILE",
+    }  # fmt: skip
+    client = TestClient(app)
+    texts = [base64.b64encode(png(it)).decode() for it in low]
+    both = model.generator(["a", "b"], seed=3, low=low, labels=[{"colour": "red"}, {}])
+    columns = {"prompt": ["a", "b"], "colour": ["red", ""], "low": texts}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    for body in ({"dataframe_records": rows}, {"inputs": columns}):
+        answer = client.post("/invocations", json=body | {"params": {"seed": 3}})
+        assert answer.status_code == 200, answer.text
+        files = [base64.b64decode(it) for it in answer.json()["predictions"]]
+        np.testing.assert_array_equal(pixels(files), both)
+    wrong = rows[0] | {"low": texts[0][:40]}
+    answer = client.post("/invocations", json={"dataframe_records": [wrong]})
+    assert answer.status_code == 400
