@@ -37,7 +37,7 @@ def plan(
     words: int = 20,
     price: float | None = None,
 ) -> dict[str, Any]:
-    from training import planning
+    from training import accelerators, planning
 
     for name, given in {"--workers": workers, "--samples": samples, "--words": words}.items():
         if given is not None and given < 1:
@@ -47,7 +47,7 @@ def plan(
     line = Line(recipes.load(recipe, overrides), settings())
     recipes.check_stages(line.recipe)
     try:
-        where = planning.accelerator(device)
+        where = accelerators.accelerator(device)
     except ValueError as error:
         raise RecipeError(f"--device: {error}") from None
     captions, shapes = planning.Captions(words), encoder_shapes(line.recipe)
@@ -187,7 +187,7 @@ def _storage(
 def _assumptions(
     recipe: Recipe, shapes: dict[str, Any], captions: Any, device: Any, stored: dict[str, Any]
 ) -> list[str]:
-    from training.planning import RESERVE
+    from training.accelerators import RESERVE
 
     told = [
         f"{device.utilisation:.0%} of the {'probed' if device.measured else 'published'} rate of "

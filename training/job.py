@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import storage
 
 from . import checkpoint, measuring, repro, results, sharding
+from .accelerators import matmul_rate
 from .loop import Diverged, Progress, TrainingConfig, World, train
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .supervision import Interrupts, Stopped, Watchdog
@@ -287,8 +288,6 @@ def _peak(config: TrainingConfig, world: World) -> float | None:
     """FLOP/s of all workers' devices together, where it is known."""
     if not config.accelerator and torch.device(world.device).type == "cpu":
         return None
-    from .planning import matmul_rate
-
     rate = matmul_rate(config.accelerator, config.precision, world.device)
     return rate and rate * world.size
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.plan import dealt
 
+from . import accelerators
 from .checkpoint import POWER, Retention, TrainState
 from .ema import Ema, PowerAverages, gamma
 from .optimizer import AdamWConfig, Optimizer, OptimizerConfig, gradient_norm
@@ -127,6 +128,7 @@ class TrainingConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        accelerators.check(self.accelerator)
         if self.keep_best and not self.heldout_pictures:
             raise ValueError(
                 "keep_best goes by the held-out loss: set heldout_pictures, to 1024 for example"

@@ -385,6 +385,7 @@ def test_learning_rates(schedule, expected):
         ("keep_best", True, "keep_best goes by the held-out loss: set heldout_pictures"),
         ("min_workers", 2, "min_workers 2 is more than workers 1"),
         ("micro_batch", -1, "micro_batch must be finite and not negative"),
+        ("accelerator", "H10", r"accelerator: there is no 'H10'; did you mean 'h100'\? .*probe"),
     ],
 )
 def test_configs_refuse_what_cannot_work(field, value, message):
