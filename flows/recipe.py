@@ -254,7 +254,7 @@ def check_places(executor: Executor, *urls: str) -> None:
 
 
 def learning(training: Mapping[str, Any]) -> dict[str, Any]:
-    """A training config without what may differ between machines."""
+    """A training config without what may differ between machines, or change when it goes on."""
     machine = ("workers", "min_workers", "threads", "fsdp", "micro_batch")
     machine += ("checkpoint_images", "log_images")
     machine += ("keep_last", "keep_best", "keep_images", "accelerator")
@@ -303,13 +303,15 @@ def parse(body: Mapping[str, Any]) -> Recipe:
 def check_stages(recipe: Recipe) -> None:
     """Check the stage configs as the stages will: imports torch."""
     from training.loop import TrainingConfig
-    from training.stages import CONFIGS, reconstruct
+    from training.stages import CONFIGS, compares_rows, reconstruct
 
     for name in recipe.stages:
         stage = recipe.stage(name)
         try:
             reconstruct(CONFIGS[kind_of(name)], stage.config, f"{name}.config")
-            reconstruct(TrainingConfig, stage.training, f"{name}.training")
+            training = reconstruct(TrainingConfig, stage.training, f"{name}.training")
+            if compares_rows(kind_of(name)):
+                training.check_comparing(name)
         except ValueError as error:
             raise RecipeError(str(error)) from None
     _check_scorers(recipe)

@@ -66,14 +66,22 @@ class Job:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "encodings": list(self.encodings)}
 
+    def micro_batches(self, workers: int) -> int:
+        """Into how many so many workers' global batch is cut."""
+        from .stages import compares_rows
+
+        return self.training_config().micro_batches(workers, compares_rows(self.kind))
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
         return cls(**{**values, "encodings": tuple(values.get("encodings", ()))})
 
     def training_config(self) -> TrainingConfig:
-        from .stages import reconstruct
+        from .stages import compares_rows, reconstruct
 
         config = reconstruct(TrainingConfig, self.training, "training")
+        if compares_rows(self.kind):
+            config.check_comparing(self.kind)
         # A warm start begins with averages worth keeping: a ramp would forget them at once.
         return replace(config, seed=self.seed, ema_ramp=0.0 if self.parent else config.ema_ramp)
 
@@ -97,7 +105,7 @@ def build(job: Job, world: World) -> tuple[Stage, Any, str]:
         seed=job.seed,
         worker=world.rank,
         workers=world.size,
-        micro_batches=job.training_config().micro_batches(world.size),
+        micro_batches=job.micro_batches(world.size),
     )
     return stages.create(job.kind, job.config, job.inputs), loader, data.digest
 
