@@ -20,6 +20,7 @@ from evaluation.gate import GatePolicy
 from pipeline.execute import Executor
 from pipeline.ingest import NO_SCORERS, IngestRules, Scorers
 from pipeline.manifest import fingerprint
+from pipeline.schema import PICTURE_EMBEDDING
 
 STAGES = (
     "autoencoder", "clip", "t5", "prior", "base", "sr1", "sr2", "classifier", "noisy_clip", "edit",
@@ -28,8 +29,6 @@ DENOISING = ("prior", "base", "sr1", "sr2")
 """The stages that draw, in their order: a prior draws embeddings of pictures, sr1 enlarges what the
 base drew, sr2 what sr1 did. All are of one kind."""
 GUIDES = ("classifier", "noisy_clip")
-PICTURE_EMBEDDING = "clip_image"
-"""What a stage listens to that is told the CLIP embedding of the picture itself."""
 FROZEN = ("autoencoder", "clip", "t5")
 """Trained once on a data set and kept when it grows: what they encoded stays valid."""
 

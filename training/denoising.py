@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from pipeline.schema import PICTURE_EMBEDDING
+
 from .autoencoding import sample_latent, to_bytes, to_unit
 from .classifying import AttributeConfig
 from .diffusion import (
@@ -43,8 +45,6 @@ from .stage import Batch, Stage, evaluating, to_tensors
 
 Latents = Float[Tensor, "batch channel *place"]
 """Of pictures [B, C, height, width]; embeddings are [B, C]."""
-PICTURE_EMBEDDING = "clip_image"
-"""The context that is the embedding of the picture itself, by CLIP's image tower."""
 EMBEDDING_TOKENS = 4
 """Of them the network makes so many of the picture's embedding (Ramesh et al. 2022, sec. 2.1)."""
 HALF_BYTE = 127.5

@@ -23,8 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from pipeline.schema import PICTURE_EMBEDDING
+
 from .accelerators import Accelerator
-from .denoising import PICTURE_EMBEDDING, filled
+from .denoising import filled
 from .ema import Ema, PowerAverages
 from .encoders.shapes import Shape, foreseen
 from .loop import TrainingConfig
