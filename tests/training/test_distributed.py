@@ -361,18 +361,6 @@ def rays(test):
     return test
 
 
-@pytest.fixture(scope="module")
-def ray():
-    import ray
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    ray.shutdown()  # the session of other folders' tests, where they ran before
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @rays
 def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
     """F5: rank 1 is killed at step 35; both start again from the checkpoint at step 30."""

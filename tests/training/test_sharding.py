@@ -427,18 +427,6 @@ def test_many_kills_while_saving_show_no_part(tmp_path):
     assert int(script(tmp_path, kills)) >= kills
 
 
-@pytest.fixture
-def ray():
-    import ray
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    ray.shutdown()  # the session of other folders' tests, where they ran before
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
