@@ -113,6 +113,7 @@ def _stage(
             lambda c, rows: planning.batch_of(c, rows, (height, width), captions, shapes),
             device,
             workers or training.workers,
+            _own_clip(recipe),
         )
     except ValueError as error:
         raise RecipeError(f"{name}.config: {error}") from None
@@ -134,6 +135,13 @@ def _stage(
         "checkpoint_bytes": update.checkpoint,
         "advice": it.advice(device),
     }
+
+
+def _own_clip(recipe: Recipe) -> Any:
+    """The CLIP that other stages may look through: its config, or where a pretrained one is."""
+    from training.stages import config_of
+
+    return recipe.clip.pretrained or config_of("clip", recipe.clip.config)
 
 
 def _bucket(recipe: Recipe) -> tuple[int, int]:
@@ -163,7 +171,8 @@ def _storage(
     width, height = _bucket(line.recipe)
     looks = 1 + data.encode.flip
     each = {"pictures": samples.picture_bytes, "pixels": 3.0 * data.side**2}
-    if line.recipe.in_pixels and (data.encode.flip or data.encode.max_aspect > 1):
+    seen = any(line.recipe.sees_pixels(name) for name in line.recipe.drawing)
+    if seen and (data.encode.flip or data.encode.max_aspect > 1):
         each["pixels in buckets"] = 3.0 * width * height * looks
     if any(line.recipe.is_told_embedding(name) for name in line.recipe.drawing):
         each["embeddings"] = 2.0 * shapes["clip"].pooled

@@ -194,6 +194,7 @@ class Recipe(_Part):
             return tuple(it for it in frozen if it != "t5" or not silent)
         needed = {*self._listens(name, ("clip", "t5"))}
         needed |= {"clip"} if self.is_told_embedding(name) else set()
+        needed |= {"clip"} if self._aligned_with_clip(name) else set()
         return tuple(it for it in frozen if it in needed)
 
     @property
@@ -208,7 +209,8 @@ class Recipe(_Part):
     def sees_pixels(self, name: str) -> bool:
         """Whether a drawing stage's batches hold the pictures as they are."""
         config = self.stage(name).config
-        return config.get("data") == "pixels" or bool(config.get("low"))
+        pixels = config.get("data") == "pixels" or config.get("low") or config.get("alignment")
+        return bool(pixels)
 
     @property
     def samplers(self) -> dict[str, dict[str, Any]]:
@@ -219,6 +221,11 @@ class Recipe(_Part):
         stage: StageRecipe = getattr(self, name)
         said = stage.config.get("listens")
         return usual if said is None else tuple(said)
+
+    def _aligned_with_clip(self, name: str) -> bool:
+        """Whether a drawing stage's states are aligned with the recipe's own CLIP."""
+        alignment = self.stage(name).config.get("alignment")
+        return isinstance(alignment, dict) and not alignment.get("tower")
 
     @property
     def _seen_by_clip(self) -> bool:

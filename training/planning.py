@@ -28,7 +28,8 @@ from pipeline.schema import PICTURE_EMBEDDING
 from .accelerators import Accelerator
 from .denoising import filled
 from .ema import Ema, PowerAverages
-from .encoders.shapes import Shape, foreseen
+from .encoders.shapes import Shape, foreseen, patch_width
+from .encoders.sources import Source, here
 from .loop import TrainingConfig
 from .optimizer import Optimizer, gradient_norm
 from .sharding import blocks
@@ -36,6 +37,7 @@ from .stage import Batch, Stage, distinct_tensors, trainable
 from .stages import create
 
 CAPTION = "words"
+CPU = torch.device("cpu")
 
 
 class Kernel(NamedTuple):
@@ -159,15 +161,50 @@ def count(
     training: TrainingConfig,
     batch: Callable[[], Batch],
     workers: int = 1,
+    clip: Any = None,
 ) -> Update:
-    """An update of a stage that exists in shape alone; `batch()` makes a worker's rows."""
+    """An update of a stage that exists in shape alone; `batch()` makes a worker's rows. `clip` is
+    the CLIP that it may look through: the config of one that is trained first, or where a
+    pretrained one is. ValueError where it looks through a network that is not here."""
     if hasattr(config, "text"):
         # Words are read where tensors have content, and then remembered.
         from .contrastive import tokenizer
 
         tokenizer(config.text.vocabulary, config.text.context)([CAPTION])
+    named = clip if isinstance(clip, str) else ""
+    opened = {
+        name: _opened(name, it, tower)
+        for name, it in _looking(config).items()
+        if (tower := it.tower or named)
+    }
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return carry_out(create(config.kind, config), training, batch(), workers)
+        stage = create(config.kind, config)
+        for name, it in _looking(stage).items():
+            if name in opened:
+                it.opened[CPU] = opened[name]
+            elif clip is not None:
+                it.tower = Source("clip", "clip", False, create("clip", clip))
+        return carry_out(stage, training, batch(), workers)
+
+
+def _looking(owner: Any) -> dict[str, Any]:
+    """What, in a stage or its config, looks at pictures through a frozen network."""
+    named = {name: getattr(owner, name, None) for name in ("perceptual", "alignment")}
+    return {name: it for name, it in named.items() if it is not None}
+
+
+def _opened(name: str, config: Any, tower: str) -> Any:
+    """The network that a recipe names, from this machine's disk."""
+    from .encoders import perceptual
+
+    if (found := here(tower)) is None:
+        raise ValueError(
+            f"{name}.tower: {tower} is not here, so what it computes is not known: fetch it "
+            "first, or plan without it"
+        )
+    if name == "alignment":
+        return perceptual.patches(str(found), CPU, config.side)
+    return perceptual.load(str(found), CPU)
 
 
 def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int = 1) -> Update:
@@ -220,6 +257,8 @@ def _memory(
     trained = list(trainable(stage).values())
     ours = _bytes(trained, workers)
     others = [*stage.buffers(), *(p for p in stage.parameters() if not p.requires_grad)]
+    for it in _looking(stage).values():
+        others += [p for opened in it.opened.values() for p in opened.network.parameters()]
     return Memory(
         weights=ours + _bytes(others, 1),
         gradients=ours,
@@ -288,8 +327,12 @@ def informed(config: Any, shapes: Mapping[str, Shape]) -> Any:
         return config
     texts = {name: (it.width, it.pooled) for name, it in shapes.items() if name != "autoencoder"}
     channels = shapes["autoencoder"].width if "autoencoder" in shapes else None
-    embedding = shapes["clip"].pooled if "clip" in shapes else None
-    return filled(config, channels, texts, embedding)
+    embedding, patches = None, None
+    if "clip" in shapes:
+        embedding, patches = shapes["clip"].pooled, shapes["clip"].patches
+    if config.alignment and (tower := config.alignment.tower):
+        patches = config.alignment.width or (here(tower) and patch_width(tower))
+    return filled(config, channels, texts, embedding, patches)
 
 
 def batch_of(
@@ -415,15 +458,16 @@ def estimate(
     make_batch: Callable[[Any, int], Batch],
     device: Accelerator,
     workers: int,
+    clip: Any = None,
 ) -> Estimate:
     """Of a stage whose global batch is dealt to `workers`; `make_batch(config, rows)` makes what
-    `count` asks for."""
+    `count` asks for, `clip` is handed to it."""
     micro = getattr(training, "micro_batch", 0)
     parts = -(-training.batch // micro) if micro else workers
     rows, few = -(-training.batch // parts), 2  # a batch norm has no deviation of one row
 
     def counted(config: Any, rows: int) -> Update:
-        return count(kind, config, training, lambda: make_batch(config, rows), workers)
+        return count(kind, config, training, lambda: make_batch(config, rows), workers, clip)
 
     def fitting(memory: Memory, least: Memory) -> int:
         """Activations grow by the row."""

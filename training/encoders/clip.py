@@ -70,7 +70,7 @@ def open_towers(source: Source) -> tuple[Any, Padded]:
     from ..contrastive import tokenizer as of_merges
     from ..stages import load as load_stage
 
-    stage: Any = load_stage(source.where)
+    stage: Any = source.planned or load_stage(source.where)
     text = stage.config.text
     return stage.model, lambda texts, limit=text.context: of_merges(text.vocabulary, limit)(texts)
 
