@@ -345,6 +345,7 @@ def train(
             rate = config.rate(images_seen)
             optimizer.step(rate, norm, config.max_grad_norm, skip)
             optimizer.zero_grad()
+            stage.renew(images_seen, config.batch, world.sum, skip)
             images_seen += config.batch
             ema.update(images_seen)
             powers.update(images_seen)
