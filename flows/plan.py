@@ -251,7 +251,8 @@ def _told(result: dict[str, Any], price: float | None) -> str:
     )
     work = ("parameters", "GFLOP/image", "workers x rows", "images", "images/s", "hours")
     stages = table("training", ("stage",), (*work, "device-hours"))
-    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations", "total")
+    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations")
+    parts += ("unsharded", "total")
     memory = table("memory of a worker", ("stage", ""), parts)
     for name, it in result["stages"].items():
         stages.add_row(

@@ -162,7 +162,7 @@ class AutoencoderStage(Stage):
         return {"loss": loss, **{name: value.detach().mean() for name, value in logged.items()}}
 
     def _note(self, z: Image, codes: Tensor, position: Tensor) -> None:
-        """For `renew`: a place of each picture, drawn by its position, and what all places chose."""
+        """For `renew`: a place of each picture, drawn by its position, and what all chose."""
         flat = z.detach().flatten(2)
         drawn = uniform(self.seed, "codebook", position).to(z.device)
         place = (drawn * flat.shape[2]).long().clamp(max=flat.shape[2] - 1)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from pipeline import storage
 
@@ -250,7 +251,7 @@ class _Shown:
 
     def __init__(self, stage: Stage, world: World):
         self.stage, self.world = stage, world
-        self.twin = copy.deepcopy(stage).cpu() if world.sharded and world.rank == 0 else None
+        self.twin = _in_memory(stage) if world.sharded and world.rank == 0 else None
 
     @contextmanager
     def averaged(self, progress: Progress) -> Iterator[Stage]:
@@ -269,6 +270,14 @@ class _Shown:
             yield self.twin.to(self.world.device)
         finally:
             self.twin.cpu()
+
+
+def _in_memory(stage: Stage) -> Stage:
+    """A copy in the CPU's memory; the device never holds two."""
+    copies: dict[int, Any] = {id(t): t.to("cpu", copy=True) for t in stage.buffers()}
+    for p in stage.parameters():
+        copies[id(p)] = nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad)
+    return copy.deepcopy(stage, copies)
 
 
 def _part(world: World) -> checkpoint.Part:

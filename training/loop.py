@@ -189,6 +189,11 @@ class TrainingConfig:
                 f"{kind}: its loss compares the rows of a batch, so micro-batches would change it: "
                 f"set micro_batch to 0 (it is {self.micro_batch})"
             )
+        if self.fsdp and self.workers > 1:
+            raise ValueError(
+                f"{kind}: it compares by a temperature, a single number that cannot be dealt to "
+                "workers: set fsdp to false"
+            )
         for workers in range(self.min_workers or self.workers, self.workers + 1):
             if self.batch % workers:
                 raise ValueError(

@@ -107,6 +107,10 @@ class Memory:
     """The most that is held at once of all else that an update computes."""
     gathered: int = 0
     """FSDP: parameters that are whole for a while."""
+    unsharded: int = 0
+    """FSDP: all that is held while there is a whole stage on a worker. Each starts with one, makes
+    its first weights and counts its FLOPs, gradients and all, before it is dealt; the first one
+    measures and draws with one, beside its share."""
 
     @property
     def kept(self) -> int:
@@ -114,7 +118,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.kept + self.activations
+        return max(self.kept + self.activations, self.unsharded)
 
 
 @dataclass(frozen=True)
@@ -257,15 +261,21 @@ def _memory(
     trained = list(trainable(stage).values())
     ours = _bytes(trained, workers)
     others = [*stage.buffers(), *(p for p in stage.parameters() if not p.requires_grad)]
+    entire = [*trained, *others]
     for it in _looking(stage).values():
         others += [p for opened in it.opened.values() for p in opened.network.parameters()]
+    weights, optimizer = ours + _bytes(others, 1), _bytes(state.values(), workers)
+    averages = _bytes(averaged, workers)
+    starting = 2 * _bytes(trained, 1) + _bytes(others, 1)
+    measuring = weights + optimizer + averages + _bytes(entire, 1)
     return Memory(
-        weights=ours + _bytes(others, 1),
+        weights=weights,
         gradients=ours,
-        optimizer=_bytes(state.values(), workers),
-        averages=_bytes(averaged, workers),
+        optimizer=optimizer,
+        averages=averages,
         activations=activations,
         gathered=_gathered(stage) if workers > 1 else 0,
+        unsharded=max(starting, measuring) if workers > 1 else 0,
     )
 
 
@@ -442,6 +452,12 @@ class Estimate:
             lines.append(f"{self.fitting_rows_sharded} rows with {sharded}")
         if self.fitting_rows and (more := -(-self.batch // self.fitting_rows)) > self.workers:
             lines.append(f"{more} workers would share the batch in rows that fit")
+        if self.memory.unsharded > device.usable:
+            lines.append(
+                f"each worker starts with the whole model and its gradients, and the first one "
+                f"measures with one, which takes {self.memory.unsharded / 1e9:.3g} GB: take a "
+                "device with more memory"
+            )
         if len(lines) == 1:
             kept = self.memory.kept / 1e9
             lines.append(
@@ -473,6 +489,8 @@ def estimate(
         """Activations grow by the row."""
         if memory.total <= device.usable:
             return rows
+        if memory.unsharded > device.usable:
+            return 0
         each = (memory.activations - least.activations) / max(rows - few, 1)
         more = (device.usable - memory.kept - least.activations) / max(each, 1)
         return max(0, min(rows - 1, few + math.floor(more)))

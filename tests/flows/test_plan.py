@@ -81,7 +81,7 @@ def test_it_counts_the_stage_that_a_run_would_train():
 
 def test_alignment_is_counted_with_the_network_that_it_looks_through():
     """The recipe's own CLIP, which is not trained yet: it only looks, and its weights are held."""
-    asked = 'base.config.alignment={"block": 2, "hidden": 256}'
+    asked = 'base.config.alignment={"block": 1, "hidden": 256}'
     quick = ["autoencoder.pretrained=stabilityai/sd-vae-ft-mse", "t5.pretrained=google/flan-t5-xl"]
     plain, aligned = (plan("shapes", [*quick, *it], device="h100") for it in ([], [asked]))
     one, other = plain["stages"]["base"], aligned["stages"]["base"]

@@ -229,6 +229,22 @@ def test_a_sharded_worker_holds_its_share_and_what_is_whole_for_a_while():
     told = [sum(p.numel() * 4 for p in it.parameters()) for it in network.conditioning.contexts]
     rest = sum(p.numel() * 4 for p in trained) - sum(blocks) - sum(told)
     assert shard.gathered == rest + 3 * max(*blocks, *told)
+    buffers = sum(b.numel() * b.element_size() for b in stage.buffers())
+    everything = sum(p.numel() * 4 for p in trained)
+    measuring = shard.weights + shard.optimizer + shard.averages + everything + buffers
+    assert shard.unsharded == max(2 * everything + buffers, measuring)
+    assert whole.unsharded == 0
+    assert replace(shard, activations=0, gathered=0).total == shard.unsharded
+
+
+def test_what_cannot_start_whole_does_not_fit_sharded_either():
+    made, nothing, device = asked(1e12, batch=64, workers=8, fsdp=True)
+    assert nothing == ""
+    whole_once = replace(made.memory, unsharded=2 * 10**12)
+    tight = replace(made, update=replace(made.update, sharded=whole_once))
+    assert not tight.fits(device)
+    assert "each worker starts with the whole model and its gradients" in tight.advice(device)
+    assert "which takes 2e+03 GB" in tight.advice(device)
 
 
 def test_averages_by_power_functions_count_each():
