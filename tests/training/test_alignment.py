@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from training import checkpoint, encoders, results, stages
+from training import checkpoint, encoders, posthoc, results, stages
 from training.alignment import Alignment, AlignmentConfig
 from training.encoders.perceptual import patches
 from training.encoders.sources import Source
@@ -205,7 +205,7 @@ def test_a_line_trains_with_its_own_clip_and_leaves_the_projector_behind(line, t
     described = json.loads((Path(line.stages["base"]) / results.JOB).read_bytes())
     pixels = pixels_spec(SIDE)
     described["config"] |= {"alignment": {"block": 2, "hidden": 32}}
-    described["training"] |= {"images": 64, "checkpoint_images": 64}
+    described["training"] |= {"images": 64, "checkpoint_images": 64, "ema_sigma_rel": [0.05, 0.1]}
     described["encodings"] += [
         {"name": pixels.name, "kind": pixels.kind, "fingerprint": pixels.fingerprint}
     ]
@@ -221,3 +221,5 @@ def test_a_line_trains_with_its_own_clip_and_leaves_the_projector_behind(line, t
     loaded: Any = stages.load(tmp_path / "base")
     assert loaded.config.alignment.width == 32
     assert results.history(tmp_path / "base")[-1]["alignment"] <= 1
+    posthoc.export(tmp_path / "base", tmp_path / "longer", 0.07)
+    assert stages.load(tmp_path / "longer").exported().keys() == weights.keys()
