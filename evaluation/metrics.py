@@ -225,13 +225,6 @@ def _unit(x: Features) -> Features:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def psnr(pictures: ndarray, truth: ndarray) -> Values:
-    """Peak signal-to-noise ratio of each picture in dB, uint8 [n, height, width, 3] both; at most
-    that of an error of 1e-10 of full scale squared, which only equal pictures reach."""
-    error = np.square((pictures.astype(np.float64) - truth) / 255).mean((1, 2, 3))
-    return -10 * np.log10(np.maximum(error, 1e-10))
-
-
 def saturation(pictures: ndarray) -> Values:
     """Share of each picture's values that are at an end of their range: uint8 [n, ...] of 0 or
     255. Guidance drives them there (Saharia et al. 2022, section 2.3)."""

@@ -12,12 +12,12 @@ from prefect.cache_policies import NO_CACHE
 from pipeline.encode import encode, pixels_spec
 from pipeline.ingest import IngestResult, ingest
 from pipeline.manifest import Manifest
-from pipeline.schema import EncoderSpec
+from pipeline.schema import PICTURE_EMBEDDING, EncoderSpec
 
 from .cluster import ray_session
 from .line import Line
 from .progress import meter
-from .recipe import PICTURE_EMBEDDING, scorers
+from .recipe import scorers
 
 
 def ingest_sources(line: Line) -> IngestResult:

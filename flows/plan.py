@@ -37,7 +37,7 @@ def plan(
     words: int = 20,
     price: float | None = None,
 ) -> dict[str, Any]:
-    from training import planning
+    from training import accelerators, planning
 
     for name, given in {"--workers": workers, "--samples": samples, "--words": words}.items():
         if given is not None and given < 1:
@@ -47,7 +47,7 @@ def plan(
     line = Line(recipes.load(recipe, overrides), settings())
     recipes.check_stages(line.recipe)
     try:
-        where = planning.accelerator(device)
+        where = accelerators.accelerator(device)
     except ValueError as error:
         raise RecipeError(f"--device: {error}") from None
     captions, shapes = planning.Captions(words), encoder_shapes(line.recipe)
@@ -113,6 +113,7 @@ def _stage(
             lambda c, rows: planning.batch_of(c, rows, (height, width), captions, shapes),
             device,
             workers or training.workers,
+            _own_clip(recipe),
         )
     except ValueError as error:
         raise RecipeError(f"{name}.config: {error}") from None
@@ -134,6 +135,13 @@ def _stage(
         "checkpoint_bytes": update.checkpoint,
         "advice": it.advice(device),
     }
+
+
+def _own_clip(recipe: Recipe) -> Any:
+    """The CLIP that other stages may look through: its config, or where a pretrained one is."""
+    from training.stages import config_of
+
+    return recipe.clip.pretrained or config_of("clip", recipe.clip.config)
 
 
 def _bucket(recipe: Recipe) -> tuple[int, int]:
@@ -163,7 +171,8 @@ def _storage(
     width, height = _bucket(line.recipe)
     looks = 1 + data.encode.flip
     each = {"pictures": samples.picture_bytes, "pixels": 3.0 * data.side**2}
-    if line.recipe.in_pixels and (data.encode.flip or data.encode.max_aspect > 1):
+    seen = any(line.recipe.sees_pixels(name) for name in line.recipe.drawing)
+    if seen and (data.encode.flip or data.encode.max_aspect > 1):
         each["pixels in buckets"] = 3.0 * width * height * looks
     if any(line.recipe.is_told_embedding(name) for name in line.recipe.drawing):
         each["embeddings"] = 2.0 * shapes["clip"].pooled
@@ -187,7 +196,7 @@ def _storage(
 def _assumptions(
     recipe: Recipe, shapes: dict[str, Any], captions: Any, device: Any, stored: dict[str, Any]
 ) -> list[str]:
-    from training.planning import RESERVE
+    from training.accelerators import RESERVE
 
     told = [
         f"{device.utilisation:.0%} of the {'probed' if device.measured else 'published'} rate of "
@@ -242,7 +251,8 @@ def _told(result: dict[str, Any], price: float | None) -> str:
     )
     work = ("parameters", "GFLOP/image", "workers x rows", "images", "images/s", "hours")
     stages = table("training", ("stage",), (*work, "device-hours"))
-    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations", "total")
+    parts = ("weights", "gradients", "optimizer", "averages", "gathered", "activations")
+    parts += ("unsharded", "total")
     memory = table("memory of a worker", ("stage", ""), parts)
     for name, it in result["stages"].items():
         stages.add_row(

@@ -20,6 +20,7 @@ from evaluation.gate import GatePolicy
 from pipeline.execute import Executor
 from pipeline.ingest import NO_SCORERS, IngestRules, Scorers
 from pipeline.manifest import fingerprint
+from pipeline.schema import PICTURE_EMBEDDING
 
 STAGES = (
     "autoencoder", "clip", "t5", "prior", "base", "sr1", "sr2", "classifier", "noisy_clip", "edit",
@@ -28,8 +29,6 @@ DENOISING = ("prior", "base", "sr1", "sr2")
 """The stages that draw, in their order: a prior draws embeddings of pictures, sr1 enlarges what the
 base drew, sr2 what sr1 did. All are of one kind."""
 GUIDES = ("classifier", "noisy_clip")
-PICTURE_EMBEDDING = "clip_image"
-"""What a stage listens to that is told the CLIP embedding of the picture itself."""
 FROZEN = ("autoencoder", "clip", "t5")
 """Trained once on a data set and kept when it grows: what they encoded stays valid."""
 
@@ -196,6 +195,7 @@ class Recipe(_Part):
             return tuple(it for it in frozen if it != "t5" or not silent)
         needed = {*self._listens(name, ("clip", "t5"))}
         needed |= {"clip"} if self.is_told_embedding(name) else set()
+        needed |= {"clip"} if self._aligned_with_clip(name) else set()
         return tuple(it for it in frozen if it in needed)
 
     @property
@@ -210,7 +210,8 @@ class Recipe(_Part):
     def sees_pixels(self, name: str) -> bool:
         """Whether a drawing stage's batches hold the pictures as they are."""
         config = self.stage(name).config
-        return config.get("data") == "pixels" or bool(config.get("low"))
+        pixels = config.get("data") == "pixels" or config.get("low") or config.get("alignment")
+        return bool(pixels)
 
     @property
     def samplers(self) -> dict[str, dict[str, Any]]:
@@ -221,6 +222,11 @@ class Recipe(_Part):
         stage: StageRecipe = getattr(self, name)
         said = stage.config.get("listens")
         return usual if said is None else tuple(said)
+
+    def _aligned_with_clip(self, name: str) -> bool:
+        """Whether a drawing stage's states are aligned with the recipe's own CLIP."""
+        alignment = self.stage(name).config.get("alignment")
+        return isinstance(alignment, dict) and not alignment.get("tower")
 
     @property
     def _seen_by_clip(self) -> bool:
@@ -255,7 +261,7 @@ def check_places(executor: Executor, *urls: str) -> None:
 
 
 def learning(training: Mapping[str, Any]) -> dict[str, Any]:
-    """A training config without what may differ between machines."""
+    """A training config without what may differ between machines, or change when it goes on."""
     machine = ("workers", "min_workers", "threads", "fsdp", "micro_batch")
     machine += ("checkpoint_images", "log_images")
     machine += ("keep_last", "keep_best", "keep_images", "accelerator")
@@ -304,13 +310,15 @@ def parse(body: Mapping[str, Any]) -> Recipe:
 def check_stages(recipe: Recipe) -> None:
     """Check the stage configs as the stages will: imports torch."""
     from training.loop import TrainingConfig
-    from training.stages import CONFIGS, reconstruct
+    from training.stages import CONFIGS, compares_rows, reconstruct
 
     for name in recipe.stages:
         stage = recipe.stage(name)
         try:
             reconstruct(CONFIGS[kind_of(name)], stage.config, f"{name}.config")
-            reconstruct(TrainingConfig, stage.training, f"{name}.training")
+            training = reconstruct(TrainingConfig, stage.training, f"{name}.training")
+            if compares_rows(kind_of(name)):
+                training.check_comparing(name)
         except ValueError as error:
             raise RecipeError(str(error)) from None
     _check_scorers(recipe)

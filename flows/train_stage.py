@@ -20,23 +20,7 @@ from .build_dataset import encoder_specs
 from .cluster import ray_session
 from .line import Line
 from .progress import meter
-from .recipe import DENOISING, kind_of
-
-_CHANGEABLE = (
-    "workers",
-    "min_workers",
-    "threads",
-    "fsdp",
-    "micro_batch",
-    "keep_last",
-    "keep_best",
-    "keep_images",
-    "heldout_pictures",
-    "heldout_images",
-    "accelerator",
-)
-"""What of a training may be another when it goes on; with patience, what patience goes by is part
-of the training's identity, so that it is the same."""
+from .recipe import DENOISING, kind_of, learning
 
 
 def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
@@ -48,7 +32,7 @@ def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
 
 def make_job(line: Line, name: str, data: Manifest) -> Any:
     """The job of a stage. One that was started before keeps its description, and with it its
-    parent.
+    parent, but for what changes no result: that is as asked now.
     """
     from training.job import Job
 
@@ -57,9 +41,8 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
     if storage.exists(begun):
         job = Job.from_json(storage.read_json(begun))
         asked = line.recipe.stage(name).training
-        machine = {key: asked[key] for key in _CHANGEABLE if key in asked}
-        kept = {key: value for key, value in job.training.items() if key not in _CHANGEABLE}
-        return replace(job, output=output, training=kept | machine)
+        changed = {key: value for key, value in asked.items() if key not in learning(asked)}
+        return replace(job, output=output, training=learning(job.training) | changed)
     stage = line.recipe.stage(name)
     parent = line.parent(name, data)
     warm = {"images": stage.warm_images} if parent and stage.warm_images else {}

@@ -23,6 +23,9 @@ BUCKET = "bucket"
 """The field that says in which bucket of its encoder's table each picture of a shard is."""
 CUT = "cut"
 """The field that says which captions of a shard were longer than their encoder reads."""
+PICTURE_EMBEDDING = "clip_image"
+"""The encoder that is CLIP's image tower: its field `clip_image_pooled` is the embedding of the
+picture itself, which a prior draws and a stage may listen to beside captions."""
 Batch = dict[str, Any]
 """Arrays and lists (`caption`, `key`, `label`) of one row per sample, int64 `position`, `epoch`."""
 

@@ -8,9 +8,12 @@ import importlib.util
 import io
 import json
 import os
+import socketserver
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -136,13 +139,29 @@ def _noise(number: int) -> bytes:
     return out.getvalue()
 
 
+Server = TypeVar("Server", bound=socketserver.BaseServer)
+
+
+@contextmanager
+def _served(server: Server) -> Iterator[Server]:
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def served():
+    """`with served(server):` it answers from a thread, and is gone afterwards."""
+    return _served
+
+
 @pytest.fixture
 def gallery() -> Iterator[Gallery]:
-    it = Gallery()
-    thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield it
-    it.release()
-    it.shutdown()
-    it.server_close()
-    thread.join()
+    with _served(Gallery()) as it:
+        yield it
+        it.release()

@@ -10,6 +10,7 @@ must be shifted and scaled.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, cast
@@ -21,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .adversarial import QUIET, AdversarialConfig, adaptive_weight, hinge
-from .diffusion import normal
+from .diffusion import normal, uniform
 from .measuring import (
     ChannelStatistics,
     alike,
@@ -33,6 +34,7 @@ from .measuring import (
 )
 from .networks import Autoencoder, AutoencoderConfig, Discriminator, perplexity
 from .perceptual import Perceptual, PerceptualConfig
+from .sharding import local, rows
 from .stage import Batch, Stage, evaluating, over_workers, seed_of, to_tensors
 
 Image = Float[Tensor, "batch channel height width"]
@@ -85,6 +87,7 @@ class AutoencoderStage(Stage):
         self.discriminator: Discriminator | None = None
         if config.adversarial:
             self.discriminator = Discriminator(config.adversarial.discriminator)
+        self._chosen: list[tuple[Tensor, Tensor, Tensor]] = []  # since the last update
         self.perceptual: Perceptual | None = None
         if config.perceptual:
             clip = (inputs or {}).get("clip", "")
@@ -104,8 +107,34 @@ class AutoencoderStage(Stage):
         codebook.start_at(torch.cat(places), seed_of(self.seed, "codebook"))
 
     def exported(self) -> dict[str, Tensor]:
-        """Without the discriminator, whose work is done."""
-        return {n: t for n, t in super().exported().items() if not n.startswith("discriminator.")}
+        """Without the discriminator, whose work is done, and what revives a codebook."""
+        left = ("discriminator.", "network.codebook.idle")
+        return {n: t for n, t in super().exported().items() if not n.startswith(left)}
+
+    @torch.no_grad()
+    def renew(
+        self, images_seen: int, images: int, total: Callable[[Tensor], Tensor], skip: Tensor
+    ) -> None:
+        """Revive the codebook's dead vectors by places of the global batch, one of each picture, so
+        that they are the same for any number of workers."""
+        codebook, chosen, self._chosen = self.network.codebook, self._chosen, []
+        if codebook is None or not codebook.config.revive_images:
+            return
+        vectors = local(codebook.vectors)
+        codes, width = codebook.vectors.shape
+        used, places = vectors.new_zeros(codes), vectors.new_zeros(images, width)
+        for position, place, code in chosen:  # a micro-batch may have been repeated
+            places[position - images_seen] = place
+            used[code] = 1
+        both = total(torch.cat([used, places.flatten()]))
+        used, places = both[:codes] > 0, both[codes:].view(images, width)
+        before = codebook.idle.clone()
+        seed = seed_of(self.seed, "codebook", images_seen)
+        dead, anew = codebook.revived(used, places, seed)
+        dead = dead & ~skip
+        codebook.idle.copy_(torch.where(skip, before, torch.where(dead, 0, codebook.idle)))
+        own = rows(codebook.vectors)
+        vectors.copy_(torch.where(dead[own, None], anew[own], vectors))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The loss is what compares pictures and what holds the latents together; a discriminator
@@ -119,6 +148,8 @@ class AutoencoderStage(Stage):
             y = network.decode(sample_latent(encoded, self.seed, batch["position"])).float()
         else:
             found = network.codebook(encoded)
+            if self.training and network.codebook.config.revive_images:
+                self._note(encoded, found.codes, batch["position"])
             held = per_sample(found.distance)
             logged = {"codebook": held, "perplexity": self._perplexity(found.codes)}
             y = network.draw(found.z).float()
@@ -129,6 +160,14 @@ class AutoencoderStage(Stage):
             loss, more = self._compared(x, y, held)
         logged |= more
         return {"loss": loss, **{name: value.detach().mean() for name, value in logged.items()}}
+
+    def _note(self, z: Image, codes: Tensor, position: Tensor) -> None:
+        """For `renew`: a place of each picture, drawn by its position, and what all chose."""
+        flat = z.detach().flatten(2)
+        drawn = uniform(self.seed, "codebook", position).to(z.device)
+        place = (drawn * flat.shape[2]).long().clamp(max=flat.shape[2] - 1)
+        row = torch.arange(len(flat), device=z.device)
+        self._chosen.append((position, flat[row, :, place], codes.flatten()))
 
     def _compared(self, x: Image, y: Image, held: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss [B] of pictures drawn as y from latents held together at that cost, its parts to
@@ -184,8 +223,9 @@ class AutoencoderStage(Stage):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As usual, but where others judge: they take gradients in the middle of a step, up to the
-        last layer, and only the network before it is compiled."""
-        if self.discriminator is None and self.perceptual is None:
+        last layer, and only the network before it is compiled. So it is with a codebook, where
+        what was chosen is noted on the way."""
+        if not (self.discriminator or self.perceptual or self.network.codebook):
             super().compile(*args, **kwargs)
             return
         for layer in [*self.network.encoder, *self.network.decoder[:-1]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from pipeline.schema import PICTURE_EMBEDDING
+
+from .alignment import Alignment, AlignmentConfig
 from .autoencoding import sample_latent, to_bytes, to_unit
 from .classifying import AttributeConfig
 from .diffusion import (
@@ -37,14 +41,12 @@ from .diffusion.prediction import Network
 from .diffusion.samplers import karras_grid
 from .enlarging import LowConfig, shrunk
 from .measuring import ChannelStatistics, alike, fixed_batches, fixed_rows, heldout
-from .networks import ContextConfig, DenoiserConfig, PriorConfig, UNetConfig
+from .networks import ContextConfig, DenoiserConfig, DiTConfig, PriorConfig, Tap, UNetConfig
 from .networks import build as build_network
 from .stage import Batch, Stage, evaluating, to_tensors
 
 Latents = Float[Tensor, "batch channel *place"]
 """Of pictures [B, C, height, width]; embeddings are [B, C]."""
-PICTURE_EMBEDDING = "clip_image"
-"""The context that is the embedding of the picture itself, by CLIP's image tower."""
 EMBEDDING_TOKENS = 4
 """Of them the network makes so many of the picture's embedding (Ramesh et al. 2022, sec. 2.1)."""
 HALF_BYTE = 127.5
@@ -79,6 +81,9 @@ class BaseStageConfig:
     """Share of rows that are trained without any caption, which is what guidance needs."""
     context_dropout: float = 0.0
     """Share of rows that lose one encoder's words, for each on its own (unCLIP's decoder)."""
+    alignment: AlignmentConfig | None = None
+    """What the network's first blocks make of a noisy picture is drawn to what a frozen encoder
+    sees in the clean one (REPA): batches hold the pictures too. None: it is not."""
     measured_pictures: int = 4096
     """Pictures over which the latents of a pretrained autoencoder are measured."""
     preview: SamplerConfig = field(
@@ -100,6 +105,16 @@ class BaseStageConfig:
             raise ValueError(
                 f"listens: a prior draws {PICTURE_EMBEDDING} and cannot be told it; leave it out"
             )
+        if self.alignment:
+            if not isinstance(self.network, DiTConfig | UNetConfig):
+                raise ValueError(
+                    f"alignment: network.kind {self.network.kind!r} shows no states of its blocks; "
+                    "wanted 'dit' or 'unet'"
+                )
+            try:
+                self.network.state_width(self.alignment.block)
+            except ValueError as error:
+                raise ValueError(f"alignment.block: {error}") from None
         if self.side and self.data != "pixels":
             raise ValueError(f"side is of data 'pixels' alone, got {self.side} for {self.data!r}")
         if self.low and prior:
@@ -155,7 +170,7 @@ class BaseStageConfig:
 
 class BaseStage(Stage):
     """Trains on `moments`, `pixels` or `clip_image_pooled`, the text fields of its contexts, and
-    with `low` on `pixels` too."""
+    with `low` or `alignment` on `pixels` too."""
 
     kind = "base"
     shift: Tensor
@@ -168,6 +183,11 @@ class BaseStage(Stage):
         super().__init__(config)
         self.config: BaseStageConfig
         self.network = build_network(config.network)
+        self.alignment: Alignment | None = None
+        if config.alignment and isinstance(config.network, DiTConfig | UNetConfig):
+            states = config.network.state_width(config.alignment.block)
+            tower = config.alignment.tower or self.inputs.get("clip", "")
+            self.alignment = Alignment(config.alignment, states, tower)
         self.weight = config.diffusion.build_weight()
         self.uncertainty = config.diffusion.build_uncertainty()
         axes = 1 if config.data == "embedding" else 3
@@ -217,7 +237,32 @@ class BaseStage(Stage):
             for context in config.network.contexts:
                 drawn = uniform(self.seed, f"keep/{context.name}", position)
                 cond[f"{context.name}_keep"] = drawn >= config.context_dropout
-        return {"loss": self._loss(batch, cond, self.seed, "", self.uncertainty)}
+        if self.alignment is None:
+            return {"loss": self._loss(batch, cond, self.seed, "", self.uncertainty)}
+        tap = Tap(self.alignment.config.block)
+        model = self.build_model(partial(self.network, tap=tap))
+        loss = self._loss(batch, cond, self.seed, "", self.uncertainty, model)
+        assert tap.states is not None
+        weight = self.alignment.config.weight
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0):
+            alike = self.alignment(tap.states, to_unit(self._field(batch, "pixels")))
+        return {
+            "loss": loss - weight * alike,
+            "denoising": loss.detach().mean(),
+            "alignment": alike.detach().mean(),
+        }
+
+    def exported(self) -> dict[str, Tensor]:
+        """Without the projector, whose work is done."""
+        return {n: t for n, t in super().exported().items() if not n.startswith("alignment.")}
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As usual, but the network alone where another one, which is opened on the way, sees the
+        pictures too."""
+        if self.alignment is None:
+            super().compile(*args, **kwargs)
+        else:
+            self.network.compile(*args, **kwargs)
 
     def heldout_loss(self, batch: Batch, seed: int = 0) -> Float[Tensor, " batch"]:
         """The loss on (latent, time, noise) fixed by seed and position, with every caption."""
@@ -257,15 +302,16 @@ class BaseStage(Stage):
         seed: int,
         purpose: str,
         uncertainty: Uncertainty | None = None,
+        model: Model | None = None,
     ) -> Float[Tensor, " batch"]:
-        position = batch["position"]
+        position, model = batch["position"], model or self.model
         x0 = self.latents(batch, seed, f"{purpose}posterior")
         t = self.config.diffusion.draw_times(seed, position, f"{purpose}time")
         eps = normal(seed, f"{purpose}noise", position, x0.shape[1:])
         if self.config.learned_variance:
             steps = self.config.diffusion.table_steps
-            return hybrid_loss(self.model, x0, t, eps, cond, self.weight, steps=steps)
-        return loss(self.model, x0, t, eps, cond, self.weight, uncertainty)
+            return hybrid_loss(model, x0, t, eps, cond, self.weight, steps=steps)
+        return loss(model, x0, t, eps, cond, self.weight, uncertainty)
 
     def latents(self, batch: Batch, seed: int, purpose: str = "posterior") -> Latents:
         """What is denoised: sampled from the batch's moments, shifted and scaled."""
@@ -411,7 +457,7 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
         for name, where in inputs.items()
         if name != "autoencoder"
     }
-    channels = embedding = None
+    channels = embedding = patches = None
     if "autoencoder" in inputs and config.data == "moments":
         channels = shapes.latent_channels(inputs["autoencoder"])
         stated = config.channels
@@ -422,6 +468,8 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
             )
     if "clip" in inputs and (config.data == "embedding" or config.hears_embedding):
         embedding = shapes.clip_shape(open_source(inputs["clip"], "clip"))[1]
+    if config.alignment and (tower := config.alignment.tower or inputs.get("clip")):
+        patches = config.alignment.width or shapes.patch_width(tower)
     found = {it.name: it for it in contexts_of(config, texts, embedding)}
     if inputs and (missing := set(config.heard) - found.keys()):
         raise ValueError(
@@ -437,7 +485,7 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
                 f"{context.pooled_width}, the encoder gives {has.width} and {has.pooled_width}: "
                 "leave contexts out"
             )
-    return filled(config, channels, texts, embedding)
+    return filled(config, channels, texts, embedding, patches)
 
 
 def filled(
@@ -445,10 +493,14 @@ def filled(
     channels: int | None,
     texts: Mapping[str, tuple[int, int]],
     embedding: int | None,
+    patches: int | None = None,
 ) -> BaseStageConfig:
     """The config with what its inputs decide: the latents' channels, the (tokens', pooled) widths
-    of the text encoders, the width of CLIP's embeddings; None where there is no such input."""
+    of the text encoders, the widths of CLIP's embeddings and of the features that are aligned with;
+    None where there is no such input."""
     more: dict[str, Any] = {}
+    if config.alignment and patches:
+        config = replace(config, alignment=replace(config.alignment, width=patches))
     if config.data == "embedding":
         more |= {"vector": embedding} if embedding else {}
     elif config.data == "pixels":

@@ -28,6 +28,8 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
+from pipeline.schema import PICTURE_EMBEDDING
+
 from .diffusion import Cond, SamplerConfig, classifier, normal
 from .diffusion.guidance import Guide, clip_log_prob, linear_inverse, reconstruction
 from .diffusion.path import Path as NoisePath
@@ -42,7 +44,6 @@ BATCH = 32
 PRIOR, BASE, ENLARGING = "prior", "base", ("sr1", "sr2")
 DENOISING = (PRIOR, BASE, *ENLARGING)
 """The stages that draw, in their order."""
-EMBEDDING = "clip_image"
 
 Pictures = UInt8[np.ndarray, "picture height width 3"]
 Labels = Sequence[Mapping[str, str] | None]
@@ -570,7 +571,7 @@ class Generator:
             labels = asked.labels or [None] * len(asked.prompts)
             more["y"] = stage.classes(labels, self._device)
         if z is not None and stage.config.hears_embedding:
-            more[f"{EMBEDDING}_pooled"] = z
+            more[f"{PICTURE_EMBEDDING}_pooled"] = z
         return more
 
     def _embeddings(
@@ -802,12 +803,12 @@ def _cond(
         cond |= {
             key: fields[key] for key in (f"{name}_{it}" for it in ("tokens", "mask", "pooled"))
         }
-    pictured = f"{EMBEDDING}_pooled" in cond
+    pictured = f"{PICTURE_EMBEDDING}_pooled" in cond
     if pictured or "y" in cond:
         cond |= {f"{name}_keep": said for name in texts}
         cond["keep"] = torch.ones_like(said) if embedded else said
     if pictured:
-        cond[f"{EMBEDDING}_keep"] = torch.full_like(said, embedded)
+        cond[f"{PICTURE_EMBEDDING}_keep"] = torch.full_like(said, embedded)
     if "y" in cond and not embedded:
         cond["y"] = torch.full_like(cond["y"], stage.config.network.classes)
     return cond
@@ -1038,7 +1039,7 @@ def _same_encoders(
 
     for encoding in (done or {}).get("encodings", ()):
         name = encoding["name"]
-        if (source := "clip" if name == EMBEDDING else name) in sources:
+        if (source := "clip" if name == PICTURE_EMBEDDING else name) in sources:
             side = encoding.get("side", resolution) if encoding["kind"] == "image" else None
             shown = {key: encoding[key] for key in ("buckets", "flip") if key in encoding}
             precision = encoding.get("precision", "fp32")

@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from pipeline import storage
 
 from . import checkpoint, measuring, repro, results, sharding
+from .accelerators import matmul_rate
 from .loop import Diverged, Progress, TrainingConfig, World, train
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .supervision import Interrupts, Stopped, Watchdog
@@ -65,14 +67,22 @@ class Job:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "encodings": list(self.encodings)}
 
+    def micro_batches(self, workers: int) -> int:
+        """Into how many so many workers' global batch is cut."""
+        from .stages import compares_rows
+
+        return self.training_config().micro_batches(workers, compares_rows(self.kind))
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Job:
         return cls(**{**values, "encodings": tuple(values.get("encodings", ()))})
 
     def training_config(self) -> TrainingConfig:
-        from .stages import reconstruct
+        from .stages import compares_rows, reconstruct
 
         config = reconstruct(TrainingConfig, self.training, "training")
+        if compares_rows(self.kind):
+            config.check_comparing(self.kind)
         # A warm start begins with averages worth keeping: a ramp would forget them at once.
         return replace(config, seed=self.seed, ema_ramp=0.0 if self.parent else config.ema_ramp)
 
@@ -96,7 +106,7 @@ def build(job: Job, world: World) -> tuple[Stage, Any, str]:
         seed=job.seed,
         worker=world.rank,
         workers=world.size,
-        micro_batches=job.training_config().micro_batches(world.size),
+        micro_batches=job.micro_batches(world.size),
     )
     return stages.create(job.kind, job.config, job.inputs), loader, data.digest
 
@@ -241,7 +251,7 @@ class _Shown:
 
     def __init__(self, stage: Stage, world: World):
         self.stage, self.world = stage, world
-        self.twin = copy.deepcopy(stage).cpu() if world.sharded and world.rank == 0 else None
+        self.twin = _in_memory(stage) if world.sharded and world.rank == 0 else None
 
     @contextmanager
     def averaged(self, progress: Progress) -> Iterator[Stage]:
@@ -260,6 +270,14 @@ class _Shown:
             yield self.twin.to(self.world.device)
         finally:
             self.twin.cpu()
+
+
+def _in_memory(stage: Stage) -> Stage:
+    """A copy in the CPU's memory; the device never holds two."""
+    copies: dict[int, Any] = {id(t): t.to("cpu", copy=True) for t in stage.buffers()}
+    for p in stage.parameters():
+        copies[id(p)] = nn.Parameter(p.detach().to("cpu", copy=True), p.requires_grad)
+    return copy.deepcopy(stage, copies)
 
 
 def _part(world: World) -> checkpoint.Part:
@@ -287,8 +305,6 @@ def _peak(config: TrainingConfig, world: World) -> float | None:
     """FLOP/s of all workers' devices together, where it is known."""
     if not config.accelerator and torch.device(world.device).type == "cpu":
         return None
-    from .planning import matmul_rate
-
     rate = matmul_rate(config.accelerator, config.precision, world.device)
     return rate and rate * world.size
 

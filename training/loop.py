@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.plan import dealt
 
+from . import accelerators
 from .checkpoint import POWER, Retention, TrainState
 from .ema import Ema, PowerAverages, gamma
 from .optimizer import AdamWConfig, Optimizer, OptimizerConfig, gradient_norm
@@ -40,7 +41,7 @@ class TrainingConfig:
     micro_batch: int = 0
     """Images that a worker computes at once, at most: the gradients of several add up to that of
     the batch. Then the micro-batches are the same for any number of workers, and so is dropout. 0:
-    a worker's whole share."""
+    a worker's whole share, which does not grow where `min_workers` lets some of them go."""
     learning_rate: float = 1e-3
     """Of the whole batch; nothing scales it by workers or batch."""
     warmup_images: int = 0
@@ -127,6 +128,7 @@ class TrainingConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        accelerators.check(self.accelerator)
         if self.keep_best and not self.heldout_pictures:
             raise ValueError(
                 "keep_best goes by the held-out loss: set heldout_pictures, to 1024 for example"
@@ -170,9 +172,36 @@ class TrainingConfig:
     def retention(self) -> Retention:
         return Retention(self.keep_last, self.keep_best, self.keep_images)
 
-    def micro_batches(self, workers: int) -> int:
-        """Into how many micro-batches a global batch is cut; their sizes differ by at most one."""
-        return math.ceil(self.batch / self.micro_batch) if self.micro_batch else workers
+    def micro_batches(self, workers: int, compares_rows: bool = False) -> int:
+        """Into how many micro-batches a global batch is cut; their sizes differ by at most one.
+        What `compares_rows` (see Stage) is only dealt to the workers that there are."""
+        if compares_rows:
+            return workers
+        if self.micro_batch:
+            return math.ceil(self.batch / self.micro_batch)
+        return self.workers if self.min_workers else workers
+
+    def check_comparing(self, kind: str) -> None:
+        """ValueError unless a stage of a kind that compares rows can be trained like this: none of
+        them is left out of a comparison, and workers bring as many as each other."""
+        if self.micro_batch:
+            raise ValueError(
+                f"{kind}: its loss compares the rows of a batch, so micro-batches would change it: "
+                f"set micro_batch to 0 (it is {self.micro_batch})"
+            )
+        if self.fsdp and self.workers > 1:
+            raise ValueError(
+                f"{kind}: it compares by a temperature, a single number that cannot be dealt to "
+                "workers: set fsdp to false"
+            )
+        for workers in range(self.min_workers or self.workers, self.workers + 1):
+            if self.batch % workers:
+                raise ValueError(
+                    f"{kind}: its loss compares the rows of a batch, of which each worker brings "
+                    f"as many, and {workers} workers (from min_workers to workers) do not divide "
+                    f"{self.batch}: set batch to a multiple of "
+                    f"{math.lcm(*range(self.min_workers or self.workers, self.workers + 1))}"
+                )
 
     @property
     def steps(self) -> int:
@@ -321,6 +350,7 @@ def train(
             rate = config.rate(images_seen)
             optimizer.step(rate, norm, config.max_grad_norm, skip)
             optimizer.zero_grad()
+            stage.renew(images_seen, config.batch, world.sum, skip)
             images_seen += config.batch
             ema.update(images_seen)
             powers.update(images_seen)
@@ -356,12 +386,9 @@ class Turn(NamedTuple):
 
 
 def _turns(stage: Stage, config: TrainingConfig, world: World) -> list[Turn]:
-    if stage.compares_rows and config.micro_batch:
-        raise ValueError(
-            f"{stage.kind}: its loss compares the rows of a batch, so micro-batches "
-            f"would change it: set micro_batch to 0 (it is {config.micro_batch})"
-        )
-    parts = config.micro_batches(world.size)
+    if stage.compares_rows:
+        config.check_comparing(stage.kind)
+    parts = config.micro_batches(world.size, stage.compares_rows)
     own, most = dealt(parts, world.rank, world.size), -(-parts // world.size)
     return [
         Turn(own[min(n, len(own) - 1)], counts=n < len(own), last=n == most - 1)
@@ -388,7 +415,7 @@ class Share:
 
     def global_mean(self, config: TrainingConfig, world: World) -> tuple[Tensor, dict[str, Tensor]]:
         """Means over the global batch, by one reduction; metrics count by the rows behind them."""
-        if config.micro_batches(world.size) == 1:
+        if world.size == len(self.losses) == 1:
             return self.losses[0].mean(), self._metrics[0]
         names = sorted(self._metrics[0])
         first, *others = (

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .encoders.sources import Source
 
 Image = Float[Tensor, "batch channel height width"]
 Map = Float[Tensor, "batch _ _ _"]
@@ -41,9 +44,9 @@ class PerceptualConfig:
 class Perceptual:
     """(x, y) -> their distance. The network is opened where the first pictures are."""
 
-    def __init__(self, tower: str):
+    def __init__(self, tower: str | Source):
         self.tower = tower
-        self._opened: dict[torch.device, Features] = {}
+        self.opened: dict[torch.device, Features] = {}
 
     def __call__(self, x: Image, y: Image) -> Float[Tensor, " batch"]:
         """The distance of rows, with gradients in y alone."""
@@ -58,11 +61,11 @@ class Perceptual:
                 "perceptual.tower names no network and the stage has no input 'clip': name a CLIP "
                 "stage's directory, or a folder with a pretrained network"
             )
-        if device not in self._opened:
+        if device not in self.opened:
             from .encoders.perceptual import load
 
-            self._opened[device] = load(self.tower, device)
-        return self._opened[device]
+            self.opened[device] = load(self.tower, device)
+        return self.opened[device]
 
 
 def distance(ours: Sequence[Map], theirs: Sequence[Map]) -> Float[Tensor, " batch"]:

@@ -9,12 +9,7 @@ tell each other, waiting for data and the encoding of pictures are not in it.
 
 from __future__ import annotations
 
-import difflib
-import itertools
 import math
-import os
-import re
-import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -28,134 +23,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .denoising import PICTURE_EMBEDDING, filled
+from pipeline.schema import PICTURE_EMBEDDING
+
+from .accelerators import Accelerator
+from .denoising import filled
 from .ema import Ema, PowerAverages
-from .encoders.shapes import Shape, foreseen
+from .encoders.shapes import Shape, foreseen, patch_width
+from .encoders.sources import Source, here
 from .loop import TrainingConfig
 from .optimizer import Optimizer, gradient_norm
 from .sharding import blocks
 from .stage import Batch, Stage, distinct_tensors, trainable
 from .stages import create
 
-RESERVE = 0.1
-"""Share of a device's memory that is left to its context and to fragments."""
-UTILISATION = 0.4
-"""Share of the published peak that products of matrices reach in a training: Llama 3 had 0.38 to
-0.43 of an H100's (Dubey et al. 2024, table 4)."""
-PROBED_UTILISATION = 0.6
-"""Share of the rate that a probe finds for one large product. With it ten trainings of 1 to 58 M
-parameters on a CPU core, in fp32 and bf16, had 0.45 to 1.5 times the images per second planned."""
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """What one worker computes on."""
-
-    name: str
-    matmul: Mapping[str, float]
-    """FLOP/s of dense matrix products, by precision."""
-    bandwidth: float
-    """Bytes/s to and from its memory."""
-    memory: float
-    """Bytes."""
-    utilisation: float = UTILISATION
-    measured: bool = False
-    """By `probe`, here and now."""
-
-    @property
-    def usable(self) -> float:
-        return self.memory * (1 - RESERVE)
-
-
-def _published(name: str, bf16: float, fp32: float, bandwidth: float, memory: float) -> Accelerator:
-    return Accelerator(
-        name, {"bf16": bf16 * 1e12, "fp32": fp32 * 1e12}, bandwidth * 1e9, memory * 1e9
-    )
-
-
-ACCELERATORS: Mapping[str, Accelerator] = {
-    it.name: it
-    for it in (
-        _published("a100", 312, 19.5, 2039, 80),
-        _published("h100", 989.4, 66.9, 3352, 80),
-        _published("h200", 989.4, 66.9, 4800, 141),
-        _published("b200", 2250, 75, 7700, 180),
-        _published("l4", 121, 30.3, 300, 24),
-        _published("l40s", 362, 91.6, 864, 48),
-        _published("rtx4090", 165.2, 82.6, 1008, 24),
-        _published("mi300x", 1307.4, 163.4, 5300, 192),
-    )
-}
-"""Dense peaks in TFLOP/s (bf16 with float32 sums; fp32 without TF32), GB/s and GB, as their makers
-publish them: the data sheets of A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (an eighth of it), L4,
-L40S and MI300X, and NVIDIA's Ada white paper for the RTX 4090. Half of what is advertised "with
-sparsity"."""
-
-
-def accelerator(name: str | None) -> Accelerator:
-    """One of ACCELERATORS, or what this machine has, probed. ValueError names the nearest one."""
-    if name is None:
-        return probe()
-    if name not in ACCELERATORS:
-        near = difflib.get_close_matches(name, ACCELERATORS, 1, 0.4)
-        asked = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"no device {name!r}{asked} (known: {', '.join(ACCELERATORS)}; "
-            "without one, this machine is probed)"
-        )
-    return ACCELERATORS[name]
-
-
-def matmul_rate(name: str, precision: str, device: torch.device | str) -> float | None:
-    """FLOP/s of matrix products on one worker's device: the published ones of `name`, those that a
-    "probe" finds now, or, without a name, those of a GPU in ACCELERATORS; else None."""
-    if name:
-        return (probe() if name == "probe" else accelerator(name)).matmul[precision]
-    if torch.device(device).type != "cuda":
-        return None
-    words = re.split(r"[\s_-]+", torch.cuda.get_device_name(device).lower())
-    words += [a + b for a, b in itertools.pairwise(words)]  # of "RTX 4090"
-    known = next((ACCELERATORS[word] for word in words if word in ACCELERATORS), None)
-    return known.matmul[precision] if known else None
-
-
-def probe(seconds: float = 0.4) -> Accelerator:
-    """This machine's device, timed for `seconds` at each of bf16 and fp32 products and a copy."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    side = 8192 if cuda else 1024
-
-    def rate(work: Callable[[], object], amount: float) -> float:
-        """The best of several: the machine may have other work."""
-        work()
-        best, end = 0.0, time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            if cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            work()
-            if cuda:
-                torch.cuda.synchronize()
-            best = max(best, amount / (time.perf_counter() - started))
-        return best
-
-    matmul = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        x = torch.ones(side, side, dtype=dtype, device=device)
-        matmul[name] = rate(lambda x=x: x @ x, 2.0 * side**3)
-    source = torch.ones(2**28 if cuda else 2**25, device=device)  # far beyond any cache
-    target = torch.empty_like(source)
-    moved = rate(lambda: target.copy_(source), 2.0 * source.nbytes)
-    if cuda:
-        memory = torch.cuda.get_device_properties(0).total_memory
-        name = torch.cuda.get_device_name(0)
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        name = f"this machine's CPU, {torch.get_num_threads()} threads"
-    return Accelerator(name, matmul, moved, memory, PROBED_UTILISATION, measured=True)
-
-
 CAPTION = "words"
+CPU = torch.device("cpu")
 
 
 class Kernel(NamedTuple):
@@ -225,6 +107,10 @@ class Memory:
     """The most that is held at once of all else that an update computes."""
     gathered: int = 0
     """FSDP: parameters that are whole for a while."""
+    unsharded: int = 0
+    """FSDP: all that is held while there is a whole stage on a worker. Each starts with one, makes
+    its first weights and counts its FLOPs, gradients and all, before it is dealt; the first one
+    measures and draws with one, beside its share."""
 
     @property
     def kept(self) -> int:
@@ -232,7 +118,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.kept + self.activations
+        return max(self.kept + self.activations, self.unsharded)
 
 
 @dataclass(frozen=True)
@@ -279,15 +165,50 @@ def count(
     training: TrainingConfig,
     batch: Callable[[], Batch],
     workers: int = 1,
+    clip: Any = None,
 ) -> Update:
-    """An update of a stage that exists in shape alone; `batch()` makes a worker's rows."""
+    """An update of a stage that exists in shape alone; `batch()` makes a worker's rows. `clip` is
+    the CLIP that it may look through: the config of one that is trained first, or where a
+    pretrained one is. ValueError where it looks through a network that is not here."""
     if hasattr(config, "text"):
         # Words are read where tensors have content, and then remembered.
         from .contrastive import tokenizer
 
         tokenizer(config.text.vocabulary, config.text.context)([CAPTION])
+    named = clip if isinstance(clip, str) else ""
+    opened = {
+        name: _opened(name, it, tower)
+        for name, it in _looking(config).items()
+        if (tower := it.tower or named)
+    }
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return carry_out(create(config.kind, config), training, batch(), workers)
+        stage = create(config.kind, config)
+        for name, it in _looking(stage).items():
+            if name in opened:
+                it.opened[CPU] = opened[name]
+            elif clip is not None:
+                it.tower = Source("clip", "clip", False, create("clip", clip))
+        return carry_out(stage, training, batch(), workers)
+
+
+def _looking(owner: Any) -> dict[str, Any]:
+    """What, in a stage or its config, looks at pictures through a frozen network."""
+    named = {name: getattr(owner, name, None) for name in ("perceptual", "alignment")}
+    return {name: it for name, it in named.items() if it is not None}
+
+
+def _opened(name: str, config: Any, tower: str) -> Any:
+    """The network that a recipe names, from this machine's disk."""
+    from .encoders import perceptual
+
+    if (found := here(tower)) is None:
+        raise ValueError(
+            f"{name}.tower: {tower} is not here, so what it computes is not known: fetch it "
+            "first, or plan without it"
+        )
+    if name == "alignment":
+        return perceptual.patches(str(found), CPU, config.side)
+    return perceptual.load(str(found), CPU)
 
 
 def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int = 1) -> Update:
@@ -340,13 +261,21 @@ def _memory(
     trained = list(trainable(stage).values())
     ours = _bytes(trained, workers)
     others = [*stage.buffers(), *(p for p in stage.parameters() if not p.requires_grad)]
+    entire = [*trained, *others]
+    for it in _looking(stage).values():
+        others += [p for opened in it.opened.values() for p in opened.network.parameters()]
+    weights, optimizer = ours + _bytes(others, 1), _bytes(state.values(), workers)
+    averages = _bytes(averaged, workers)
+    starting = 2 * _bytes(trained, 1) + _bytes(others, 1)
+    measuring = weights + optimizer + averages + _bytes(entire, 1)
     return Memory(
-        weights=ours + _bytes(others, 1),
+        weights=weights,
         gradients=ours,
-        optimizer=_bytes(state.values(), workers),
-        averages=_bytes(averaged, workers),
+        optimizer=optimizer,
+        averages=averages,
         activations=activations,
         gathered=_gathered(stage) if workers > 1 else 0,
+        unsharded=max(starting, measuring) if workers > 1 else 0,
     )
 
 
@@ -408,8 +337,12 @@ def informed(config: Any, shapes: Mapping[str, Shape]) -> Any:
         return config
     texts = {name: (it.width, it.pooled) for name, it in shapes.items() if name != "autoencoder"}
     channels = shapes["autoencoder"].width if "autoencoder" in shapes else None
-    embedding = shapes["clip"].pooled if "clip" in shapes else None
-    return filled(config, channels, texts, embedding)
+    embedding, patches = None, None
+    if "clip" in shapes:
+        embedding, patches = shapes["clip"].pooled, shapes["clip"].patches
+    if config.alignment and (tower := config.alignment.tower):
+        patches = config.alignment.width or (here(tower) and patch_width(tower))
+    return filled(config, channels, texts, embedding, patches)
 
 
 def batch_of(
@@ -519,6 +452,12 @@ class Estimate:
             lines.append(f"{self.fitting_rows_sharded} rows with {sharded}")
         if self.fitting_rows and (more := -(-self.batch // self.fitting_rows)) > self.workers:
             lines.append(f"{more} workers would share the batch in rows that fit")
+        if self.memory.unsharded > device.usable:
+            lines.append(
+                f"each worker starts with the whole model and its gradients, and the first one "
+                f"measures with one, which takes {self.memory.unsharded / 1e9:.3g} GB: take a "
+                "device with more memory"
+            )
         if len(lines) == 1:
             kept = self.memory.kept / 1e9
             lines.append(
@@ -535,20 +474,23 @@ def estimate(
     make_batch: Callable[[Any, int], Batch],
     device: Accelerator,
     workers: int,
+    clip: Any = None,
 ) -> Estimate:
     """Of a stage whose global batch is dealt to `workers`; `make_batch(config, rows)` makes what
-    `count` asks for."""
+    `count` asks for, `clip` is handed to it."""
     micro = getattr(training, "micro_batch", 0)
     parts = -(-training.batch // micro) if micro else workers
     rows, few = -(-training.batch // parts), 2  # a batch norm has no deviation of one row
 
     def counted(config: Any, rows: int) -> Update:
-        return count(kind, config, training, lambda: make_batch(config, rows), workers)
+        return count(kind, config, training, lambda: make_batch(config, rows), workers, clip)
 
     def fitting(memory: Memory, least: Memory) -> int:
         """Activations grow by the row."""
         if memory.total <= device.usable:
             return rows
+        if memory.unsharded > device.usable:
+            return 0
         each = (memory.activations - least.activations) / max(rows - few, 1)
         more = (device.usable - memory.kept - least.activations) / max(each, 1)
         return max(0, min(rows - 1, few + math.floor(more)))

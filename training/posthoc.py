@@ -96,11 +96,12 @@ def export(
         raise ValueError(f"{stage_dir}: no finished stage ({results.STAGE} is missing)")
     found, target = average(stage_dir, sigma_rel, images_seen), Path(out)
     weights = load_file(Path(stage_dir, results.WEIGHTS))
-    assert found.weights.keys() <= weights.keys(), "both name what is trained alike"
+    averaged = {n: t for n, t in found.weights.items() if n in weights}  # not what only trains
+    assert averaged, "both name what is trained alike"
     target.mkdir(parents=True, exist_ok=True)
     (target / AVERAGED).unlink(missing_ok=True)
     hidden = target / f".{results.WEIGHTS}"
-    save_file(weights | found.weights, hidden)
+    save_file(weights | averaged, hidden)
     described = {
         "images_seen": found.images_seen,
         "of": done["fingerprint"],

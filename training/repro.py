@@ -50,7 +50,7 @@ def leave(job: Job, world: World, error: Diverged) -> str:
             "job": job.to_json(),
             "keys": error.keys,
             "message": str(error),
-            "micro_batches": job.training_config().micro_batches(world.size),
+            "micro_batches": job.micro_batches(world.size),
             "seed": job.seed,
             "state": written.name,
             "step": error.step,
@@ -96,12 +96,12 @@ class Found:
 def again(file: str | os.PathLike[str], build: Build | None = None) -> Found:
     """Run the update that `file` describes, as one worker."""
     from . import job as jobs
-    from .stages import STAGES
+    from .stages import compares_rows
 
     told = storage.read_json(str(file))
     job = jobs.Job.from_json(told["job"])
     cut = -(-job.training_config().batch // told["micro_batches"])
-    whole = getattr(STAGES.get(job.kind), "compares_rows", False) or told["micro_batches"] == 1
+    whole = compares_rows(job.kind) or told["micro_batches"] == 1
     as_one = {
         "workers": 1,
         "min_workers": 0,

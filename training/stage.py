@@ -7,7 +7,7 @@ the mean is taken over the *global* batch: a worker cannot take it, it sees only
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,13 @@ class Stage(nn.Module):
         """`{"loss": [rows], ...}`: one loss per row of this worker; other entries are detached
         scalars to log."""
         raise TypeError(f"{type(self).__name__} defines no forward(batch) -> {{'loss': [rows]}}")
+
+    def renew(
+        self, images_seen: int, images: int, total: Callable[[Tensor], Tensor], skip: Tensor
+    ) -> None:
+        """After the update by the images from `images_seen` on, and before averages follow it: put
+        in place what gradients do not move. `total` sums a tensor over the workers, all of which
+        come here; where `skip` is true the update was not applied, and nothing may change."""
 
     def prepare(self, loader: Any) -> None:
         """Measure what must be known before the first step; each worker measures the same."""

@@ -57,6 +57,11 @@ def create(
     return make(built, dict(inputs or {}))
 
 
+def compares_rows(kind: str) -> bool:
+    """Whether a stage of this kind does (see Stage); not so for kinds that are not known here."""
+    return kind in STAGES and STAGES[kind].compares_rows
+
+
 def load(stage_dir: str | Path) -> Stage:
     """A trained stage, frozen and in eval mode, from its directory alone.
 

@@ -1,8 +1,9 @@
 """The held-out loss of a training's averages while it goes on, and whether it still falls.
 
 All workers measure together, each its share of the batches, and know the sums: so they decide
-alike. Of a sharded stage the first one measures, and tells the others. What was decided by travels
-in checkpoints, and a resumed training decides the same.
+alike. Of a sharded stage the first one measures, and the others count its batches, which is how
+they know that it lives. What was decided by travels in checkpoints, and a resumed training decides
+the same.
 """
 
 from __future__ import annotations
@@ -37,30 +38,40 @@ def heldout_losses(
     """The mean `stage.heldout_loss` of `count` samples spread evenly over the held-out ones, at
     most `batch` at once; and for stages of noise its mean in each band of noise levels.
 
-    Workers do as many batches as each other: what they have too few of they repeat uncounted.
-    `beat` is called after each.
+    Workers do as many batches as each other: what they have too few of they repeat uncounted. Of a
+    sharded stage the first one, which has a whole one, does all of them. `beat` is called after
+    each: the time between is that of a batch, wherever it is computed.
     """
     device = next(stage.parameters()).device
     shares = measuring.fixed_shares(unseen, count, batch)
-    own, most = range(world.rank, len(shares), world.size), -(-len(shares) // world.size)
+    if world.sharded:
+        own, most = range(len(shares) if world.rank == 0 else 0), len(shares)
+    else:
+        own, most = range(world.rank, len(shares), world.size), -(-len(shares) // world.size)
     names: tuple[str, ...] = ()
     sums = torch.zeros(1, 2, dtype=torch.float64, device=device)  # of losses, of rows
     with evaluating(stage):
         for turn in range(most):
-            which = own[turn] if turn < len(own) else 0
-            some = to_tensors(shares[which](), device)
-            losses = stage.heldout_loss(some).double()
-            bands = stage.heldout_bands(some)
-            if bands is not None and not names:
-                names = bands[1]
-                sums = torch.cat([sums, sums.new_zeros(len(names), 2)])
-            if turn < len(own):
-                pairs = torch.stack([losses, torch.ones_like(losses)], 1)
-                sums[0] += pairs.sum(0)
-                if bands is not None:
-                    sums[1:].index_add_(0, bands[0].to(device), pairs)
+            counts = turn < len(own)
+            if counts or not world.sharded:
+                some = to_tensors(shares[own[turn] if counts else 0](), device)
+                losses = stage.heldout_loss(some).double()
+                bands = stage.heldout_bands(some)
+                if bands is not None and not names:
+                    names = bands[1]
+                    sums = torch.cat([sums, sums.new_zeros(len(names), 2)])
+                if counts:
+                    pairs = torch.stack([losses, torch.ones_like(losses)], 1)
+                    sums[0] += pairs.sum(0)
+                    if bands is not None:
+                        sums[1:].index_add_(0, bands[0].to(device), pairs)
+            if world.sharded:
+                world.sum(torch.zeros((), device=device))  # who waits hears of each batch
             beat()
-    totals = world.sum(sums).tolist()
+    if world.sharded:
+        names, totals = world.gather((names, sums.tolist()))[0]
+    else:
+        totals = world.sum(sums).tolist()
     labels = (HELDOUT_LOSS, *(BY_TIME + name for name in names))
     return {
         label: total / rows for label, (total, rows) in zip(labels, totals, strict=True) if rows
@@ -109,12 +120,7 @@ class Validation:
         with self.averaged(progress) as stage:
             # A loss that compares rows is another one for other rows: not as many as a worker has.
             rows = config.batch if stage.compares_rows else config.rows_at_once
-            asked = (self.unseen, config.heldout_pictures, rows)
-            if not world.sharded:
-                found = heldout_losses(stage, *asked, world, beat)
-            else:  # the first worker has the whole stage
-                found = heldout_losses(stage, *asked, beat=beat) if world.rank == 0 else {}
-                found = world.gather(found)[0]
+            found = heldout_losses(stage, self.unseen, config.heldout_pictures, rows, world, beat)
         loss, at = found[HELDOUT_LOSS], progress.images_seen
         log.info("%s: held-out loss %g at %d images", stage.kind, loss, at)
         if progress.passed(config.heldout_images):  # others depend on when checkpoints are written

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.benchmarks import step
-from training import measuring, planning
+from training import accelerators, measuring
 from training.loop import TrainingConfig, World
 from training.networks import DiTConfig
 from training.stage import to_tensors
@@ -181,7 +181,7 @@ def main() -> None:
     if options.inside:
         name, network, folder = options.inside
         if name == "probe":
-            told: Any = {"rate": planning.probe().matmul[options.precision]}
+            told: Any = {"rate": accelerators.probe().matmul[options.precision]}
         else:
             told = measure(name, network, folder, options)
         print(json.dumps(told))

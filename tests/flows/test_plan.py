@@ -79,6 +79,25 @@ def test_it_counts_the_stage_that_a_run_would_train():
     assert {c.width for c in stage.config.network.contexts} == {2 * 768, 2048}
 
 
+def test_alignment_is_counted_with_the_network_that_it_looks_through():
+    """The recipe's own CLIP, which is not trained yet: it only looks, and its weights are held."""
+    asked = 'base.config.alignment={"block": 1, "hidden": 256}'
+    quick = ["autoencoder.pretrained=stabilityai/sd-vae-ft-mse", "t5.pretrained=google/flan-t5-xl"]
+    plain, aligned = (plan("shapes", [*quick, *it], device="h100") for it in ([], [asked]))
+    one, other = plain["stages"]["base"], aligned["stages"]["base"]
+    channels = load("shapes").base.config["network"]["channels"]
+    projector = (channels + 1) * 256 + 257 * 256 + 257 * 512
+    assert other["parameters"] - one["parameters"] == projector
+    looking = other["memory"]["weights"] - one["memory"]["weights"] - 4 * projector
+    assert 0 < looking < 4 * plain["stages"]["clip"]["parameters"]
+    looked = other["forward_flops_per_image"] - one["forward_flops_per_image"]
+    assert 0 < looked < other["flops_per_image"] - one["flops_per_image"] < 3 * looked
+    assert "clip" in load("shapes", [asked]).inputs("base")
+    assert load("shapes", [asked]).sees_pixels("base")
+    with pytest.raises(RecipeError, match=r"alignment.tower: laion/.* is not here"):
+        plan("shapes", [*QUICK, asked], device="h100")
+
+
 def test_what_is_stored_of_a_data_set_that_is_there_is_read_from_it(home):
     from pipeline import manifest
     from pipeline.manifest import Manifest, Shard

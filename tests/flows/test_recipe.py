@@ -66,6 +66,9 @@ def test_memory_is_a_place_for_one_process():
         ("base.config.network.chanels=8", "did you mean 'channels'"),
         ("base.training.learning_rate=-1", "learning_rate"),
         ("autoencoder.config.kll=1", "did you mean 'kl'"),
+        ("clip.training.micro_batch=8", "clip: its loss compares.*set micro_batch to 0"),
+        ("clip.training.workers=7", "7 workers .* do not divide"),
+        ("base.training.accelerator=h10", "did you mean 'h100'"),
     ],
 )
 def test_stage_configs_are_checked_by_the_stages(override, told):

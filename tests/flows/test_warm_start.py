@@ -13,8 +13,9 @@ from flows.line import Line
 from flows.recipe import learning, load
 from flows.settings import Settings
 from flows.train_stage import make_job
-from pipeline import manifest
+from pipeline import manifest, storage
 from pipeline.manifest import Manifest, Shard, fingerprint
+from training import results
 
 
 @pytest.fixture
@@ -94,6 +95,24 @@ def test_the_first_weights_are_the_champions_own_where_there_is_one(home, tmp_pa
     promoted(home, "shapes-classifier", classifier=str(own))
     job = make_job(Line(line.recipe, home), "classifier", data)
     assert (job.parent, job.training["images"]) == (str(own), 640)
+
+
+@pytest.mark.parametrize("patience", [0, 640])
+def test_what_changes_no_result_may_change_when_a_training_goes_on(home, patience):
+    """With patience, what is held out is part of what decides the result: another training."""
+    begun = {"images": 64, "log_images": 32, "patience_images": patience}
+    begun |= {"heldout_pictures": 8, "heldout_images": 64}
+    asked = begun | {"log_images": 16, "checkpoint_images": 48, "workers": 2}
+    first, again, other = (
+        line_of(home, f"autoencoder.training={json.dumps(it)}")
+        for it in (begun, asked, asked | {"heldout_pictures": 4})
+    )
+    data = data_of(first)
+    job = make_job(first, "autoencoder", data)
+    storage.publish_json(str(Path(job.output, results.JOB)), job.to_json())
+    resumed = make_job(again, "autoencoder", data)
+    assert (resumed.output, resumed.training) == (job.output, asked)
+    assert (make_job(other, "autoencoder", data).output == job.output) == (patience == 0)
 
 
 def test_it_decides_the_result_and_what_says_nothing_does_not(home):

@@ -145,14 +145,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
-    it = Server()
-    thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield it
-    it.shutdown()
-    it.server_close()
-    thread.join()
+def server(served):
+    with served(Server()) as it:
+        yield it
 
 
 HERE = DownloadRules(private_hosts=("127.0.0.1",), seconds=1.0, retries=2)

@@ -6,7 +6,6 @@ import http.server
 import io
 import json
 import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -72,14 +71,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def web():
-    it = Server()
-    thread = threading.Thread(target=it.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield it
-    it.shutdown()
-    it.server_close()
-    thread.join()
+def web(served):
+    with served(Server()) as it:
+        yield it
 
 
 def tar_of(members) -> bytes:

@@ -185,6 +185,19 @@ def line(tmp_path_factory) -> Line:
     return Line(root, data, stages, specs)
 
 
+@pytest.fixture(scope="module")
+def ray(request):
+    """Ray on two CPUs, whose workers know what the module of the tests defines."""
+    import ray
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(request.module)  # workers cannot import tests
+    ray.shutdown()  # the session of other folders' tests, where they ran before
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
 SPLITS = (("train", 64, 0), ("heldout", 16, 64))
 
 

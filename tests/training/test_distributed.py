@@ -190,6 +190,10 @@ GROUPS: dict[str, tuple[dict, list[tuple[int, int | None]]]] = {
     "uneven": ({}, [(3, 3), (2, None)]),
     "elastic": (CUT, [(4, 3), (2, 3), (4, None)]),
     "three": (CUT, [(3, None)]),
+    "lost": (
+        {**CUT, "micro_batch": 0, "training": {"workers": 4, "min_workers": 2}},
+        [(4, 3), (2, None)],
+    ),
     "poisoned": ({**CUT, "poison": list(range(20, 30)), "poisoned_row": 9}, [(3, None)]),
     "patient": ({"training": PATIENT}, [(3, 5), (2, None)]),
     "hung": ({"sleep": "sleep", "seconds": 600, **HANGS}, [(2, None), (2, None)]),
@@ -244,6 +248,14 @@ def test_three_workers_at_four_micro_batches_do_what_one_does(cut_alone, groups)
     directory, _ = groups
     assert_close(directory / "three", cut_alone)
     assert drawn(directory, "three", 3) == drawn(cut_alone.parent, "alone", 1)
+
+
+def test_two_that_are_left_of_four_do_what_the_four_did(cut_alone, groups):
+    """Nobody asked for micro-batches: they are the shares of the four."""
+    directory, _ = groups
+    assert_close(directory / "lost", cut_alone)
+    both = drawn(directory, "lost", 4) | drawn(directory, "lost", 2)
+    assert both == drawn(cut_alone.parent, "alone", 1)
 
 
 def test_cutting_a_batch_changes_nothing_that_is_computed(alone, tmp_path):
@@ -347,18 +359,6 @@ def rays(test):
     for mark in (pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")):
         test = mark(test)
     return test
-
-
-@pytest.fixture(scope="module")
-def ray():
-    import ray
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    ray.shutdown()  # the session of other folders' tests, where they ran before
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
 
 
 @rays

@@ -341,6 +341,20 @@ def test_what_compares_rows_is_not_cut():
     with pytest.raises(ValueError, match="comparing: its loss compares.*set micro_batch to 0"):
         next(train(Comparing(), Rows(), replace(CONFIG, micro_batch=8)))
     assert list(train(Comparing(), Rows(), CONFIG))
+    elastic = replace(CONFIG, workers=4, min_workers=2)
+    with pytest.raises(ValueError, match="3 workers .* do not divide 8: .* a multiple of 12"):
+        next(train(Comparing(), Rows(), elastic))
+    assert elastic.micro_batches(2, compares_rows=True) == 2
+    replace(elastic, batch=24).check_comparing("comparing")
+    with pytest.raises(ValueError, match="comparing: .*a single number.*set fsdp to false"):
+        replace(elastic, batch=24, fsdp=True).check_comparing("comparing")
+
+
+def test_who_is_lost_leaves_the_others_no_larger_micro_batches():
+    elastic = replace(CONFIG, workers=4, min_workers=2)
+    assert [elastic.micro_batches(n) for n in (4, 3, 2)] == [4, 4, 4]
+    assert elastic.rows_at_once == 2
+    assert [CONFIG.micro_batches(n) for n in (4, 3, 2)] == [4, 3, 2]
 
 
 def test_more_workers_than_micro_batches_are_refused():
@@ -385,6 +399,7 @@ def test_learning_rates(schedule, expected):
         ("keep_best", True, "keep_best goes by the held-out loss: set heldout_pictures"),
         ("min_workers", 2, "min_workers 2 is more than workers 1"),
         ("micro_batch", -1, "micro_batch must be finite and not negative"),
+        ("accelerator", "H10", r"accelerator: there is no 'H10'; did you mean 'h100'\? .*probe"),
     ],
 )
 def test_configs_refuse_what_cannot_work(field, value, message):

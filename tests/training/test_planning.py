@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from training import planning, stages
+from training import accelerators, planning, stages
+from training.accelerators import Accelerator
 from training.encoders import shapes
 from training.encoders.shapes import Shape, foreseen
 from training.loop import TrainingConfig, train
 from training.optimizer import AdamWConfig, MuonConfig
-from training.planning import Accelerator, Captions, Kernel, Tally, batch_of, count, estimate
+from training.planning import Captions, Kernel, Tally, batch_of, count, estimate
 
 TEXT = {"t5": Shape(24, 16, "pieces", 64), "autoencoder": Shape(4, factor=8)}
 SMALL = {
@@ -228,6 +229,22 @@ def test_a_sharded_worker_holds_its_share_and_what_is_whole_for_a_while():
     told = [sum(p.numel() * 4 for p in it.parameters()) for it in network.conditioning.contexts]
     rest = sum(p.numel() * 4 for p in trained) - sum(blocks) - sum(told)
     assert shard.gathered == rest + 3 * max(*blocks, *told)
+    buffers = sum(b.numel() * b.element_size() for b in stage.buffers())
+    everything = sum(p.numel() * 4 for p in trained)
+    measuring = shard.weights + shard.optimizer + shard.averages + everything + buffers
+    assert shard.unsharded == max(2 * everything + buffers, measuring)
+    assert whole.unsharded == 0
+    assert replace(shard, activations=0, gathered=0).total == shard.unsharded
+
+
+def test_what_cannot_start_whole_does_not_fit_sharded_either():
+    made, nothing, device = asked(1e12, batch=64, workers=8, fsdp=True)
+    assert nothing == ""
+    whole_once = replace(made.memory, unsharded=2 * 10**12)
+    tight = replace(made, update=replace(made.update, sharded=whole_once))
+    assert not tight.fits(device)
+    assert "each worker starts with the whole model and its gradients" in tight.advice(device)
+    assert "which takes 2e+03 GB" in tight.advice(device)
 
 
 def test_averages_by_power_functions_count_each():
@@ -265,15 +282,15 @@ def test_a_kernel_takes_its_products_or_its_bytes():
 
 def test_an_unknown_device_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"no device 'h10'; did you mean 'h100'\? \(known: a100,"):
-        planning.accelerator("h10")
-    h100 = planning.accelerator("h100")
+        accelerators.accelerator("h10")
+    h100 = accelerators.accelerator("h100")
     assert h100.matmul["bf16"] == pytest.approx(1979e12 / 2, rel=1e-3)  # half of "with sparsity"
     assert h100.usable == pytest.approx(72e9)
 
 
 def test_the_probe_is_short_and_finds_rates():
     started = time.perf_counter()
-    found = planning.probe(seconds=0.1)
+    found = accelerators.probe(seconds=0.1)
     assert time.perf_counter() - started < 2
     assert found.measured
     assert found.matmul.keys() == {"bf16", "fp32"}

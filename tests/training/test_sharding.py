@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.plan import BatchPlan, dealt
-from training import checkpoint, posthoc, results, sharding
+from training import checkpoint, measuring, posthoc, results, sharding
 from training.distributed import fit, of_process_group
 from training.job import Build, Job, run
 from training.job import build as usual
@@ -64,8 +64,9 @@ class Tower(Stage):
 
     kind = "tower"
 
-    def __init__(self, config: TowerConfig):
+    def __init__(self, config: TowerConfig, look_seconds: float = 0):
         super().__init__(config)
+        self.look_seconds = look_seconds
         self.before, self.after = nn.Linear(4, 18), nn.Linear(18, 4)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.gain = nn.Parameter(torch.ones(1, 4))
@@ -85,6 +86,10 @@ class Tower(Stage):
             out = out + rare[:, None] * self.sometimes
         return {"loss": (out - batch["x"].flip(1)).square().mean(1), "size": out.abs().mean()}
 
+    def heldout_loss(self, batch):
+        time.sleep(self.look_seconds)
+        return super().heldout_loss(batch)
+
     def finish(self, loader):
         batch = {"x": torch.from_numpy(loader.data), "position": torch.arange(len(loader.data))}
         return {"final": self(batch)["loss"].mean().item()}
@@ -103,6 +108,13 @@ class Rows:
         self.die_once = Path(job.meta.get("die_once", "/nowhere"))
         self.data = np.random.default_rng(0).normal(size=(71, 4)).astype(np.float32)
 
+    samples = 71
+
+    def rows(self, indices):
+        """What is measured."""
+        indices = np.asarray(indices)
+        return {"x": self.data[indices], "position": indices}
+
     def batches(self, start_step: int = 0, prefetch: int = 2):
         step = start_step
         while True:
@@ -120,10 +132,17 @@ class Rows:
 
 
 def build(job: Job, world: World):
-    return Tower(TowerConfig()), Rows(job, world), "d"
+    return Tower(TowerConfig(), job.meta.get("look_seconds", 0)), Rows(job, world), "d"
 
 
-def job(output: Path, workers: int = 1, fsdp: bool = True, optimizer: str = "adamw", **meta) -> Job:
+def job(
+    output: Path,
+    workers: int = 1,
+    fsdp: bool = True,
+    optimizer: str = "adamw",
+    training: dict | None = None,
+    **meta,
+) -> Job:
     training = {
         "images": BATCH * STEPS,
         "batch": BATCH,
@@ -139,6 +158,7 @@ def job(output: Path, workers: int = 1, fsdp: bool = True, optimizer: str = "ada
         "workers": workers,
         "threads": 1,
         "fsdp": fsdp,
+        **(training or {}),
     }
     return Job(
         kind="tower",
@@ -151,6 +171,11 @@ def job(output: Path, workers: int = 1, fsdp: bool = True, optimizer: str = "ada
 
 
 Made = dict[str, Any]
+LONG = {
+    "look_seconds": 0.6,
+    "training": {"heldout_pictures": 20, "heldout_images": BATCH * STEPS, "stall_seconds": 3.0},
+}
+"""Seven looks at held-out rows, longer together than a worker may be silent."""
 GROUPS: dict[str, tuple[Made, list[tuple[int, int | None]]]] = {
     "ddp": ({"fsdp": False}, [(2, None)]),
     "fsdp": ({}, [(2, None)]),
@@ -162,6 +187,7 @@ GROUPS: dict[str, tuple[Made, list[tuple[int, int | None]]]] = {
     "full": ({"full_from": 9}, [(2, None)]),
     "four": ({}, [(4, None)]),
     "two": ({}, [(2, None)]),
+    "long": (LONG, [(2, None)]),
 }
 """Name -> (how `job` is made, (workers, the log point after which they are stopped) in turn)."""
 SLOW = ("muon-ddp", "muon", "more")
@@ -289,6 +315,19 @@ def test_the_export_is_the_same_by_any_number_of_workers(groups, tmp_path):
     assert measured[0] == measured[1] == measured[2]
 
 
+def test_who_waits_for_what_the_first_one_measures_is_alive(groups):
+    """Longer than `stall_seconds`, after which a worker would have been ended."""
+    measured = [
+        it["heldout_loss"] for it in results.history(groups / "long") if "heldout_loss" in it
+    ]
+    assert len(measured) == 1
+    data = Rows(job(groups), World()).rows(np.linspace(0, 70, 20).round().astype(int))
+    averages = Tower(TowerConfig()).eval()
+    averages.load_state_dict(load_file(groups / "long" / results.WEIGHTS))
+    batch = {name: torch.from_numpy(rows) for name, rows in data.items()}
+    assert measured[0] == pytest.approx(averages(batch)["loss"].mean().item(), rel=1e-5)
+
+
 def test_averages_of_another_length_come_from_sharded_snapshots(groups):
     sharded, wanted = (posthoc.average(groups / name, 0.07) for name in ("four", "ddp"))
     assert sharded.snapshots == 2
@@ -388,18 +427,6 @@ def test_many_kills_while_saving_show_no_part(tmp_path):
     assert int(script(tmp_path, kills)) >= kills
 
 
-@pytest.fixture
-def ray():
-    import ray
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    ray.shutdown()  # the session of other folders' tests, where they ran before
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore")
@@ -490,6 +517,8 @@ def work_at(mine: Job, rank: int, stop_after: int | None = None, build: Build = 
         asked.append(rank)
         return rank == size - 1 and len(asked) == stop_after
 
+    if "look_seconds" in mine.meta:
+        measuring.heldout = lambda loader: loader
     met = f"{output}.group.{size}.{reached(output)}"
     world = joined(rank, size, met, training.fsdp, stop)
     try:

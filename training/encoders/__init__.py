@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.manifest import fingerprint
-from pipeline.schema import Bucket, EncoderSpec, framing
+from pipeline.schema import PICTURE_EMBEDDING, Bucket, EncoderSpec, framing
 
 from . import autoencoder, clip, t5
 from .shapes import clip_shape
@@ -25,14 +25,14 @@ __all__ = ["build", "spec_of"]
 LOADERS: Mapping[str, Callable[..., Any]] = {
     "autoencoder": autoencoder.load,
     "clip": clip.load,
-    "clip_image": clip.load_image,
+    PICTURE_EMBEDDING: clip.load_image,
     "t5": t5.load,
 }
-PICTURES = ("autoencoder", "clip_image")
+PICTURES = ("autoencoder", PICTURE_EMBEDDING)
 """The families that encode pictures."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 """In what an encoder computes; its weights are float32, what is stored is float16."""
-VERSIONS = {"autoencoder": 1, "clip": 2, "clip_image": 1, "t5": 1}
+VERSIONS = {"autoencoder": 1, "clip": 2, PICTURE_EMBEDDING: 1, "t5": 1}
 """Raised by hand when the code of a family gives other numbers."""
 
 
@@ -66,7 +66,7 @@ def spec_of(
             f"encoder {name}: precision is {precision!r}, wanted {' or '.join(DTYPES)}"
         )
     image = family in PICTURES
-    if family == "clip_image":
+    if family == PICTURE_EMBEDDING:
         if buckets or flip:
             raise ValueError(f"encoder {name}: CLIP sees squares, as they are: no buckets, no flip")
         side = clip_shape(found)[0]
@@ -114,4 +114,4 @@ def build(spec: EncoderSpec) -> Callable[..., Any]:
 
 
 def _family(source: Source, name: str) -> str:
-    return "clip_image" if source.family == "clip" and name == "clip_image" else source.family
+    return name if source.family == "clip" and name == PICTURE_EMBEDDING else source.family

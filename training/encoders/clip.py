@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.schema import PICTURE_EMBEDDING
+
 from .sources import Source
 from .text import TextEncoder
 
@@ -51,7 +53,7 @@ def load_image(
         with torch.autocast(kind, torch.bfloat16, enabled=half):
             found = model.encode_image((x - mean) / deviation)
         pooled = F.normalize(found.float(), dim=-1)
-        return {"clip_image_pooled": pooled.to(torch.float16).cpu().numpy()}
+        return {f"{PICTURE_EMBEDDING}_pooled": pooled.to(torch.float16).cpu().numpy()}
 
     return encode
 
@@ -68,7 +70,7 @@ def open_towers(source: Source) -> tuple[Any, Padded]:
     from ..contrastive import tokenizer as of_merges
     from ..stages import load as load_stage
 
-    stage: Any = load_stage(source.where)
+    stage: Any = source.planned or load_stage(source.where)
     text = stage.config.text
     return stage.model, lambda texts, limit=text.context: of_merges(text.vocabulary, limit)(texts)
 

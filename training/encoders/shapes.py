@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .sources import Source, here, open_source
@@ -29,11 +30,13 @@ class Shape:
     """Pixels per latent position, along a side."""
     posterior: bool = True
     """Whether mean and log-variance are stored, or the latent alone."""
+    patches: int = 0
+    """Of a CLIP: channels of its image tower's features."""
     known: Literal["by config", "as published", "assumed"] = "by config"
 
 
-def _clip(width: int) -> Shape:
-    return Shape(2 * width, width, "pairs", 77)
+def _clip(width: int, patches: int) -> Shape:
+    return Shape(2 * width, width, "pairs", 77, patches=patches)
 
 
 def _t5(width: int) -> Shape:
@@ -44,9 +47,9 @@ PUBLISHED: Mapping[str, Shape] = {
     "stabilityai/sd-vae-ft-ema": Shape(4, factor=8),
     "stabilityai/sd-vae-ft-mse": Shape(4, factor=8),
     "stabilityai/sdxl-vae": Shape(4, factor=8),
-    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": _clip(512),
-    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": _clip(768),
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _clip(1024),
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": _clip(512, 768),
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K": _clip(768, 1024),
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _clip(1024, 1280),
     "google/flan-t5-base": _t5(768),
     "google/flan-t5-large": _t5(1024),
     "google/flan-t5-xl": _t5(2048),
@@ -68,7 +71,9 @@ def foreseen(name: str, config: Any, pretrained: str | None) -> Shape:
         if name == "autoencoder":
             return Shape(config.network.latent_channels, factor=config.network.factor)
         if name == "clip":
-            return Shape(2 * config.text.width, config.embed, "pairs", config.text.context)
+            patches = _tower_width(asdict(config.image))
+            read = config.text.context
+            return Shape(2 * config.text.width, config.embed, "pairs", read, patches=patches)
         return Shape(config.width, config.width, "bytes", config.max_bytes)
     found = here(pretrained)
     if found is None:
@@ -82,7 +87,11 @@ def foreseen(name: str, config: Any, pretrained: str | None) -> Shape:
         return foreseen(name, config_of(source.family, source.config()), None)
     if name != "autoencoder":
         width, pooled = text_widths(str(found), name)
-        return replace(USUAL[name], width=width, pooled=pooled)
+        patches = 0
+        if name == "clip":
+            with suppress(ValueError):  # which only alignment needs to know
+                patches = patch_width(source)
+        return replace(USUAL[name], width=width, pooled=pooled, patches=patches)
     described = _json(found, "config.json")
     blocks = described.get("block_out_channels") or described.get("encoder_block_out_channels")
     return Shape(
@@ -133,6 +142,31 @@ def clip_shape(source: Source) -> tuple[int, int]:
             raise ValueError(f"{source.where}: its CLIP sees {side} pixels, wanted a square")
         side = side[0]
     return side, described["embed_dim"]
+
+
+def patch_width(where: str | Source) -> int:
+    """Channels of the features that `perceptual.patches` gives. ValueError where the config does
+    not say."""
+    source = open_source(where, "alignment")
+    if not source.pretrained:
+        return _tower_width(source.config()["image"])
+    if (source.directory() / "open_clip_config.json").is_file():
+        return _tower_width(_model_cfg(source)["vision_cfg"])
+    described = _json(source.directory(), "config.json")
+    described = described.get("vision_config", described)
+    found = described.get("hidden_size") or described.get("num_features")
+    found = found or (described.get("hidden_sizes") or [0])[-1]
+    if not found:
+        raise ValueError(f"{source.where}: its config says no width: set alignment.width")
+    return found
+
+
+def _tower_width(vision: Mapping[str, Any]) -> int:
+    """Of the last features of an image tower of open_clip's."""
+    layers = vision.get("layers", 12)
+    if vision.get("timm_model_name") or "width" not in vision:
+        raise ValueError("the CLIP's config says no width of its image tower: set alignment.width")
+    return vision["width"] * (32 if isinstance(layers, list | tuple) else 1)
 
 
 def _model_cfg(source: Source) -> Any:

@@ -29,6 +29,8 @@ class Source:
     family: str
     where: str
     pretrained: bool
+    planned: Any = None
+    """A stage that is written nowhere, in whose place it stands."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any], name: str) -> Source:

@@ -15,6 +15,7 @@ from .conditioning import Cond, ContextConfig
 from .discriminator import Discriminator, DiscriminatorConfig
 from .dit import DiT, DiTConfig
 from .efficient_unet import EfficientUNet, EfficientUNetConfig
+from .layers import Tap
 from .prior import Prior, PriorConfig
 from .unet import UNet, UNetConfig
 
@@ -64,6 +65,7 @@ __all__ = [
     "NetworkConfig",
     "Prior",
     "PriorConfig",
+    "Tap",
     "UNet",
     "UNetConfig",
     "build",

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from .layers import Image
@@ -26,12 +26,15 @@ class CodebookConfig:
     codes: int = 1024
     commitment: float = 0.25
     """How strongly places are drawn to their vectors, over how strongly these to them."""
+    revive_images: int = 10_000
+    """A vector that no place chose for so many images begins anew at a place of the batch (random
+    restarts: Dhariwal et al. 2020, Jukebox, section 3.1): it would never learn again. 0: never."""
 
     def __post_init__(self):
-        if self.codes < 2 or self.commitment < 0:
+        if self.codes < 2 or self.commitment < 0 or self.revive_images < 0:
             raise ValueError(
-                f"codes must be at least 2 and commitment not negative, "
-                f"got {self.codes} and {self.commitment}"
+                f"codes must be at least 2, commitment and revive_images not negative, "
+                f"got {self.codes}, {self.commitment} and {self.revive_images}"
             )
 
 
@@ -49,11 +52,16 @@ class Quantised(NamedTuple):
 class Codebook(nn.Module):
     """[B, C, h, w] -> Quantised, in float32."""
 
+    idle: Tensor
+    """Images since each vector was chosen; with `revive_images` alone."""
+
     def __init__(self, config: CodebookConfig, width: int):
         super().__init__()
         self.config = config
         self.vectors = nn.Parameter(torch.empty(config.codes, width))
         nn.init.uniform_(self.vectors, -1 / config.codes, 1 / config.codes)
+        if config.revive_images:
+            self.register_buffer("idle", torch.zeros(config.codes, dtype=torch.int64))
 
     def forward(self, z: Image) -> Quantised:
         z = z.float()
@@ -83,6 +91,21 @@ class Codebook(nn.Module):
         # Of two equal vectors the second would never be chosen.
         apart = 0.01 * places.std(0).cpu() * torch.randn(count, width, generator=generator)
         self.vectors.copy_(chosen + apart)
+
+    @torch.no_grad()
+    def revived(
+        self, used: Bool[Tensor, " code"], places: Float[Tensor, "place width"], seed: int
+    ) -> tuple[Bool[Tensor, " code"], Float[Tensor, "code width"]]:
+        """Which vectors have been idle for too long, a batch of `places` that chose those `used`
+        counted in; and where they begin anew: at some of the places, drawn by the seed."""
+        self.idle.copy_(torch.where(used, 0, self.idle + len(places)))
+        dead = self.idle >= self.config.revive_images
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(places), generator=generator).to(places.device)
+        chosen = places[order[(dead.cumsum(0) - 1).clamp(min=0) % len(places)]]
+        # Of two equal vectors the second would never be chosen.
+        apart = torch.randn(chosen.shape, generator=generator).to(chosen)
+        return dead, chosen + 0.01 * places.std(0) * apart
 
     def counts(self, codes: Int64[Tensor, "*any"]) -> Float[Tensor, " code"]:
         """How often each vector was chosen."""

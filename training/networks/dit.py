@@ -22,12 +22,14 @@ from .layers import (
     Labels,
     Mask,
     QKNorm,
+    Tap,
     Tokens,
     Unchanged,
     Vectors,
     attend,
     freeze,
     linear,
+    no_such_block,
     run,
     split_heads,
     zeroed,
@@ -82,6 +84,12 @@ class DiTConfig:
             raise ValueError(
                 'text="joint" needs a context with tokens: set its width or pooled_tokens'
             )
+
+    def state_width(self, block: int) -> int:
+        """Channels of what a Tap takes after a block. ValueError where there is none."""
+        if block > self.depth:
+            raise no_such_block(block, self.depth)
+        return self.width
 
 
 def rotary(height: int, width: int, head_width: int, device: torch.device) -> Rotate:
@@ -221,7 +229,9 @@ class DiT(nn.Module):
         self.modulation = zeroed(nn.Linear(width, 2 * width))
         self.leave = zeroed(nn.Linear(width, out * config.patch**2))
 
-    def forward(self, x: Image, label: Labels, cond: Cond | None = None) -> Image:
+    def forward(
+        self, x: Image, label: Labels, cond: Cond | None = None, tap: Tap | None = None
+    ) -> Image:
         cond = cond or {}
         patch = self.config.patch
         embedding, text, mask = self.conditioning(label, cond)
@@ -233,7 +243,9 @@ class DiT(nn.Module):
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
         rotate = rotary(height, width, self.config.head_width, x.device)
         h = self.enter(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch))
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
             h, text = run(block, h, text, mask, embedding, rotate, recompute=self.config.recompute)
+            if tap and tap.block == number:
+                tap.states = rearrange(h, "b (h w) c -> b c h w", h=height)
         h = self.leave(modulate(self.norm(h), *self.modulation(embedding).chunk(2, dim=1)))
         return rearrange(h, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=patch, q=patch)

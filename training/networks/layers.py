@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,19 @@ def freeze(config: Any, **nested: type) -> None:
         if isinstance(value, (list, tuple)):
             items = (make(**v) if make and isinstance(v, Mapping) else v for v in value)
             object.__setattr__(config, name, tuple(items))
+
+
+@dataclass
+class Tap:
+    """Given to a network, it takes along the states after one of its blocks, [B, C, h, w]."""
+
+    block: int
+    """Counted from 1."""
+    states: Image | None = None
+
+
+def no_such_block(block: int, blocks: int) -> ValueError:
+    return ValueError(f"there is no block {block} whose states could be taken, but 1 to {blocks}")
 
 
 def run(block: Callable[..., Any], *args: Any, recompute: bool = False) -> Any:

@@ -6,6 +6,7 @@ at exactly 0.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,10 +21,12 @@ from .layers import (
     Labels,
     ResBlock,
     SpatialTransformer,
+    Tap,
     Upsample,
     conv3,
     freeze,
     group_norm,
+    no_such_block,
     run,
     zeroed,
 )
@@ -94,6 +97,14 @@ class UNetConfig:
     def widths(self) -> tuple[int, ...]:
         return tuple(self.channels * m for m in self.channel_mult)
 
+    def state_width(self, block: int) -> int:
+        """Channels of what a Tap takes after a block on the way down or in the middle. ValueError
+        where there is none."""
+        widths = [w for w in self.widths for _ in range(self.blocks)] + 2 * [self.widths[-1]]
+        if block > len(widths):
+            raise no_such_block(block, len(widths))
+        return widths[block - 1]
+
 
 class Block(nn.Module):
     """A residual block and the transformers after it."""
@@ -144,7 +155,8 @@ class Contraction(nn.Module):
         depth = max(1, config.attention[-1])
         self.middle = nn.ModuleList(Block(config, width, width, embedding, d) for d in (depth, 0))
 
-    def forward(self, x: Image, told: Told) -> tuple[Image, list[Tensor]]:
+    def forward(self, x: Image, told: Told, tap: Tap | None = None) -> tuple[Image, list[Tensor]]:
+        numbers = itertools.count(1)
         h = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips: list[Tensor] = [h]
         for level, blocks in enumerate(self.levels):
@@ -155,8 +167,12 @@ class Contraction(nn.Module):
             for block in blocks:
                 h = run(block, h, told, recompute=self.recompute)
                 skips.append(h)
+                if tap and tap.block == next(numbers):
+                    tap.states = h
         for block in self.middle:
             h = run(block, h, told, recompute=self.recompute)
+            if tap and tap.block == next(numbers):
+                tap.states = h
         return h, skips
 
 
@@ -214,11 +230,13 @@ class UNet(nn.Module):
         self.norm = group_norm(config.widths[0])
         self.out = zeroed(conv3(config.widths[0], out * config.patch**2))
 
-    def forward(self, x: Image, label: Labels, cond: Cond | None = None) -> Image:
+    def forward(
+        self, x: Image, label: Labels, cond: Cond | None = None, tap: Tap | None = None
+    ) -> Image:
         cond = cond or {}
         told = self.conditioning(label, cond)
         x = fold(join_low(x, cond, self.config.low_channels), self.config.patch)
-        h, skips = self.down(x, told)
+        h, skips = self.down(x, told, tap)
         h = self.up(h, skips, told)
         return unfold(self.out(F.silu(self.norm(h))), self.config.patch)
 
