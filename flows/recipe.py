@@ -151,6 +151,8 @@ class Recipe(_Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GatePolicy = GatePolicy()
     executor: Executor = Executor(kind="auto")
+    parallel: int = Field(default=1, ge=1)
+    """Stages that train at once, each in a process of its own; what comes of it is the same."""
     schedule: str = "0 3 * * *"
     """Cron line of the scheduled retraining."""
 
@@ -231,7 +233,7 @@ class Recipe(_Part):
     @property
     def identity(self) -> str:
         """Fingerprint of what decides the result; when and on how many machines does not."""
-        body = self.model_dump(mode="json", exclude={"schedule", "executor"})
+        body = self.model_dump(mode="json", exclude={"schedule", "executor", "parallel"})
         for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
         for name in STAGES:  # what says nothing is as if it were not there
