@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from .recipe import DENOISING, Recipe
@@ -56,7 +56,7 @@ def startable(recipe: Recipe, done: Collection[str], running: Collection[str]) -
 
 def train_stages(
     line: Line, data: Manifest, run_id: str | None, encode: Callable[[str], None]
-) -> Iterator[Trained]:
+) -> Generator[Trained]:
     """Train all stages, at most `parallel` at once, and hand each over when it is done; call it in
     a flow's run.
 
@@ -149,8 +149,10 @@ class StageProcess:
     def tell_to_end(self) -> None:
         """By what its caller's death would tell it as well."""
         assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        if not self._process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write("end\n")
+                self._process.stdin.close()
 
     def kill(self) -> None:
         self._process.kill()
@@ -178,11 +180,12 @@ class StageProcess:
 
     def _say(self, stream: IO[str]) -> None:
         """Its progress is told as if it were ours; all else begins with the stage's name."""
-        for line in stream:
-            own = line.startswith(f"  train {self.name}:")
-            if line.strip():
-                said = line.rstrip() if own else f"  {self.name}: {line.strip()}"
-                print(said, file=sys.stderr, flush=True)
+        with stream:
+            for line in stream:
+                own = line.startswith(f"  train {self.name}:")
+                if line.strip():
+                    said = line.rstrip() if own else f"  {self.name}: {line.rstrip()}"
+                    print(said, file=sys.stderr, flush=True)
 
 
 def _environment(recipe: Recipe, name: str, slot: int) -> dict[str, str]:
@@ -224,7 +227,9 @@ def _close(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
 
 
 def _end_with_the_caller() -> None:
-    sys.stdin.read()
+    if not sys.stdin.read():  # dead: what is said to it from now on would fail
+        with open(os.devnull, "w") as nobody:
+            os.dup2(nobody.fileno(), 2)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ENDING_SECONDS)
     os._exit(1)

@@ -158,7 +158,8 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _places(self) -> Recipe:
-        check_places(self.executor, self.data.dataset or "", *self.data.sources)
+        apart = self.executor if self.parallel == 1 else Executor(kind="processes")
+        check_places(apart, self.data.dataset or "", *self.data.sources)
         return self
 
     def stage(self, name: str) -> StageRecipe:

@@ -172,6 +172,7 @@ def summary(line: Line, result: dict[str, Any]) -> str:
         "",
         f"  {result['model']}  {promoted}",
         f"  {verdict['reason']}",
+        *([f"  stages  {verdict['change']}"] if verdict.get("change") else []),
         "",
         f"  at guidance {result['guidance']:g}: "
         + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()),

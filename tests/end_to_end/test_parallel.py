@@ -74,7 +74,7 @@ def test_stages_stop_together_and_go_on_where_they_were(darkroom, tmp_path):
         return {name: results.history(it)[-1]["images_seen"] for name, it in found.items()
                 if results.history(it)}  # fmt: skip
 
-    def kept() -> dict[str, int]:
+    def kept() -> dict[str, str]:
         """Stage -> the images of its newest checkpoint."""
         found = {it.name.partition("-")[0]: it for it in (home.home / "stages").glob("*-*")}
         newest = {name: checkpoint.visible(it / "checkpoints") for name, it in found.items()}
@@ -121,7 +121,8 @@ def test_stages_stop_together_and_go_on_where_they_were(darkroom, tmp_path):
         while alive := [it for it in stages if command_of(it)]:
             assert time.monotonic() < end, (alive, log.read_text()[-4000:])
             time.sleep(0.1)
-        assert all(kept()[name] > before[name] for name in before)
+        now = kept()
+        assert all(now[name] > before[name] for name in before), log.read_text()[-4000:]
         for it in (home.home / "stages").glob("*-*"):
             images = [record["images_seen"] for record in results.history(it)]
             assert images == list(range(32, images[-1] + 1, 32)), "none twice, none left out"

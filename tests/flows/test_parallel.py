@@ -57,7 +57,6 @@ def test_a_stage_begins_as_soon_as_there_is_room_and_its_own_inputs_are_there():
     assert startable(edit, ("clip", "t5", "noisy_clip", "base"), ()) == ["edit"]
 
 
-def test_how_many_at_once_is_no_part_of_what_is_made():
-    assert load("shapes-cdm", ["parallel=3"]).identity == load("shapes-cdm").identity
+def test_there_is_room_for_one_or_more():
     with pytest.raises(RecipeError, match="parallel"):
         load("shapes-cdm", ["parallel=0"])
