@@ -88,7 +88,7 @@ def stages_apart(generator: Generator, prompts: Sequence[str], seed: int) -> lis
     drawn = generator.stages(list(prompts), seed=seed)
     side = generator.resolution
     columns = [f"{name}, {it.shape[1]} px" for name, it in drawn.items()]
-    shown = [_enlarged(it, side // it.shape[1]) for it in drawn.values()]
+    shown = [enlarged(it, side // it.shape[1]) for it in drawn.values()]
     lead = "One prompt a row. Each stage is told what the one before it drew."
     rows = list(np.stack(shown, axis=1))
     return [Technique("From stage to stage", lead, columns, rows, prompts)]
@@ -248,7 +248,7 @@ def _shrunk(pictures: Pictures) -> np.ndarray:
     return squares.mean((2, 4)).round()
 
 
-def _enlarged(pictures: Pictures, factor: int) -> Pictures:
+def enlarged(pictures: Pictures, factor: int) -> Pictures:
     """Each pixel as a square of so many."""
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 
