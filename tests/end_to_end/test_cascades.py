@@ -57,8 +57,8 @@ def emoji(tmp_path_factory) -> str:
         ImageDraw.Draw(mask).ellipse((4, 4, 68, 68), 255)
         picture.putalpha(mask)
         picture.save(folder / f"{number:02d}.png")
-        name = f"face no. {number // 2}"
-        rows.append({"file": f"{number:02d}.png", "caption": f"{name}, {style} style"})
+        row = {"file": f"{number:02d}.png", "caption": f"face no. {number // 2}", "style": style}
+        rows.append(row)
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return str(folder)
 

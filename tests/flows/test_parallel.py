@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from flows import parallel
 from flows.parallel import startable
 from flows.presets import PRESETS
 from flows.recipe import Recipe, RecipeError, load
+from pipeline.execute import cpus
 
 
 def waves(recipe: Recipe) -> list[list[str]]:
@@ -60,3 +62,19 @@ def test_a_stage_begins_as_soon_as_there_is_room_and_its_own_inputs_are_there():
 def test_there_is_room_for_one_or_more():
     with pytest.raises(RecipeError, match="parallel"):
         load("shapes-cdm", ["parallel=0"])
+
+
+def test_stages_share_the_cores_and_take_turns_at_the_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    recipe = load("shapes-unclip", ["parallel=3", "base.training.workers=2"])
+    given = [parallel._environment(recipe, name, slot) for slot, name in enumerate(recipe.stages)]
+    devices = {
+        it: found["CUDA_VISIBLE_DEVICES"] for it, found in zip(recipe.stages, given, strict=True)
+    }
+    # Two workers are Ray's to place: its driver must see what there is.
+    wanted = {"clip": "3", "t5": "5", "prior": "3", "base": "3,5", "sr1": "3"}
+    assert devices == wanted
+    assert {it["OMP_NUM_THREADS"] for it in given} == {str(max(1, cpus() // 3))}
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert parallel._environment(recipe, "clip", 0)["OMP_NUM_THREADS"] == "7"
