@@ -91,7 +91,8 @@ def test_a_published_system_goes_through_the_line(darkroom, name, tmp_path, emoj
 def test_a_stage_is_replaced_alone_and_what_that_changed_is_told(darkroom, tmp_path):
     words = ("run", "shapes-glide", *TINY, *SYSTEMS["shapes-glide"], "data.dataset=few-32")
     first = darkroom(*words)
-    other = darkroom(*words, "sr1.training.images=192", "gate.non_inferior.correct=0.9")
+    changed = ("sr1.training.images=192", "sr1.warm_images=64", "gate.non_inferior.correct=0.9")
+    other = darkroom(*words, *changed)
     kept = ["clip", "t5", "base", "noisy_clip"]
     assert other["reused"] == ["data", *kept]
     old, new = (it["model"].removeprefix("models:/") for it in (first, other))
