@@ -24,7 +24,7 @@ from .given import Given, Pictured, asked_of, shrunk, truths_of
 from .page import PIXELATED, image, page
 from .prompts import Prompt
 from .sample import Pictures, Progress
-from .techniques import Technique, described
+from .techniques import Technique, described, enlarged
 
 TEMPLATE = "comparison.html.jinja"
 AMONG = 100
@@ -38,6 +38,10 @@ _WHOLE = {
     "legible": ("Shows a scene at all", 100.0, "%"),
 }
 """Measure -> its heading, by what it is multiplied, its unit."""
+APART = 4
+"""Prompts of which what each stage drew is shown."""
+_GUIDES = ("classifier_guidance", "clip_guidance")
+"""Options of a call that what shows the stages does not know."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Contender:
     name: str
     generator: Any
     options: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, str] = field(default_factory=dict)
+    """Stage -> what names its weights (evaluation.registry.stages)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,10 @@ class Drawn:
     """What is said of all its pictures together, by name."""
     given: Given = field(default_factory=Given)
     """What it was told beside the prompts."""
+    stages: Mapping[str, str] = field(default_factory=dict[str, str])
+    """As the contender's."""
+    apart: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])
+    """Stage -> what it drew of the first prompts; empty where one stage draws all."""
 
     @property
     def psnr(self) -> float | None:
@@ -157,8 +167,28 @@ def compare(
             if name in first and len(values) > 1:
                 against = metrics.paired_difference(values, first[name].values, by)
             measures[name] = Measure(values, against)
-        found.append(Drawn(it.name, pictures, right, spent, each, gained, measures, given))
+        shown = prompts[:APART]
+        apart = stages_apart(it, shown, seed, it.options | given.options(slice(APART)))
+        made = Drawn(
+            it.name, pictures, right, spent, each, gained, measures, given, it.stages, apart
+        )
+        found.append(made)
     return found
+
+
+def stages_apart(
+    contender: Contender, prompts: Sequence[Prompt], seed: int, options: Mapping[str, Any]
+) -> dict[str, Pictures]:
+    """What each of its stages drew on the way to the very pictures of `compare`; empty where a
+    single stage draws, or where it is led by what shows no stages."""
+    generator = contender.generator
+    if not getattr(generator, "enlarging", None) or any(options.get(it) for it in _GUIDES):
+        return {}
+    told = {{"sampler": "kind"}.get(key, key): value for key, value in options.items()}
+    for name in _GUIDES:
+        told.pop(name, None)
+    seeds = [seed + k for k in range(len(prompts))]
+    return generator.stages([prompt.text for prompt in prompts], seed=seeds, **told)
 
 
 def _whole(
@@ -298,15 +328,41 @@ def render(
         for row, prompt in enumerate(prompts[:rows])
     ]
     side = drawn[0].pictures.shape[1]
+    apart = [it for it in drawn if it.apart]
     return page(
         TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
         table=table, rows=pictures, count=len(prompts), given=low is not None,
         whole=whole, measures=[_WHOLE[name][0] for name in named],
         names=[it.name for it in drawn],
         techniques=[described(it) for it in shown],
+        stages=_stages(drawn),
+        apart=[described(_apart(it, prompts)) for it in apart],
         judge="every attribute that all are asked for is read from the pixels" if _scenes(prompts)
         else "the line's CLIP finds the caption again among others",
     )  # fmt: skip
+
+
+def _stages(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
+    """A row a stage: what each model has there, and whether all have the same."""
+    names = dict.fromkeys(name for it in drawn for name in it.stages)
+    rows = []
+    for name in names:
+        cells = [it.stages.get(name) for it in drawn]
+        shared = len({*cells}) == 1
+        rows.append({"name": name, "shared": shared, "cells": [cell or "none" for cell in cells]})
+    return rows
+
+
+def _apart(it: Drawn, prompts: Sequence[Prompt]) -> Technique:
+    side = max(pictures.shape[1] for pictures in it.apart.values())
+    shown = [enlarged(pictures, side // pictures.shape[1]) for pictures in it.apart.values()]
+    return Technique(
+        it.name,
+        "",
+        [f"{name}, {pictures.shape[1]} px" for name, pictures in it.apart.items()],
+        list(np.stack(shown, axis=1)),
+        [prompt.text for prompt in prompts[: len(shown[0])]],
+    )
 
 
 def _scenes(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:

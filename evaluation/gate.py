@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .metrics import student_t
+from .metrics import paired_difference, student_t
 
 
 class _Frozen(BaseModel):
@@ -102,6 +102,8 @@ class Evidence:
     """Names the prompts and seeds; others never compare."""
     facts: Mapping[str, bool | str] = field(default_factory=dict[str, bool | str])
     """What was checked: True where it holds; False, or a text that says why it does not."""
+    stages: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Stage -> what names its weights: two models with the same one share it."""
 
 
 class Check(_Frozen):
@@ -114,6 +116,32 @@ class Check(_Frozen):
     why: str
 
 
+class StageChange(_Frozen):
+    """A stage of candidate and champion; None where a model has no such stage."""
+
+    name: str
+    candidate: str | None
+    champion: str | None
+
+    @property
+    def shared(self) -> bool:
+        return self.candidate == self.champion
+
+
+class Difference(_Frozen):
+    """A value of candidate and champion, measured alike. `mean` is candidate minus champion, in the
+    metric's own unit, with the paired 95 % interval over `pairs` prompts (or blocks) where the
+    metric has a value for each."""
+
+    metric: str
+    candidate: float
+    champion: float
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    pairs: int = 0
+
+
 class Verdict(_Frozen):
     """Whether the candidate may serve, and why."""
 
@@ -124,6 +152,33 @@ class Verdict(_Frozen):
     reason: str
     candidate: str = ""
     champion: str | None = None
+    stages: tuple[StageChange, ...] = ()
+    """Beside the champion's; none without a champion."""
+    differences: tuple[Difference, ...] = ()
+    """What the change of stages comes to. They inform: the checks decide."""
+
+    @property
+    def replaced(self) -> list[str]:
+        """The stages that are not the champion's."""
+        return [it.name for it in self.stages if not it.shared]
+
+    @property
+    def shared(self) -> list[str]:
+        return [it.name for it in self.stages if it.shared]
+
+    @property
+    def change(self) -> str:
+        """In words, which stages are new; empty without a champion."""
+        if not self.stages:
+            return ""
+        if not self.replaced:
+            return f"no stage is new: all are those of {self.champion}"
+        groups = {
+            "new": [it.name for it in self.stages if not it.shared and it.candidate],
+            "gone": [it.name for it in self.stages if not it.candidate],
+            f"as in {self.champion}": self.shared,
+        }
+        return "; ".join(f"{word}: {', '.join(them)}" for word, them in groups.items() if them)
 
 
 def decide(
@@ -150,7 +205,34 @@ def decide(
         reason=reason,
         candidate=new.name,
         champion=old.name if old else None,
+        stages=() if old is None else tuple(_changes(new, old)),
+        differences=() if old is None else tuple(_differences(new, old, policy.blocks)),
     )
+
+
+def _changes(new: Evidence, old: Evidence) -> Iterator[StageChange]:
+    for name in dict.fromkeys((*new.stages, *old.stages)):
+        mine, theirs = new.stages.get(name), old.stages.get(name)
+        yield StageChange(name=name, candidate=mine, champion=theirs)
+
+
+def _differences(new: Evidence, old: Evidence, blocks: int) -> Iterator[Difference]:
+    """Of the values that were measured alike."""
+    for metric, value in new.values.items():
+        other = old.values.get(metric)
+        alike = (new.pairs, new.tuples.get(metric)) == (old.pairs, old.tuples.get(metric))
+        if other is None or not alike or not np.isfinite([value, other]).all():
+            continue
+        mean = value - other
+        found = Difference(metric=metric, candidate=value, champion=other, mean=mean)
+        a, b = (_per_prompt(it.samples.get(metric, ())) for it in (new, old))
+        if len(a) > 1 and a.shape == b.shape and np.isfinite(a).all() and np.isfinite(b).all():
+            gain = paired_difference(a, b, blocks)
+            half = (gain.high - gain.low) / 2
+            found = found.model_copy(
+                update={"low": mean - half, "high": mean + half, "pairs": len(a)}
+            )
+        yield found
 
 
 def _checks(new: Evidence, old: Evidence | None, policy: GatePolicy) -> Iterator[Check]:

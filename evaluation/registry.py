@@ -64,6 +64,8 @@ __all__ = [
     "register",
     "rollback",
     "settle",
+    "stages",
+    "tag",
     "verify",
 ]
 
@@ -208,6 +210,25 @@ def canonical(model: str, *, tracking_uri: str | None = None) -> str:
     """What a ledger calls a registered model, named in any of the ways `load` understands."""
     version = find(MlflowClient(tracking_uri), model)
     return candidate(version.name, version.version)
+
+
+def stages(model: str, *, tracking_uri: str | None = None) -> dict[str, str]:
+    """Stage -> what names its weights: the fingerprint of its training, or that it is pretrained,
+    and the beginning of their sha256. Models that say the same of a stage share it."""
+    folder, _ = locate(model, tracking_uri=tracking_uri)
+    described = storage.read_json(str(folder / "generator" / "generator.json"))
+    return {
+        name: f"{it.get('fingerprint') or 'pretrained'}, weights {it['weights_sha256'][:12]}"
+        for name, it in described.get("stages", {}).items()
+    }
+
+
+def tag(model: str, tags: Mapping[str, str], *, tracking_uri: str | None = None) -> None:
+    """Set tags of a registered version."""
+    client = MlflowClient(tracking_uri)
+    version = find(client, model)
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
 
 
 def promote(

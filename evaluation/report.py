@@ -17,7 +17,7 @@ from pipeline.manifest import Manifest
 from training import results
 
 from . import shapes_oracle
-from .gate import Verdict
+from .gate import Difference, Verdict
 from .given import truths_of
 from .page import (
     PIXELATED,
@@ -229,6 +229,7 @@ class _Page:
             "data": self._data(),
             "cost": self._cost(),
             "checks": self._checks(),
+            "replaced": self._replaced(),
             "lineage": [(key, str(value)) for key, value in leaves(inputs.lineage)],
             "recipe": json.dumps(inputs.recipe, indent=2, sort_keys=True, default=str)
             if inputs.recipe
@@ -512,6 +513,52 @@ class _Page:
             }
             for check in (verdict.checks if verdict else ())
         ]
+
+    def _replaced(self) -> dict[str, Any] | None:
+        """Which stages are the champion's, and what the others changed."""
+        verdict = self.inputs.verdict
+        if verdict is None or not verdict.stages:
+            return None
+        return {
+            "change": verdict.change,
+            "champion": verdict.champion,
+            "stages": [
+                {
+                    "name": it.name,
+                    "word": "shared" if it.shared else "new" if it.candidate else "gone",
+                    "candidate": it.candidate or "none",
+                    "champion": it.champion or "none",
+                }
+                for it in verdict.stages
+            ],
+            "metrics": [self._difference(it) for it in verdict.differences],
+        }
+
+    def _difference(self, it: Difference) -> dict[str, Any]:
+        share = it.metric in _SHARES or it.metric.startswith(f"{self.main}_")
+        scale, show = (100, percent) if share else (1, number)
+        signed = [f"{x:+.1f}" if share else f"{x:+.3g}" for x in _scaled(it, scale)]
+        return {
+            "label": _label(it.metric, self.main),
+            "candidate": show(it.candidate),
+            "champion": show(it.champion),
+            "difference": signed[0] + (" points" if share else ""),
+            "between": " to ".join(signed[1:]),
+            "pairs": f"{it.pairs:,}" if it.pairs else "",
+        }
+
+
+def _scaled(it: Difference, scale: float) -> list[float]:
+    return [scale * x for x in (it.mean, it.low, it.high) if x is not None]
+
+
+def _label(metric: str, main: str) -> str:
+    if metric in _NAMES:
+        return _NAMES[metric]
+    group = metric.removeprefix(f"{main}_")
+    if group in _GROUPS:
+        return f"{_NAMES[main]}: {_GROUPS[group][0]}"
+    return metric.replace("_", " ")
 
 
 def _between(value: Value, percent: bool = False) -> str:

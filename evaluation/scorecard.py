@@ -127,7 +127,10 @@ class Scored:
         return sheet(stacked.reshape(-1, *stacked.shape[2:]), len(self.sweep))
 
     def evidence(
-        self, name: str = "candidate", facts: Mapping[str, bool | str] | None = None
+        self,
+        name: str = "candidate",
+        facts: Mapping[str, bool | str] | None = None,
+        stages: Mapping[str, str] | None = None,
     ) -> Evidence:
         """What the gate looks at."""
         values = self.scorecard.values
@@ -144,6 +147,7 @@ class Scored:
             tuples=tuples,
             pairs=f"{digest(self.prompts)}, seed {self.scorecard.config.seed}",
             facts=dict(facts or {}),
+            stages=dict(stages or {}),
         )
 
     def save(self, directory: str) -> None:

@@ -105,7 +105,7 @@ def stages_apart(
     drawn = generator.stages(list(prompts), seed=seed, **given.options())
     side = generator.resolution
     columns = [f"{name}, {it.shape[1]} px" for name, it in drawn.items()]
-    shown = [_enlarged(it, side // it.shape[1]) for it in drawn.values()]
+    shown = [enlarged(it, side // it.shape[1]) for it in drawn.values()]
     lead = "One prompt a row. Each stage is told what the one before it drew."
     rows = list(np.stack(shown, axis=1))
     return [Technique("From stage to stage", lead, columns, rows, prompts)]
@@ -176,7 +176,7 @@ def enlargements(
         f"other noise. PSNR to the real pictures: {near:.1f} dB, enlarged bicubically "
         f"{without:.1f}.",
         ["Given", "Bicubic", *(f"Drawn {k + 1}" for k in range(DRAWS)), "The picture"],
-        list(np.stack([_enlarged(low, side // low.shape[1]), plain, *drawn, real], axis=1)),
+        list(np.stack([enlarged(low, side // low.shape[1]), plain, *drawn, real], axis=1)),
         prompts,
     )
 
@@ -343,7 +343,7 @@ def _shrunk(pictures: Pictures) -> np.ndarray:
     return squares.mean((2, 4)).round()
 
 
-def _enlarged(pictures: Pictures, factor: int) -> Pictures:
+def enlarged(pictures: Pictures, factor: int) -> Pictures:
     """Each pixel as a square of so many."""
     return pictures.repeat(factor, axis=1).repeat(factor, axis=2)
 

@@ -18,7 +18,7 @@ from pipeline.filters import visible
 
 from . import commands, data_commands, doctor, plan
 from .progress import say
-from .settings import prepare_environment
+from .settings import end_on_sigterm, prepare_environment
 
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 
@@ -221,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         options["overrides"] = [options["recipe"], *options["overrides"]]
         options["recipe"] = "shapes"
     prepare_environment()
+    end_on_sigterm()
     with _stdout_kept() as answer:
         code, result = _outcome(run, options)
         if as_json:
@@ -241,6 +242,8 @@ def _outcome(run: Callable[..., dict[str, Any]], options: dict[str, Any]):
         return USAGE, {"error": str(error)}
     except KeyboardInterrupt:
         return 130, {"error": "interrupted; the same command goes on from here"}
+    except SystemExit as stop:
+        return int(stop.code or 0), {"error": "stopped; the same command goes on from here"}
     except Exception as error:
         if os.environ.get("DARKROOM_DEBUG"):
             raise

@@ -89,8 +89,8 @@ def decode_task(line: Line, data: Manifest) -> None:
 
 
 @task(name="encode", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)
-def encode_task(line: Line, data: Manifest) -> None:
-    encode_stages(line, data)
+def encode_task(line: Line, data: Manifest, stages: Sequence[str] | None = None) -> None:
+    encode_stages(line, data, stages)
 
 
 @flow(name="build-dataset", flow_run_name="data of {name}")

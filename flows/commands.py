@@ -251,8 +251,9 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         name: registry.load(name, tracking_uri=uri)
         for name in dict.fromkeys(name for name, _ in named)
     }
+    made_of = {name: registry.stages(name, tracking_uri=uri) for name in loaded}
     contenders = [
-        comparison.Contender(model, loaded[name], options)
+        comparison.Contender(model, loaded[name], options, made_of[name])
         for model, (name, options) in zip(models, named, strict=True)
     ]
     line, _ = _line_of(named[0][0])
@@ -283,6 +284,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
     rows = [
         {
             "model": it.name,
+            "stages": dict(it.stages),
             "right": float(it.right.mean()),
             "against_first": it.against_first
             and [it.against_first.mean, it.against_first.low, it.against_first.high],
@@ -340,6 +342,7 @@ def promote(model: str, dry_run: bool) -> dict[str, Any]:
             [
                 verdict.reason,
                 *(f"  {c.name}: {c.why}" for c in verdict.checks),
+                *([f"stages: {verdict.change}"] if verdict.change else []),
                 f"champion: {champion}",
             ]
         ),

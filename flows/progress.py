@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _QUIET_SECONDS = 600.0
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # who has gone need not hear it
+        print(text, file=sys.stderr, flush=True)
     if text and _in_prefect():
         from prefect.logging import get_run_logger
 

@@ -49,13 +49,15 @@ def register_candidate(line: Line, data: Manifest, run_id: str | None = None) ->
     from evaluation import registry
 
     scored, _ = score_candidate(line, data)
+    made_of = registry.stages(scored["package"])
     version = registry.register(
         scored["package"],
         line.recipe.name,
         tracking_uri=line.settings.mlflow_uri,
         run_id=run_id,
         artifact_location=line.settings.artifacts,
-        tags={"darkroom.data": data.digest, "darkroom.recipe": line.recipe.identity},
+        tags={"darkroom.data": data.digest, "darkroom.recipe": line.recipe.identity}
+        | {f"darkroom.stage.{stage}": named for stage, named in made_of.items()},
     )
     name = registry.candidate(line.recipe.name, version)
     line.note_version(name, {stage: line.source(stage, data) for stage in line.recipe.stages})
@@ -77,8 +79,12 @@ def decide(line: Line, data: Manifest, name: str, champion: str | None) -> Decis
         question = ask(line, data)
         scored = _anew(line, question, name)
         before = _anew(line, question, champion)
-    evidence = before.evidence(str(champion)) if before else None
-    verdict = gate.decide(scored.evidence(name, facts), evidence, line.recipe.gate)
+    mine = registry.stages(name, tracking_uri=uri)
+    evidence = None
+    if before and champion:
+        theirs = registry.stages(champion, tracking_uri=uri)
+        evidence = before.evidence(champion, stages=theirs)
+    verdict = gate.decide(scored.evidence(name, facts, mine), evidence, line.recipe.gate)
     return Decision(verdict, scored, before)
 
 
@@ -97,7 +103,16 @@ def settle(line: Line, data: Manifest, name: str) -> tuple[Entry, Decision]:
         kind = "promote" if verdict.promote else "reject"
         return Entry(kind=kind, candidate=name, verdict=verdict.model_dump(mode="json"))
 
-    entry = registry.settle(line.ledger, decided, tracking_uri=line.settings.mlflow_uri)
+    uri = line.settings.mlflow_uri
+    entry = registry.settle(line.ledger, decided, tracking_uri=uri)
+    verdict = decisions[-1].verdict
+    if verdict.champion:
+        told = {
+            "darkroom.compared_with": verdict.champion,
+            "darkroom.new_stages": ", ".join(verdict.replaced),
+            "darkroom.shared_stages": ", ".join(verdict.shared),
+        }
+        registry.tag(name, told, tracking_uri=uri)
     return entry, decisions[-1]
 
 
@@ -187,13 +202,35 @@ def _as_scored(line: Line, data: Manifest, name: str) -> Scored:
     return Scored.load(str(line.model_dir(data) / SCORES))
 
 
+def _verdict(entry: Entry) -> Verdict | None:
+    from evaluation.gate import Verdict
+
+    return Verdict.model_validate(entry.verdict) if entry.verdict else None
+
+
 def _brief(entry: Entry) -> dict[str, Any]:
-    verdict = entry.verdict or {}
-    return {"reason": verdict.get("reason", ""), "first": verdict.get("first", False)}
+    verdict = _verdict(entry)
+    if verdict is None:
+        return {"reason": "", "first": False}
+    brief = {"reason": verdict.reason, "first": verdict.first}
+    if verdict.stages:
+        brief |= {"change": verdict.change, "new": verdict.replaced, "shared": verdict.shared}
+    return brief
 
 
 def _story(entry: Entry) -> str:
-    checks = (entry.verdict or {}).get("checks", ())
-    rows = [f"| {c['name']} | {'yes' if c['passed'] else 'NO'} | {c['why']} |" for c in checks]
-    head = [f"## {entry.kind}: {entry.candidate}", "", _brief(entry)["reason"], ""]
-    return "\n".join([*head, "| check | passed | why |", "|-|-|-|", *rows])
+    lines, verdict = [f"## {entry.kind}: {entry.candidate}", ""], _verdict(entry)
+    if verdict is None:
+        return "\n".join(lines)
+    lines += [verdict.reason, "", "| check | passed | why |", "|-|-|-|"]
+    lines += [f"| {c.name} | {'yes' if c.passed else 'NO'} | {c.why} |" for c in verdict.checks]
+    if verdict.stages:
+        lines += ["", f"Stages: {verdict.change}.", ""]
+        lines += [f"| metric | this | {verdict.champion} | difference | 95 % |", "|-|-|-|-|-|"]
+        lines += [
+            f"| {d.metric} | {d.candidate:.4g} | {d.champion:.4g} | {d.mean:+.4g} | "
+            + ("" if d.low is None else f"{d.low:+.4g} to {d.high:+.4g}")
+            + " |"
+            for d in verdict.differences
+        ]
+    return "\n".join(lines)

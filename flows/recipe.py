@@ -151,12 +151,15 @@ class Recipe(_Part):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GatePolicy = GatePolicy()
     executor: Executor = Executor(kind="auto")
+    parallel: int = Field(default=1, ge=1)
+    """Stages that train at once, each in a process of its own; what comes of it is the same."""
     schedule: str = "0 3 * * *"
     """Cron line of the scheduled retraining."""
 
     @model_validator(mode="after")
     def _places(self) -> Recipe:
-        check_places(self.executor, self.data.dataset or "", *self.data.sources)
+        apart = self.executor if self.parallel == 1 else Executor(kind="processes")
+        check_places(apart, self.data.dataset or "", *self.data.sources)
         return self
 
     def stage(self, name: str) -> StageRecipe:
@@ -238,7 +241,7 @@ class Recipe(_Part):
     @property
     def identity(self) -> str:
         """Fingerprint of what decides the result; when and on how many machines does not."""
-        body = self.model_dump(mode="json", exclude={"schedule", "executor"})
+        body = self.model_dump(mode="json", exclude={"schedule", "executor", "parallel"})
         for name in self.stages:
             body[name]["training"] = learning(self.stage(name).training)
         for name in STAGES:  # what says nothing is as if it were not there

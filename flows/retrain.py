@@ -5,6 +5,8 @@ it again.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from prefect import flow
@@ -15,6 +17,7 @@ from training import results
 from . import recipe as recipes
 from .build_dataset import build_dataset, encode_task
 from .line import Line
+from .parallel import train_stages
 from .progress import say, seconds
 from .promote_model import promote_model
 from .recipe import FROZEN
@@ -88,16 +91,26 @@ def run_line(line: Line) -> dict[str, Any]:
         now = time.monotonic()
         step("data", build_dataset(values, name), now)
         data = line.manifest()
-        for stage in (it for it in line.recipe.stages if it in FROZEN):
-            now = time.monotonic()
-            step(stage, train_stage(values, stage, run.id()), now)
-        now = time.monotonic()
-        encode_task(line, data)
-        took["encode"] = time.monotonic() - now
-        for stage in line.recipe.stages:
-            if stage not in FROZEN:
+
+        def train(stages: Sequence[str]) -> None:
+            for stage in stages:
                 now = time.monotonic()
                 step(stage, train_stage(values, stage, run.id()), now)
+
+        def encode(*stages: str) -> None:
+            now = time.monotonic()
+            encode_task(line, data, stages or None)
+            took["encode"] = took.get("encode", 0.0) + time.monotonic() - now
+
+        if line.recipe.parallel > 1:
+            with closing(train_stages(line, data, run.id(), encode)) as trained:
+                for stage, result, now in trained:
+                    step(stage, result, now)
+            encode()
+        else:
+            train([it for it in line.recipe.stages if it in FROZEN])
+            encode()
+            train([it for it in line.recipe.stages if it not in FROZEN])
         now = time.monotonic()
         scored = step("scores", score_model(values, name), now)
         now = time.monotonic()
@@ -159,6 +172,7 @@ def summary(line: Line, result: dict[str, Any]) -> str:
         "",
         f"  {result['model']}  {promoted}",
         f"  {verdict['reason']}",
+        *([f"  stages  {verdict['change']}"] if verdict.get("change") else []),
         "",
         f"  at guidance {result['guidance']:g}: "
         + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()),

@@ -6,6 +6,8 @@ Layout of the home: datasets/ stages/ models/ runs/ versions/ ledger/ mlflow.db 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,3 +80,11 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> S
     for name, value in defaults.items():
         environment.setdefault(name, value)
     return found
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM ends this process as Ctrl-C does, `finally` and `atexit` included: by
+    its default nothing would end what the process has started, such as Prefect's server.
+    """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -153,15 +153,14 @@ class _Process:
 def _processes(factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool) -> Stream:
     from multiprocessing.connection import wait
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    devices = _devices() if keep else []
-    size = min(workers or len(devices) or cpus, len(units))
+    cores, gpus = cpus(), devices() if keep else []
+    size = min(workers or len(gpus) or cores, len(units))
     waiting, deaths = deque(range(len(units))), Counter[int]()
 
     def made(number: int) -> _Process:
-        environment = {"OMP_NUM_THREADS": str(max(1, cpus // size)), **os.environ}
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // size)), **os.environ}
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
         return _Process(factory, environment)
 
     crew: list[_Process] = []
@@ -201,7 +200,14 @@ def _processes(factory: Factory, units: list[dict[str, Any]], workers: int, keep
             worker.end()
 
 
-def _devices() -> list[str]:
+def cpus() -> int:
+    """The cores of this machine that we may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def devices() -> list[str]:
     """The GPUs of this machine that we may use: as many workers keep a model as there are."""
     import glob
 

@@ -1,7 +1,14 @@
 """Published systems of several stages on the line: trained for a few steps, scored, packaged,
 served."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
+from PIL import Image, ImageDraw
+
+from evaluation import registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -14,38 +21,100 @@ TINY = (
     "evaluation.blocks=4", "gate.absolute={}", "gate.min_samples=8", "executor.kind=local",
 )  # fmt: skip
 SR = ("sr1.training.images=160", "sr1.sampler.steps=2")
+SMALL_SR = (*SR, "sr1.config.network.channels=16", "sr1.config.network.head_width=16")
+PRIOR = ("prior.training.images=256", "prior.sampler.steps=2")
+FEW = ("clip.training.batch=32", "clip.training.images=256", "t5.training.batch=32")
 SYSTEMS = {
     "shapes-glide": (
         *SR, "noisy_clip.config.network.channels=16", "noisy_clip.training.images=256",
     ),
     "shapes-cdm": (*SR, "sr2.training.images=128", "sr2.sampler.steps=2"),
-    "shapes-imagen": (*SR, "sr1.config.network.channels=16", "sr1.config.network.head_width=16"),
-    "shapes-unclip": (*SR, "prior.training.images=256", "prior.sampler.steps=2"),
+    "shapes-imagen": SMALL_SR,
+    "shapes-unclip": (*SR, *PRIOR, "parallel=2"),
+    "shapes-ldm": (
+        "autoencoder.config.network.channels=16", "autoencoder.training.images=192",
+    ),
+    "emoji-imagen": (*SMALL_SR, *FEW),
+    "emoji-unclip": (*SMALL_SR, *PRIOR, *FEW),
+}  # fmt: skip
+SIDES = {
+    "shapes-glide": [16, 32], "shapes-cdm": [16, 32, 64], "shapes-imagen": [16, 64],
+    "shapes-unclip": [16, 32], "shapes-ldm": [32], "emoji-imagen": [16, 64],
+    "emoji-unclip": [16, 64],
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory) -> str:
+    """A folder of captioned pictures of two styles, transparent outside of a disc."""
+    folder, draws = tmp_path_factory.mktemp("emoji"), np.random.default_rng(0)
+    rows = []
+    for number in range(96):
+        style = ("flat", "glossy")[number % 2]
+        seeds = draws.integers(0, 256, (2 + number % 2, 3, 3), np.uint8)
+        picture = Image.fromarray(seeds).resize((72, 72), Image.Resampling.BICUBIC)
+        mask = Image.new("L", picture.size)
+        ImageDraw.Draw(mask).ellipse((4, 4, 68, 68), 255)
+        picture.putalpha(mask)
+        picture.save(folder / f"{number:02d}.png")
+        row = {"file": f"{number:02d}.png", "caption": f"face no. {number // 2}", "style": style}
+        rows.append(row)
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_a_published_system_goes_through_the_line(darkroom, name, tmp_path):
+def test_a_published_system_goes_through_the_line(darkroom, name, tmp_path, emoji):
     from training.generator import Generator
 
-    dataset = f"data.dataset=few-{'64' if name in ('shapes-cdm', 'shapes-imagen') else '32'}"
-    made = darkroom("run", name, *TINY, *SYSTEMS[name], dataset)
+    sides, words = SIDES[name], (name, *TINY, *SYSTEMS[name])
+    if name.startswith("emoji"):
+        sources = f"data.sources={json.dumps([emoji])}"
+        words += (sources, "data.scenes=0", "data.dataset=few-emoji")
+    else:
+        words += (f"data.dataset=few-{sides[-1]}",)
+    made = darkroom("run", *words)
     assert made["verdict"]["promote"], made["verdict"]
-    again = darkroom("run", name, *TINY, *SYSTEMS[name], dataset)
+    again = darkroom("run", *words)
     assert "scores" in again["reused"]
     drawn = darkroom("sample", name, "a red circle", "--out", str(tmp_path), "--count", "2")
     assert len(drawn["files"]) == 2
 
-    from pathlib import Path
-
     generator = Generator.load(Path(made["package"]).parents[1] / "generator")
     shown = generator.stages(["a red circle", "a blue ring"])
-    sides = [it.shape[1] for it in shown.values()]
-    assert sides == sorted(set(sides))
-    assert sides[0] == 16
+    assert [it.shape[1] for it in shown.values()] == sides
     page = Path(made["report"]).read_text()
-    assert "From stage to stage" in page
-    assert ("Along the difference of two captions" in page) == (name == "shapes-unclip")
+    assert ("From stage to stage" in page) == (len(sides) > 1)
+    assert ("Along the difference of two captions" in page) == name.endswith("unclip")
+
+
+def test_a_stage_is_replaced_alone_and_what_that_changed_is_told(darkroom, tmp_path):
+    words = ("run", "shapes-glide", *TINY, *SYSTEMS["shapes-glide"], "data.dataset=few-32")
+    first = darkroom(*words)
+    changed = ("sr1.training.images=192", "sr1.warm_images=64", "gate.non_inferior.correct=0.9")
+    other = darkroom(*words, *changed)
+    kept = ["clip", "t5", "base", "noisy_clip"]
+    assert other["reused"] == ["data", *kept]
+    old, new = (it["model"].removeprefix("models:/") for it in (first, other))
+    assert old != new
+    verdict = other["verdict"]
+    assert (verdict["new"], set(verdict["shared"])) == (["sr1"], {*kept})
+    assert f"as in {old}" in other["text"]
+    page = Path(other["report"]).read_text()
+    assert "What the new stages changed" in page
+    uri = f"sqlite:///{darkroom.home}/mlflow.db"
+    tags = registry.find(registry.MlflowClient(uri), new).tags
+    assert (tags["darkroom.compared_with"], tags["darkroom.new_stages"]) == (old, "sr1")
+    made_of = registry.stages(new, tracking_uri=uri)
+    assert tags["darkroom.stage.sr1"] == made_of["sr1"]
+
+    page = tmp_path / "page.html"
+    words = ("compare", old, f"{new}?sr1.steps=3", "--prompts", "8", "--out", str(page))
+    rows = darkroom(*words)["rows"]
+    assert rows[1]["stages"] == made_of
+    differ = [name for name in made_of if rows[0]["stages"][name] != made_of[name]]
+    assert differ == ["sr1"]
+    assert page.read_text().count("sr1, 32 px") == 3  # of both, and of the first's techniques
 
 
 def test_an_autoencoder_alone_goes_through_the_line(darkroom):
@@ -58,8 +127,6 @@ def test_an_autoencoder_alone_goes_through_the_line(darkroom):
     assert 0 <= card["legible"] <= 1
     assert 5 < card["reconstruction_psnr"] < 40
     assert "heldout_loss" not in card
-    from pathlib import Path
-
     page = Path(made["report"]).read_text()
     assert "Between two draws of the prior" in page
     assert "Through the autoencoder" in page

@@ -114,6 +114,51 @@ def test_the_page_is_self_contained_and_escapes_captions():
     assert html.count('class="wrong"') == 2  # pictures 0 and 3 of the second
 
 
+class Cascade(Painter):
+    """Draws 16 px and enlarges them; what the seeds and options are shows in the pictures."""
+
+    codec = None
+
+    def __init__(self):
+        super().__init__()
+        self.enlarging = {"sr1": None}
+
+    def __call__(self, prompts, *, seed, labels=None, clip_guidance=0.0, **options):
+        return self.stages(prompts, seed=seed, kind=options.pop("sampler", None), **options)["sr1"]
+
+    def stages(self, prompts, *, seed, labels=None, kind=None, steps=1):
+        small = np.stack([np.full((16, 16, 3), s + 10 * steps, np.uint8) for s in seed])
+        small[:, 0] = 255 if kind == "ddim" else 0
+        return {"base": small, "sr1": 255 - small.repeat(2, 1).repeat(2, 2)}
+
+
+def test_what_each_stage_drew_stands_side_by_side_and_which_stages_are_shared(parsed):
+    made = {"t5": "t5-0, weights aa", "base": "base-1"}
+    drawn = compare(
+        [
+            Contender("a", Cascade(), {}, made),
+            Contender("b", Cascade(), {"sampler": "ddim", "steps": 3}, made | {"base": "base-2"}),
+            Contender("led", Cascade(), {"clip_guidance": 1.0}, made | {"sr1": "sr1-<i>"}),
+            Contender("one", Painter(), {}, {}),
+        ],
+        PROMPTS,
+        seed=7,
+        batch=5,
+    )
+    for it in drawn[:2]:
+        assert list(it.apart) == ["base", "sr1"]
+        np.testing.assert_array_equal(it.apart["sr1"], it.pictures[:4])
+    assert drawn[2].apart == drawn[3].apart == {}  # led by what shows no stages; of one stage
+    page = parsed(render("four", drawn, PROMPTS, rows=1))
+    rows = [row for section in page.rows.values() for row in section]
+    assert ["t5", "differs", *["t5-0, weights aa"] * 3, "none"] in rows
+    assert ["sr1", "differs", "none", "none", "sr1-<i>", "none"] in rows
+    assert rows.count(["Prompt", "base, 16 px", "sr1, 32 px"]) == 2
+    assert page.values("src") and len(page.values("src")) == 4 + 2 * 4 * 2
+    alike = parsed(render("two", [drawn[0], drawn[0]], PROMPTS, rows=1))
+    assert ["t5", "shared", *["t5-0, weights aa"] * 2] in alike.rows[""]
+
+
 BASE = SimpleNamespace(config=SimpleNamespace(hears_embedding=False))
 
 

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from evaluation.gate import Bound, Evidence, GatePolicy, Margin, Verdict, decide
+from evaluation.metrics import paired_difference
 
 FACTS = {"integrity": True, "lineage": True, "infra": True}
 POLICY = GatePolicy(absolute={"correct": 0.9}, non_inferior={"correct": 0.02})
@@ -240,3 +241,35 @@ def test_a_model_that_is_as_good_passes_nearly_always():
         old, new = draw >= 0.01, (draw < 0.01) | (draw >= 0.02)
         passed += decide(scored(new), scored(old), policy).promote
     assert passed >= 290
+
+
+def test_a_verdict_says_which_stages_are_new_and_what_that_changed():
+    made = {"t5": "t5-1", "base": "base-1", "sr1": "sr1-1", "sr2": "sr2-1"}
+    old, new = right(0.9), right(0.95, seed=1)
+    more = {"fid": 3.0, "speed": 9.0}
+    tuples = {"correct": "oracle", "fid": "clip", "speed": "here"}
+    values = {"correct": float(old.mean())} | more
+    champion = evidence(old, "shapes/1", stages=made, values=values, tuples=tuples)
+    mine = {"t5": "t5-1", "base": "base-1", "sr1": "sr1-2", "prior": "prior-1"}
+    values = {"correct": float(new.mean()), "fid": 2.5, "speed": 8.0, "unknown": 1.0}
+    elsewhere = tuples | {"speed": "elsewhere"}
+    candidate = evidence(new, "shapes/2", stages=mine, values=values, tuples=elsewhere)
+    verdict = decide(candidate, champion, POLICY)
+    assert verdict.shared == ["t5", "base"]
+    assert verdict.replaced == ["sr1", "prior", "sr2"]
+    assert verdict.change == "new: sr1, prior; gone: sr2; as in shapes/1: t5, base"
+    correct, fid = verdict.differences  # what was measured otherwise is no difference
+    found = paired_difference(new, old, POLICY.blocks)
+    assert correct.pairs == 512
+    assert (correct.candidate, correct.champion) == (new.mean(), old.mean())
+    assert correct.mean == pytest.approx(new.mean() - old.mean())
+    assert correct.high - correct.low == pytest.approx(found.high - found.low)
+    assert (fid.metric, fid.mean, fid.low, fid.pairs) == ("fid", -0.5, None, 0)
+    assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
+
+    again = decide(candidate, evidence(new, "shapes/2b", stages=mine), POLICY)
+    assert again.change == "no stage is new: all are those of shapes/2b"
+    assert decide(candidate, None, POLICY).change == ""
+    assert decide(candidate, None, POLICY).differences == ()
+    others = evidence(new, "shapes/3", stages=mine, pairs="other prompts")
+    assert decide(candidate, others, POLICY).differences == ()

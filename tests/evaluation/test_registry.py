@@ -20,6 +20,7 @@ from PIL import Image
 
 from evaluation import registry
 from evaluation.ledger import Entry, Ledger
+from pipeline import storage
 
 NAME = "tiny"
 
@@ -66,6 +67,28 @@ def test_the_same_package_is_registered_once(make, uri):
     assert registry.register(package, NAME, tracking_uri=uri) == 1
     assert registry.register(make(shade=10), NAME, tracking_uri=uri) == 2
     assert mlflow.active_run() is None
+
+
+def test_what_names_a_stage_is_its_training_and_its_weights(make, uri):
+    package = make()
+    described = storage.read_json(str(package / "generator" / "generator.json"))
+    made = {
+        "base": {"pretrained": None, "fingerprint": "base-1a2b", "weights_sha256": "ab" * 32},
+        "t5": {"pretrained": "some/where", "weights_sha256": "cd" * 32},
+    }
+    storage.publish_json(
+        str(package / "generator" / "generator.json"), described | {"stages": made}
+    )
+    named = {"base": "base-1a2b, weights abababababab", "t5": "pretrained, weights cdcdcdcdcdcd"}
+    assert registry.stages(str(package)) == named
+    whole = make(shade=11)
+    version = registry.register(whole, NAME, tracking_uri=uri, tags={"darkroom.stage.base": "x"})
+    told = {"darkroom.new_stages": "base", "darkroom.stage.base": "y"}
+    registry.tag(f"{NAME}/{version}", told, tracking_uri=uri)
+    tags = MlflowClient(uri).get_model_version(NAME, str(version)).tags
+    assert {key: tags[key] for key in told} == told
+    with pytest.raises(ValueError, match="no version 9"):
+        registry.tag(f"{NAME}/9", told, tracking_uri=uri)
 
 
 def test_a_version_is_linked_to_the_run_that_made_it(make, uri):

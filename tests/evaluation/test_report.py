@@ -223,6 +223,31 @@ def test_a_champion_stands_beside_only_where_it_may():
     assert "champion 91" not in render(inputs(scored=model, champion=other))
 
 
+def test_a_replaced_stage_stands_beside_the_champions_with_what_it_changed(parsed):
+    def model(share, sr1):
+        card = scored()
+        card.per_prompt["correct"][: round(24 * (1 - share))] = 0
+        stages = {"t5": "t5-0, weights aa", "sr1": sr1}
+        facts = dict.fromkeys(("integrity", "lineage", "infra"), True)
+        return card, card.evidence(HOSTILE if "old" in sr1 else "shapes/8", facts, stages)
+
+    (new, mine), (old, theirs) = model(1.0, "sr1-new, weights bb"), model(0.75, "sr1-old <i>")
+    verdict = decide(mine, theirs, GatePolicy(absolute={"correct": 0.9}, min_samples=10))
+    page = parsed(render(replace(inputs(scored=new, champion=old), verdict=verdict)))
+    stages, metrics = page.rows["stages"][1:3], page.rows["stages"][4:]
+    assert stages == [
+        ["t5", "shared", "t5-0, weights aa", "t5-0, weights aa"],
+        ["sr1", "new", "sr1-new, weights bb", "sr1-old <i>"],
+    ]
+    first = metrics[0]
+    assert first[0] == "Shows what was asked"
+    assert (first[3], first[5]) == ("+0.0 points", "24")  # of the cards' equal values
+    assert first[4].startswith("-") and " to +" in first[4]
+    assert [row[4] for row in metrics if row[0] == "Fréchet distance (FID)"] == [""]
+    assert "#stages" in page.values("href")
+    assert "stages" not in parsed(render(inputs())).values("id")
+
+
 def test_large_pictures_are_stored_smaller_and_smoothed(parsed):
     page = parsed(render(ReportInputs(name="x", scored=scored(side=160))))
     assert page.values("src")[0].startswith("data:image/jpeg;")

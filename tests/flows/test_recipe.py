@@ -58,6 +58,8 @@ def test_memory_is_a_place_for_one_process():
         load("shapes", ["data.dataset=memory://x"])
     made = load("shapes", ["data.dataset=memory://x", "executor.kind=local"])
     assert made.data.dataset == "memory://x"
+    with pytest.raises(RecipeError, match="memory://x: each worker"):
+        load("shapes", ["data.dataset=memory://x", "executor.kind=local", "parallel=2"])
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,7 @@ def test_identity_is_what_decides_the_result():
         "base.training.keep_images=10000",
         "schedule=0 4 * * *",
         "executor.workers=1",
+        "parallel=2",
     ]
     assert load("shapes", same).identity == plain.identity
     patient = ["base.training.patience_images=100", "base.training.heldout_pictures=8"]

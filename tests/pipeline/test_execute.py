@@ -161,7 +161,7 @@ def test_each_process_that_keeps_a_model_has_a_gpu_of_its_own(monkeypatch):
     assert len({it["pid"] for it in seen}) == 2
     assert all(int(it["OMP_NUM_THREADS"]) >= 1 for it in seen)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert execute._devices() == []
+    assert execute.devices() == []
 
 
 PROCESSES_OF = """
