@@ -168,7 +168,7 @@ def compare(
                 against = metrics.paired_difference(values, first[name].values, by)
             measures[name] = Measure(values, against)
         shown = prompts[:APART]
-        apart = stages_apart(it, shown, seed, it.options | given.options(slice(APART)))
+        apart = stages_apart(it, shown, seed, {**it.options, **given.options(slice(APART))})
         made = Drawn(
             it.name, pictures, right, spent, each, gained, measures, given, it.stages, apart
         )

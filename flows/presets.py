@@ -368,7 +368,8 @@ def emoji_unclip() -> Recipe:
 
 def _conditioned(name: str, like: Recipe, **told: Any) -> Recipe:
     """A recipe whose base is told something else, or more."""
-    base = like.base.model_copy(update={"config": {**like.base.config, **told}})
+    base = like.stage("base")
+    base = base.model_copy(update={"config": {**base.config, **told}})
     return like.model_copy(update={"name": name, "base": base})
 
 

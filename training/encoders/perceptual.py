@@ -67,7 +67,7 @@ def patches(where: str | Source, device: torch.device | str = "cpu", side: int =
             raise ValueError(
                 f"alignment.side: {side} px are not read by {where}: {error}"
             ) from error
-        return found if found.ndim == 4 else _grid(found, x.shape[-2:], made.patch)
+        return found if found.ndim == 4 else _grid(found, (x.shape[-2], x.shape[-1]), made.patch)
 
     return Looking(made.network, look)
 
