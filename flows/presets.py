@@ -182,7 +182,9 @@ def shapes_unclip() -> Recipe:
     a decoder of 16 px is told it and the caption, a stage enlarges to 32.
     """
     diffusion = {"path": "cosine", "prediction": "v", "times": "uniform"}
-    base = _pixel_base(16, diffusion, listens=["clip", "t5", "clip_image"], context_dropout=0.1)
+    base = _pixel_base(
+        16, {"path": "flow"}, listens=["clip", "t5", "clip_image"], context_dropout=0.1
+    )
     return _cascade(
         "shapes-unclip",
         sides=(16, 32),
@@ -475,12 +477,8 @@ def _enlarging(
             },
         },
         training=_training(images=images, batch=64, learning_rate=1.5e-3),
-        sampler={
-            "kind": "dpmpp2m",
-            "steps": 8,
-            "threshold": "static",
-            **(sampler or {}),
-        },
+        # More steps only add noise that so small a network leaves.
+        sampler={"kind": "dpmpp2m", "steps": 4, "threshold": "static", **(sampler or {})},
         warm_images=20_000,
     )
 
