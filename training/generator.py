@@ -840,8 +840,9 @@ def _check_levels(
     enlarging: Mapping[str, Any],
     samplers: Mapping[str, StageSampler],
 ) -> None:
-    if base.config.low:
-        base.config.low.check(sampler.level, "level")
+    low = None if base is None else base.config.low
+    if low:
+        low.check(sampler.level, "level")
     elif sampler.level:
         raise ValueError(f"level: got {sampler.level:g}, and the base enlarges no picture")
     for name, stage in enlarging.items():

@@ -121,7 +121,7 @@ def test_it_decides_the_result_and_what_says_nothing_does_not(home):
     assert plain.recipe.identity != other.recipe.identity
     assert plain.stage_identity("base", data) != other.stage_identity("base", data)
     assert plain.stage_lineage("base", data) == other.stage_lineage("base", data)
-    body = plain.recipe.model_dump(mode="json", exclude={"schedule", "executor"})
+    body = plain.recipe.model_dump(mode="json", exclude={"schedule", "executor", "parallel"})
     for name in ("prior", "sr1", "sr2", "edit"):
         assert body.pop(name) is None
     for name in plain.recipe.stages:

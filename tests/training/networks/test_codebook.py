@@ -121,7 +121,7 @@ def test_its_config_survives_json():
     assert hash(again) == hash(config)
 
 
-@pytest.mark.parametrize("changes", [{"codes": 1}, {"commitment": -0.1}])
+@pytest.mark.parametrize("changes", [{"codes": 1}, {"commitment": -0.1}, {"revive_images": -1}])
 def test_configs_are_refused_with_a_reason(changes):
-    with pytest.raises(ValueError, match="codes must be at least 2 and commitment not negative"):
+    with pytest.raises(ValueError, match="codes must be at least 2, commitment and revive_images"):
         CodebookConfig(**changes)
