@@ -245,14 +245,14 @@ def evaluations(generator: Any) -> Iterator[Any]:
     """A function that says how many rows went through the generator's networks that draw so far;
     NaN for a generator that shows none.
     """
-    networks = getattr(generator, "networks", ())
+    networks = getattr(generator, "networks", None)
     rows = 0
 
     def count(module: Any, arguments: tuple[Any, ...]) -> None:
         nonlocal rows
         rows += len(arguments[0])
 
-    if not networks:
+    if networks is None:
         yield lambda: float("nan")
         return
     hooks = [network.register_forward_pre_hook(count) for network in networks]

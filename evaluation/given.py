@@ -60,6 +60,12 @@ class Given:
             if pictured is None:
                 raise ValueError("this model enlarges pictures, and its prompts bring none")
             real = pictured(prompts)
+            drawn = getattr(generator, "resolution", 0)
+            if drawn and real.shape[1] != drawn:
+                raise ValueError(
+                    f"this model enlarges pictures of {side} px to {drawn}, and the prompts bring "
+                    f"some of {real.shape[1]} px: ask it for prompts of data of {drawn} px"
+                )
             low = shrunk(real, side).round().astype(np.uint8)
         return cls(labels, low, real)
 

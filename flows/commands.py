@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -278,7 +279,8 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         line.recipe.evaluation.seed,
         Given.of(contenders[0].generator, asked[:4], question.pictured),
     )
-    if edited := edits(contenders[0].generator, question.heldout):
+    heldout = question.heldout
+    if heldout is not None and (edited := edits(contenders[0].generator, heldout)):
         shown.append(editing(edited))
     comparison.write(out, title or " · ".join(loaded), drawn, asked, shown)
     rows = [
@@ -288,7 +290,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             "right": float(it.right.mean()),
             "against_first": it.against_first
             and [it.against_first.mean, it.against_first.low, it.against_first.high],
-            "evaluations": it.evaluations,
+            "evaluations": None if math.isnan(it.evaluations) else it.evaluations,
             "seconds": it.seconds,
             "measures": {
                 name: {
@@ -302,7 +304,11 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         }
         for it in drawn
     ]
-    lines = [f"  {r['model']:44} {r['right']:6.1%}  {r['evaluations']:6.0f} calls" for r in rows]
+    lines = [
+        f"  {r['model']:44} {r['right']:6.1%}"
+        + ("" if r["evaluations"] is None else f"  {r['evaluations']:6.0f} calls")
+        for r in rows
+    ]
     return {"rows": rows, "page": out, "text": "\n".join([*lines, f"  {out}"])}
 
 

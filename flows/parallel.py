@@ -167,15 +167,14 @@ class StageProcess:
             self._answer.seek(0)
             lines = self._answer.read().splitlines()
             self._answer.close()
-            self._said = json.loads(lines[-1]) if code == 1 and lines else {}
+            self._said = _answer(lines[-1]) if code == 1 and lines else {}
         if code == 0:
             return None
         why = f"ended with exit code {code}"
         if code < 0:
             why = f"killed by {signal.Signals(-code).name}"
             why += ", as a rule for memory: lower `parallel`" if code == -signal.SIGKILL else ""
-        if code != 1:  # else the flow's run has ended by itself
-            _close(self._client, self._run, why)
+        _close(self._client, self._run, why)  # unless the run has ended by itself
         return self._said.get("error", why)
 
     def _say(self, stream: IO[str]) -> None:
@@ -186,6 +185,15 @@ class StageProcess:
                 if line.strip():
                     said = line.rstrip() if own else f"  {self.name}: {line.rstrip()}"
                     print(said, file=sys.stderr, flush=True)
+
+
+def _answer(line: str) -> dict[str, str]:
+    """What a process said last; nothing where it died in the middle of it."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _environment(recipe: Recipe, name: str, slot: int) -> dict[str, str]:
@@ -247,8 +255,8 @@ def main() -> int:
 
     from .train_stage import train_stage
 
-    run = load_flow_run(UUID(order.pop("flow_run")))
     try:
+        run = load_flow_run(UUID(order.pop("flow_run")))
         run_flow(train_stage, flow_run=run, parameters=order)
     except Exception as error:
         print("\n" + json.dumps({"error": f"{type(error).__name__}: {error}"}))

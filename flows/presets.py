@@ -286,6 +286,7 @@ def shapes_sr3() -> Recipe:
     recipe = _cascade("shapes-sr3", sides=(32,), base=base.model_copy(update={"sampler": None}))
     return recipe.model_copy(
         update={
+            "sampler": base.sampler,
             # Without words there is nothing that guidance could lead to.
             "evaluation": EvaluationConfig(kind="shapes", guidance_scales=(1.0,)),
             "gate": recipe.gate.model_copy(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from prefect.artifacts import create_markdown_artifact
 from pipeline.manifest import Manifest
 
 from .line import Line
+from .recipe import FROZEN
 from .score_model import (
     GENERATOR,
     SCORES,
@@ -78,6 +79,9 @@ def decide(line: Line, data: Manifest, name: str, champion: str | None) -> Decis
     else:
         question = ask(line, data)
         scored = _anew(line, question, name)
+        if not _reads_alike(*(registry.stages(it, tracking_uri=uri) for it in (name, champion))):
+            # What the candidate's encoders made is nothing that the champion has learnt to read.
+            question = replace(question, heldout=None)
         before = _anew(line, question, champion)
     mine = registry.stages(name, tracking_uri=uri)
     evidence = None
@@ -187,6 +191,12 @@ def promote_model(
         "report": str(it.model_dir(data) / REPORT),
         "reused": known is not None,
     }
+
+
+def _reads_alike(mine: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
+    """Whether two models' bases are shown the same encodings."""
+    encoders = all(mine.get(name) == theirs.get(name) for name in FROZEN)
+    return encoders and ("base" in mine) == ("base" in theirs)
 
 
 def _anew(line: Line, question: Question, name: str) -> Scored:

@@ -374,6 +374,15 @@ def _check_alone(recipe: Recipe) -> None:
     idle = [it for it in STAGES if it not in FROZEN and getattr(recipe, it) is not None]
     if idle:
         raise RecipeError(f"{idle[0]}: there is no base for it to work with; set it to null")
+    from training.generator import BaseSampler
+    from training.stages import reconstruct
+
+    try:
+        sampler = reconstruct(BaseSampler, recipe.sampler, "sampler")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    if sampler.level:
+        raise RecipeError("sampler.level: there is no base that enlarges a picture; set it to 0")
 
 
 def _check_sampler(recipe: Recipe) -> None:

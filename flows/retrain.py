@@ -158,6 +158,16 @@ def _record(line: Line) -> str:
     return str(line.settings.run_record(line.recipe.identity))
 
 
+def _told_beside(package: str) -> str:
+    """What a call of this package needs beside a prompt, as `darkroom sample` takes it."""
+    described = storage.join(package, "generator", "generator.json")
+    if not storage.exists(described):
+        return ""
+    given = storage.read_json(described).get("given", {})
+    labels = [f" --label {name}={them[0]}" for name, them in given.get("labels", {}).items()]
+    return "".join(labels) + (" --low small.png" if given.get("low") else "")
+
+
 def summary(line: Line, result: dict[str, Any]) -> str:
     """What was made, where it is, and how to draw with it."""
     card, name = result["scorecard"], line.recipe.name
@@ -183,5 +193,6 @@ def summary(line: Line, result: dict[str, Any]) -> str:
     ]
     if result["reused"]:
         lines.append(f"  already done: {', '.join(result['reused'])}")
-    lines += ["", f'  darkroom sample {name} "{prompt}" --out pictures', ""]
+    asked = _told_beside(result["package"])
+    lines += ["", f'  darkroom sample {name} "{prompt}"{asked} --out pictures', ""]
     return "\n".join(lines)

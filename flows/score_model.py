@@ -43,7 +43,8 @@ class Question:
     clip: Extractor
     reference: Pictures
     train: Pictures
-    heldout: Loader
+    heldout: Loader | None
+    """Held-out encodings, and the pictures themselves; None: the model is not asked about any."""
     pictured: Pictured
 
     def score(self, line: Line, generator: Any, title: str, scale: float | None = None) -> Scored:
@@ -78,11 +79,20 @@ def ask(line: Line, data: Manifest) -> Question:
         clip=ClipFeatures(line.source("clip", data)),
         reference=heldout_pictures(line, data, config.reference_count),
         train=pictures_of(_loader(line, data, pixels, "train"), config.train_count),
-        heldout=_loader(
-            line, data, encodings(line, "base", data) if line.recipe.base else pixels, "heldout"
-        ),
+        heldout=_loader(line, data, _shown(line, data), "heldout"),
         pictured=pictured(line, data),
     )
+
+
+def _shown(line: Line, data: Manifest) -> list[EncoderSpec]:
+    """What a base is shown, and the pictures as they are: a champion may be told smaller ones."""
+    pixels = pixels_spec(line.recipe.data.side)
+    if line.recipe.base is None:
+        return [pixels]
+    specs = encodings(line, "base", data)
+    # Where pictures are cut to buckets or mirrored nothing enlarges, and these are squares.
+    framed = line.recipe.data.encode.max_aspect > 1 or line.recipe.data.encode.flip
+    return specs if framed or any(it.name == pixels.name for it in specs) else [*specs, pixels]
 
 
 def pictured(line: Line, data: Manifest) -> Pictured:
