@@ -156,14 +156,11 @@ class Scored:
         """
         from safetensors.numpy import save
 
-        arrays = {
-            f"value/{name}": np.ascontiguousarray(values)
-            for name, values in self.per_prompt.items()
-        }
+        arrays = {f"value/{name}": values for name, values in self.per_prompt.items()}
         arrays |= {"pictures": self.pictures, "unguided": self.unguided}
-        arrays |= {
-            f"sweep/{scale!r}": np.ascontiguousarray(drawn) for scale, drawn in self.sweep.items()
-        }
+        arrays |= {f"sweep/{scale!r}": drawn for scale, drawn in self.sweep.items()}
+        # Of what lies otherwise safetensors writes the bytes as they lie.
+        arrays = {name: np.ascontiguousarray(it) for name, it in arrays.items()}
         prompts = [asdict(it) for it in self.prompts]
         storage.publish_bytes(storage.join(directory, "scored.safetensors"), save(arrays))
         storage.publish_json(storage.join(directory, "prompts.json"), prompts)

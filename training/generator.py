@@ -850,7 +850,7 @@ def _check_levels(
 
 
 def _numpy(pixels: Tensor) -> Pictures:
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _stage_samplers(samplers: Mapping[str, Mapping[str, Any]]) -> dict[str, StageSampler]:

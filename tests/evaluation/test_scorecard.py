@@ -1,5 +1,6 @@
 """A painter of known skill gets the scores it deserves; only like is compared with like."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -307,3 +308,16 @@ def test_what_cannot_be_scored_is_refused():
             )
     with pytest.raises(ValueError, match="guidance_scales"):
         EvaluationConfig(guidance_scales=(-1.0,))
+
+
+def test_pictures_are_saved_as_they_are_however_they_lie_in_memory(known, tmp_path):
+    """A network's pictures are channels first: seen as [n, height, width, 3] they are strided."""
+    first = np.ascontiguousarray(known[1].pictures.transpose(0, 3, 1, 2))
+    strided = first.transpose(0, 2, 3, 1)
+    assert not strided.flags.c_contiguous
+    dataclasses.replace(known[1], pictures=strided, unguided=strided, sweep={1.0: strided}).save(
+        str(tmp_path)
+    )
+    again = Scored.load(str(tmp_path))
+    for found in (again.pictures, again.unguided, again.sweep[1.0]):
+        np.testing.assert_array_equal(found, known[1].pictures)
