@@ -494,6 +494,7 @@ def _signature(generator: Mapping[str, Any]) -> ModelSignature:
         ParamSpec("guidance", "double", float(defaults.get("guidance", 1.0))),
         ParamSpec("steps", "long", int(defaults.get("steps", 16))),
         ParamSpec("seed", "long", 0),
+        ParamSpec("options", "string", ""),
     ]
     # The prompt's column has no name: MLflow refuses a plain list of strings where the column has
     # one.

@@ -205,6 +205,21 @@ def _pixels(data: Any, row: int, side: int) -> np.ndarray:
         raise ValueError(f"{where}: a PNG file that is broken") from None
 
 
+def _options(text: str) -> dict[str, Any]:
+    """A call's options from JSON. ValueError for what is none, or has a parameter of its own."""
+    wanted = 'wanted a JSON object such as {"sampler": "ddim", "sr1.steps": 8}'
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"options: {error}; {wanted}") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"options: got {text:.80}, {wanted}")
+    own = ("prompts", "negative", "guidance", "steps", "seed", "labels", "low", "level", "known")
+    if odd := [name for name in options if name in own]:
+        raise ValueError(f"options: {odd[0]} is none of them; it has a place of its own, or none")
+    return options
+
+
 def _png(picture: Any) -> bytes:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
@@ -230,8 +245,9 @@ class PackagedGenerator(PythonModel):
         Besides a table with a `prompt` column, a list of strings or {"prompt": ...} is understood.
         A generator whose stages are told more reads it from columns: `low`, a PNG file of the
         picture to enlarge, and one for each attribute of its classes. Params: negative_prompt,
-        guidance, steps, seed, and level, how strongly `low` is damaged first; what is left out is
-        the package's default.
+        guidance, steps, seed, level, how strongly `low` is damaged first, and options, a JSON
+        object of whatever else a call knows: {"sampler": "ddim", "guidance_interval": [0.1, 0.8],
+        "sr1.steps": 8}. What is left out is the package's default.
         """
         params = {key: value for key, value in (params or {}).items() if value is not None}
         given: Mapping[str, Any] = getattr(self.generator, "given", {})
@@ -244,6 +260,7 @@ class PackagedGenerator(PythonModel):
             prompts, told = _prompts(model_input), {}
         if given.get("low") and "level" in params:
             told["level"] = float(params["level"])
+        told |= _options(params.get("options") or "{}")
         pictures = self.generator(
             prompts,
             negative=params.get("negative_prompt") or None,

@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--out", required=True, metavar="DIR")
 
     it = verb("sample", "draw pictures from prompts", commands.sample)
-    it.add_argument("model", metavar="MODEL")
+    it.add_argument("model", metavar="MODEL[?KEY=VALUE&...]", help="e.g. shapes?sampler=heun")
     it.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="may be left out with --low or --label"
     )

@@ -156,20 +156,26 @@ def sample(
         raise UsageError(f"--count must be at least 1, got {count}")
     if not (prompts or low or labels):
         raise UsageError("nothing to draw: give a prompt, or --low or --label to a model of such")
-    generator = load(model, tracking_uri=settings().mlflow_uri)
+    named, chosen = _contender(model)
+    generator = load(named, tracking_uri=settings().mlflow_uri)
     label, small = _label(generator, labels), _low(generator, low)
     asked = [
         (prompt, name) for prompt in prompts or [""] for name in small or [""] for _ in range(count)
     ]
     texts = [prompt for prompt, _ in asked]
-    options: dict[str, Any] = {"labels": [label] * len(texts)} if label else {}
+    options: dict[str, Any] = chosen | ({"labels": [label] * len(texts)} if label else {})
     if small:
         options["low"] = np.stack([small[name] for _, name in asked])
     if level is not None:
         options["level"] = level
-    pictures = generator(
-        texts, negative=negative, guidance=guidance, steps=steps, seed=seed, **options
-    )
+    said = {"negative": negative, "guidance": guidance, "steps": steps, "seed": seed}
+    if twice := [it for it in chosen if said.get(it) not in (None, 0)]:
+        raise UsageError(f"{model}: {twice[0]} is given twice; leave out --{twice[0]}")
+    try:
+        pictures = generator(texts, **(said | options))
+    except ValueError as error:
+        raise UsageError(f"{model}: {error}") from None
+    seed = chosen.get("seed", seed)
     files = []
     for number, (picture, words) in enumerate(zip(pictures, asked, strict=True)):
         name = f"{number:03d}-{_slug(' '.join(words))}-{seed + number}.png"

@@ -153,6 +153,27 @@ def test_params_reach_the_generator(make):
     )
 
 
+def test_options_are_a_json_object_of_what_else_a_call_knows(make):
+    model = served(make())
+    seen: list[dict] = []
+    generator = model.generator
+
+    def painter(prompts, **options):
+        seen.append(options)
+        return generator(prompts, seed=0)
+
+    model.generator = painter
+    model.predict(None, "p", {"options": '{"sampler": "ddim", "sr1.steps": 8}', "seed": 3})
+    assert seen[0]["sampler"] == "ddim"
+    assert seen[0]["sr1.steps"] == 8
+    assert seen[0]["seed"] == 3
+    model.predict(None, "p", {"options": ""})
+    assert "sampler" not in seen[1]
+    for odd, said in (("[1]", "wanted a JSON object"), ("{", "options: "), ('{"seed": 1}', "seed")):
+        with pytest.raises(ValueError, match=said):
+            model.predict(None, "p", {"options": odd})
+
+
 def test_what_is_no_prompt_is_refused(make):
     with pytest.raises(ValueError, match="expected prompts as strings, got int"):
         served(make()).predict(None, [3], {})
