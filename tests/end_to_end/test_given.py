@@ -41,6 +41,11 @@ def small(path: Path, side: int) -> str:
     return str(path)
 
 
+def picture(path: str) -> np.ndarray:
+    with Image.open(path) as file:
+        return np.asarray(file)
+
+
 def answers(url: str) -> bool:
     with urllib.request.urlopen(url) as response:
         return response.status == 200
@@ -65,7 +70,7 @@ def test_sr3_enlarges_what_it_is_given(darkroom, home, tmp_path):
     words = ("--low", low, "--out", str(out), "--count", "2")
     drawn = darkroom("sample", "shapes-sr3", *words)
     assert [Path(it).name for it in drawn["files"]] == ["000-grey-0.png", "001-grey-1.png"]
-    assert Image.open(drawn["files"][0]).size == (32, 32)
+    assert picture(drawn["files"][0]).shape == (32, 32, 3)
     wrong = small(tmp_path / "large.png", 32)
     for prompts, more, said in (
         ((), {"low": wrong}, "got 32 x 32 pixels, wanted 16 x 16"),
@@ -93,8 +98,8 @@ def test_sr3_enlarges_what_it_is_given(darkroom, home, tmp_path):
         )
         with urllib.request.urlopen(request) as response:
             (answer,) = json.load(response)["predictions"]
-        served = Image.open(io.BytesIO(base64.b64decode(answer)))
-        np.testing.assert_array_equal(served, Image.open(drawn["files"][0]))
+        served = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer))))
+        np.testing.assert_array_equal(served, picture(drawn["files"][0]))
         assert "dataframe_records" in log.read_text()
 
 
@@ -113,7 +118,7 @@ def test_ldm_is_told_a_class_or_a_small_picture(darkroom, home, tmp_path):
     out = tmp_path / "out"
     words = ("--label", "shape=ring", "--label", "colour=blue")
     drawn = darkroom("sample", "shapes-ldm-class", *words, "--out", str(out))
-    assert Image.open(drawn["files"][0]).size == (32, 32)
+    assert picture(drawn["files"][0]).shape == (32, 32, 3)
     for label, said in (
         ("shape=rnig", "shape is one of circle, square"),
         ("size=small", "this model is told colour, shape"),
