@@ -121,8 +121,9 @@ def shapes_classifier() -> Recipe:
 def shapes_glide() -> Recipe:
     """GLIDE (Nichol et al. 2022): a base of 16 px that hears the text, a stage that enlarges to 32
     and hears it too, and a noise-aware CLIP, to hold its guidance against classifier-free guidance.
+    Straight paths: with the cosine's v .699 of 512 were right.
     """
-    diffusion = {"path": "cosine", "prediction": "v", "times": "uniform"}
+    diffusion = {"path": "flow"}
     return _cascade(
         "shapes-glide",
         sides=(16, 32),
