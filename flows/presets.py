@@ -685,8 +685,8 @@ def imagen_64_256_1024() -> Recipe:
     """Imagen (Saharia et al. 2022, appendix F): T5-XXL, a U-Net of 512 channels at 64 px, Efficient
     U-Nets of 128 to 256 and to 1024 px, all in batches of 2048 for 2.5 million updates at 1e-4.
     Its last one was trained on crops; here it sees whole pictures. Not trained here.
-    By `plan` on 64 H100s: base 2,523 M parameters, 22,742 device-hours; sr1 468 M parameters, 6,679
-    device-hours; sr2 468 M parameters, 106,076 device-hours, and does not fit in 32 rows.
+    By `plan` on 64 H100s: base 2,523 M parameters, 22,742 device-hours; sr1 468 M parameters, 6,700
+    device-hours; sr2 468 M parameters, 106,418 device-hours, and does not fit in 32 rows.
     """
     efficient = {"kind": "efficient_unet", "recompute": True}
     common = {"batch": 2048, "updates": 2_500_000, "strongest": 1.0}
