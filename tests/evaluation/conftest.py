@@ -4,12 +4,52 @@ and a reader of our pages.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evaluation.packaging import package
+from pipeline import storage
+
+
+def untrained(
+    root: Path,
+    networks: Mapping[str, Mapping[str, Any]],
+    latent_shape: tuple[int, int, int],
+    made: Callable[[Any], Any] = lambda base: None,
+) -> dict[str, str]:
+    """Stages with random weights, as training leaves them: kind -> folder. The base is told those
+    before it; `made` may change it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from training import stages
+    from training.stage import distinct_tensors
+
+    done: dict[str, str] = {}
+    for kind, config in networks.items():
+        torch.manual_seed(0)
+        stage: Any = stages.create(kind, dict(config), dict(done) if kind == "base" else {})
+        if kind == "base":
+            stage.latent_shape.copy_(torch.tensor(latent_shape))
+            made(stage)
+        folder = root / kind
+        folder.mkdir()
+        tensors = {name: t.detach().contiguous() for name, t in distinct_tensors(stage).items()}
+        save_file(tensors, folder / "weights.safetensors")
+        described = {"kind": kind, "config": asdict(stage.config)}
+        (folder / "config.json").write_text(json.dumps(described))
+        sha256 = storage.sha256(folder / "weights.safetensors")
+        described |= {"fingerprint": kind, "weights_sha256": sha256}
+        (folder / "stage.json").write_text(json.dumps(described))
+        done[kind] = str(folder)
+    return done
+
 
 GENERATOR = """
 import json

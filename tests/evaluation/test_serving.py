@@ -1,8 +1,6 @@
 import io
-import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +12,7 @@ from PIL import Image
 
 from evaluation import serving
 from evaluation.packaging import code, describe
-from pipeline import storage
+from tests.evaluation.conftest import untrained
 
 FILES = {"training/__init__.py", "training/generator.py", "training/late.py"} | {
     "training/networks/__init__.py",
@@ -266,32 +264,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def real(tmp_path_factory) -> Path:
     """A generator of real stages with untrained weights: it is the code that is tested."""
-    import torch
-    from safetensors.torch import save_file
-
-    from training import stages
     from training.generator import assemble
-    from training.stage import distinct_tensors
 
     root = tmp_path_factory.mktemp("real")
-    done: dict[str, str] = {}
-    for kind, config in NETWORKS.items():
-        torch.manual_seed(0)
-        stage = stages.create(kind, config, done if kind == "base" else {})
-        if kind == "base":
-            stage.latent_shape.copy_(torch.tensor([3, 8, 8]))
-        folder = root / kind
-        folder.mkdir()
-        tensors = {name: t.detach().contiguous() for name, t in distinct_tensors(stage).items()}
-        save_file(tensors, folder / "weights.safetensors")
-        described = {"kind": kind, "config": asdict(stage.config)}
-        (folder / "config.json").write_text(json.dumps(described))
-        described |= {
-            "fingerprint": kind,
-            "weights_sha256": storage.sha256(folder / "weights.safetensors"),
-        }
-        (folder / "stage.json").write_text(json.dumps(described))
-        done[kind] = str(folder)
+    done = untrained(root, NETWORKS, (3, 8, 8))
     assemble(root / "generator", done, {"steps": 3, "guidance": 2.0})
     return root / "generator"
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from evaluation import serving
-from pipeline import storage
+from tests.evaluation.conftest import untrained
 
 COLOURS = ["red", "blue"]
 CLIP = {
@@ -37,32 +36,15 @@ BASE = {
 def packaged(tmp_path_factory) -> Path:
     """Real stages with random weights: a base that is told a text, a class and a picture."""
     import torch
-    from safetensors.torch import save_file
 
     from evaluation.packaging import package
-    from training import stages
     from training.generator import assemble
-    from training.stage import distinct_tensors
+
+    def loud(base: Any) -> None:
+        torch.nn.init.normal_(base.network.out.weight, std=0.3)  # else it draws 0
 
     root = tmp_path_factory.mktemp("given")
-    done: dict[str, str] = {}
-    stage: Any
-    for kind, config in {"clip": CLIP, "base": BASE}.items():
-        torch.manual_seed(0)
-        stage = stages.create(kind, config, dict(done))
-        if kind == "base":
-            stage.latent_shape.copy_(torch.tensor([3, 16, 16]))
-            torch.nn.init.normal_(stage.network.out.weight, std=0.3)  # else it draws 0
-        folder = root / kind
-        folder.mkdir()
-        tensors = {name: t.detach().contiguous() for name, t in distinct_tensors(stage).items()}
-        save_file(tensors, folder / "weights.safetensors")
-        described = {"kind": kind, "config": asdict(stage.config)}
-        (folder / "config.json").write_text(json.dumps(described))
-        sha256 = storage.sha256(folder / "weights.safetensors")
-        described |= {"fingerprint": kind, "weights_sha256": sha256}
-        (folder / "stage.json").write_text(json.dumps(described))
-        done[kind] = str(folder)
+    done = untrained(root, {"clip": CLIP, "base": BASE}, (3, 16, 16), loud)
     assemble(root / "generator", done, {"steps": 2, "guidance": 2.0})
     made = package(root / "generator", root / "packages", recipe={"name": "told"}, lineage={})
     return Path(made)
