@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Collection, Generator, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
+from training import supervision
+
 from .recipe import DENOISING, Recipe
 from .settings import end_on_sigterm, prepare_environment
 
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.2
 ENDING_SECONDS = 60.0
 """How long a process that was told to end has for its checkpoint, Prefect and MLflow."""
+AGAIN_SECONDS = 10.0
+"""After which a process that did not hear is told once more: an exception of a signal's handler is
+lost where Python happens to be in a `__del__`, and Prefect's handler raises one."""
 
 Trained = tuple[str, dict[str, Any], float]
 """(stage, what `train-stage` says of it, time.monotonic() when it began)."""
@@ -238,8 +243,11 @@ def _end_with_the_caller() -> None:
     if not sys.stdin.read():  # dead: what is said to it from now on would fail
         with open(os.devnull, "w") as nobody:
             os.dup2(nobody.fileno(), 2)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ENDING_SECONDS)
+    limit = time.monotonic() + ENDING_SECONDS
+    while time.monotonic() < limit:
+        if not supervision.HEARD.is_set():  # a second signal would end what writes a checkpoint
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(AGAIN_SECONDS)
     os._exit(1)
 
 

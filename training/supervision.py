@@ -14,6 +14,9 @@ from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
+HEARD = threading.Event()
+"""Set from the moment that a training of this process keeps a signal: it ends by itself."""
+
 
 class Stopped(Exception):
     """Training ended early because it was asked to; its checkpoint is written."""
@@ -51,6 +54,7 @@ class Interrupts:
 
     def _receive(self, number: int, _: Any) -> None:
         self.received = number
+        HEARD.set()
         self._restore()
         log.warning("%s: writing a checkpoint, then ending", signal.Signals(number).name)
 

@@ -105,6 +105,7 @@ def test_stages_stop_together_and_go_on_where_they_were(darkroom, tmp_path):
         assert second.returncode == 1
         assert "stage sr1: TypeError" in said["error"], said
         (stage / results.JOB).write_bytes(order)
+        lines = seen()  # the other may have got further
 
         third = after.enter_context(start())
         after.callback(third.kill)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from flows import parallel
@@ -78,3 +81,26 @@ def test_stages_share_the_cores_and_take_turns_at_the_gpus(monkeypatch):
     assert {it["OMP_NUM_THREADS"] for it in given} == {str(max(1, cpus() // 3))}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert parallel._environment(recipe, "clip", 0)["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_process_that_lost_its_signal_is_told_again(heard):
+    """As where Prefect's handler raises in a `__del__`; but not while a checkpoint is written."""
+    script = f"""
+import signal, sys, threading, time
+from flows import parallel
+from training import supervision
+
+parallel.AGAIN_SECONDS, parallel.ENDING_SECONDS, told = 0.1, 1.0, []
+
+def lose(*_):
+    told.append(1)
+    {"supervision.HEARD.set()" if heard else "len(told) > 2 and sys.exit(7)"}
+
+signal.signal(signal.SIGTERM, lose)
+threading.Thread(target=parallel._end_with_the_caller, daemon=True).start()
+time.sleep(0.7)
+sys.exit(len(told))
+"""
+    done = subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL, timeout=60)
+    assert done.returncode == (1 if heard else 7)

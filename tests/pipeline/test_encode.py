@@ -557,12 +557,18 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path, rounds):
     rng, early = random.Random(4), 0
     for kill in range(kills := rounds(9, 94)):
         data = dataset(tmp_path / str(kill), shards=5)
+        folder = Path(data.dataset, "encodings")
         if not (child := os.fork()):
             try:
                 encode(data, specs, build, LOCAL)
             finally:
                 os._exit(0)
-        time.sleep(rng.uniform(0, seconds))
+        # By how far it got, not by the clock: a slow moment would make all of them early or late.
+        begun = rng.randrange(len(wanted))
+        end = time.monotonic() + 60
+        while time.monotonic() < end and sum(len(it[2]) for it in os.walk(folder)) < begun:
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, seconds / len(wanted)))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         early += files(data.dataset).keys() != wanted.keys()
