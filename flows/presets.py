@@ -172,8 +172,10 @@ def shapes_imagen() -> Recipe:
     recipe = _cascade(
         "shapes-imagen",
         sides=(16, 64),
-        base=_pixel_base(16, diffusion, listens=["t5"]),
-        sr1=_enlarging(16, 64, network=efficient, listens=["t5"], sampler=dynamic),
+        base=_pixel_base(16, diffusion, listens=["t5"], standardized=["t5"]),
+        sr1=_enlarging(
+            16, 64, network=efficient, listens=["t5"], standardized=["t5"], sampler=dynamic
+        ),
     )
     return recipe.model_copy(update={"sampler": {**recipe.sampler, **dynamic}})
 
@@ -442,6 +444,7 @@ def _enlarging(
     strongest: float = 0.3,
     listens: list[str] | None = None,
     sampler: dict[str, Any] | None = None,
+    **more: Any,
 ) -> StageRecipe:
     """A stage that enlarges from `low` to `side` pixels, damaged by up to `strongest`. It learns
     what the small picture lacks, a tenth of the data's deviation. As a v of the whole picture, of
@@ -477,6 +480,7 @@ def _enlarging(
                 "times_mean": -2.0,
                 "times_std": 1.5,
             },
+            **more,
         },
         training=_training(images=images, batch=64, learning_rate=1.5e-3),
         # More steps only add noise that so small a network leaves.

@@ -54,6 +54,9 @@ class AutoencoderStageConfig:
     kl: float = 1e-4
     """Weight of the KL divergence per latent value (latent diffusion: 1e-6 of the sum of all);
     nothing with a codebook, which has no posterior."""
+    kl_warm_images: int = 0
+    """Images over which that weight grows from 0: held to N(0, 1) from the start, a decoder learns
+    to do without what is hard to tell (warm-up, Sønderby et al. 2016, section 2.2)."""
     measured_pictures: int = 4096
     """Pictures over which the latents' mean and deviation are taken once the training is over."""
     perceptual: PerceptualConfig | None = None
@@ -68,6 +71,8 @@ class AutoencoderStageConfig:
                 f"l1, l2, edges, kl must not be negative, and l1 or l2 must be positive, "
                 f"got {weights}"
             )
+        if self.kl_warm_images < 0:
+            raise ValueError(f"kl_warm_images must not be negative, got {self.kl_warm_images}")
         if self.scales < 1 or self.measured_pictures < 2:
             raise ValueError(
                 f"scales must be at least 1 and measured_pictures at least 2, "
@@ -144,7 +149,10 @@ class AutoencoderStage(Stage):
         encoded = network.encode(x).float()
         if network.codebook is None:
             kl = per_sample(gaussian_kl(encoded))
-            held, logged = config.kl * kl, {"kl": kl}
+            weight = config.kl
+            if config.kl_warm_images and self.training:
+                weight = weight * (batch["position"] / config.kl_warm_images).clamp(max=1).to(kl)
+            held, logged = weight * kl, {"kl": kl}
             y = network.decode(sample_latent(encoded, self.seed, batch["position"])).float()
         else:
             found = network.codebook(encoded)

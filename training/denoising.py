@@ -41,7 +41,15 @@ from .diffusion.prediction import Network
 from .diffusion.samplers import karras_grid
 from .enlarging import LowConfig, shrunk
 from .measuring import ChannelStatistics, alike, fixed_batches, fixed_rows, heldout
-from .networks import ContextConfig, DenoiserConfig, DiTConfig, PriorConfig, Tap, UNetConfig
+from .networks import (
+    Context,
+    ContextConfig,
+    DenoiserConfig,
+    DiTConfig,
+    PriorConfig,
+    Tap,
+    UNetConfig,
+)
 from .networks import build as build_network
 from .stage import Batch, Stage, evaluating, to_tensors
 
@@ -75,6 +83,10 @@ class BaseStageConfig:
     listens: tuple[str, ...] | None = None
     """The text encoders that are listened to, and "clip_image" for the picture's own embedding;
     None: all text encoders of the inputs."""
+    standardized: tuple[str, ...] = ()
+    """Those of them whose features are each brought to mean 0 and deviation 1, as measured before
+    the first step. T5's hold one large vector that all captions share, beside which what they
+    differ in is lost on a network that trains for minutes."""
     attributes: tuple[AttributeConfig, ...] = ()
     """Of the samples' labels; their answers together are the class that the network is told."""
     caption_dropout: float = 0.1
@@ -140,6 +152,7 @@ class BaseStageConfig:
             )
         if self.listens is not None:
             object.__setattr__(self, "listens", tuple(self.listens))
+        object.__setattr__(self, "standardized", tuple(self.standardized))
 
     @property
     def learned_variance(self) -> bool:
@@ -207,8 +220,10 @@ class BaseStage(Stage):
         )
 
     def prepare(self, loader: Any) -> None:
-        """Take the latents' shift and scale from the autoencoder's stage, or measure them."""
+        """Take the latents' shift and scale from the autoencoder's stage, or measure them; measure
+        the features that are standardized."""
         self.adapt(loader)
+        self._standardize(loader)
         if self.config.data != "moments":
             return
         measured = _measured(self.inputs.get("autoencoder"))
@@ -435,6 +450,28 @@ class BaseStage(Stage):
         shift, scale = statistics.shift_and_scale()
         return {"shift": shift, "scale": scale}
 
+    def _standardize(self, loader: Any) -> None:
+        """Over samples that are the same for all workers."""
+        found = {
+            f"{it.config.name}_{part}": (standard, ChannelStatistics())
+            for it in self.network.modules()
+            if isinstance(it, Context) and it.config.standardized
+            for part, standard in it.standards.items()
+        }
+        if not found:
+            return
+        for loaded in fixed_batches(loader, self.config.measured_pictures, 256):
+            batch = to_tensors(loaded)
+            for name, (_, statistics) in found.items():
+                features = self._field(batch, name)
+                if name.endswith("_tokens"):
+                    features = features[self._field(batch, name.replace("_tokens", "_mask")).bool()]
+                statistics.add(features)
+        for standard, statistics in found.values():
+            shift, scale = statistics.shift_and_scale()
+            standard.shift.copy_(shift)
+            standard.scale.copy_(scale)
+
     def _fixed_loss(self, loader: Any) -> float:
         """Mean over up to 1024 pictures."""
         found = []
@@ -474,6 +511,11 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
     if inputs and (missing := set(config.heard) - found.keys()):
         raise ValueError(
             f"listens names {', '.join(sorted(missing))}, the inputs are {', '.join(inputs)}"
+        )
+    if inputs and (missing := set(config.standardized) - found.keys()):
+        raise ValueError(
+            f"standardized names {', '.join(sorted(missing))}, heard are "
+            f"{', '.join(found) or 'none'}"
         )
     for context in config.network.contexts:
         has = found.get(context.name)
@@ -526,7 +568,7 @@ def contexts_of(
         found.append(
             ContextConfig(PICTURE_EMBEDDING, pooled_width=embedding, pooled_tokens=EMBEDDING_TOKENS)
         )
-    return tuple(found)
+    return tuple(replace(it, standardized=it.name in config.standardized) for it in found)
 
 
 def class_count(attributes: Sequence[AttributeConfig]) -> int:

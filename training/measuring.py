@@ -110,7 +110,7 @@ class ChannelStatistics:
         self.rows, self.shape = 0, ()
         self._count, self._total, self._square = 0, torch.zeros(()), torch.zeros(())
 
-    def add(self, z: Float[Tensor, "batch channel height width"]) -> None:
+    def add(self, z: Float[Tensor, "batch channel *place"]) -> None:
         self.rows, self.shape = self.rows + len(z), tuple(z.shape[1:])
         values = z.double().cpu().transpose(0, 1).flatten(1)
         self._count += values.shape[1]

@@ -80,6 +80,31 @@ def test_the_loss_is_the_sum_of_its_parts(scenes):
     torch.testing.assert_close(both(batch(pixels[:4]))["loss"], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_the_weight_of_the_divergence_grows_with_the_images_seen(scenes):
+    pixels, _ = scenes
+    torch.manual_seed(0)
+    network = {"channels": 8, "channel_mult": [1], "latent_channels": 2}
+    config = {"network": network, "kl": 4.0, "kl_warm_images": 1000}
+    stage = stages.create("autoencoder", config)
+    always = stages.create("autoencoder", {**config, "kl_warm_images": 0})
+    never = stages.create("autoencoder", {**config, "kl": 0.0})
+    for it in (always, never):
+        it.load_state_dict(stage.state_dict())
+
+    def losses(first):
+        rows = batch(pixels[:4], first=first)
+        return [it(rows)["loss"] for it in (stage, always, never)]
+
+    for first, share in ((0, 0), (250, 0.25), (997, 0.997), (5000, 1)):
+        found, whole, none = losses(first)
+        weight = ((first + torch.arange(4)) / 1000).clamp(max=1) if share < 1 else 1.0
+        torch.testing.assert_close(found, none + weight * (whole - none), rtol=1e-4, atol=1e-4)
+    stage.eval()
+    always.eval()
+    found, whole, _ = losses(0)
+    torch.testing.assert_close(found, whole)  # checkpoints are compared by one and the same loss
+
+
 def test_a_rows_loss_knows_nothing_of_its_neighbours(line, scenes):
     pixels, _ = scenes
     stage = stages.load(line.stages["autoencoder"])

@@ -74,6 +74,56 @@ def test_it_listens_to_whom_it_is_told(line):
         stages.create("base", {"network": TINY, "listens": ["glove"]}, inputs)
 
 
+def test_what_all_captions_share_is_taken_from_features_that_are_standardized():
+    """A large vector that all share: without it the features are as if it had not been there."""
+    draws = np.random.default_rng(0)
+    rows, length, width = 64, 5, 8
+    mask = np.arange(length) < draws.integers(1, length + 1, (rows, 1))
+    words = draws.normal(size=(rows, length, width))
+    pooled = draws.normal(size=(rows, width))
+    shared, spread = draws.normal(size=width) * 50, np.geomspace(0.01, 10, width)
+
+    def stage_of(standardized, offset, scale):
+        found = random_batch(rows=rows) | {
+            "t5_tokens": (np.where(mask[:, :, None], words * scale + offset, 1e4)).astype("f4"),
+            "t5_mask": mask,
+            "t5_pooled": (pooled * scale + offset).astype("f4"),
+        }
+        network = {**TINY, "in_channels": 3, "contexts": [{"name": "t5", "width": width,
+            "pooled_width": width, "standardized": standardized}]}  # fmt: skip
+        torch.manual_seed(0)
+        stage = stages.create("base", {"network": network})
+        with torch.no_grad():
+            for it in stage.parameters():
+                it.add_(torch.randn_like(it) * 0.1)
+        stage.prepare(Still(found))
+        told = stage.network.conditioning(torch.zeros(rows), stage.cond(to_tensors(found)))
+        return stage, told
+
+    plain, given = stage_of(True, shared, spread), stage_of(True, 0, 1)
+    for one, other in zip(plain[1], given[1], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
+    standards = dict(plain[0].network.conditioning.contexts[0].standards)
+    real = torch.tensor(words[mask] * spread + shared, dtype=torch.float32)
+    standard = standards["tokens"](real)
+    torch.testing.assert_close(standard.mean(0), torch.zeros(width), atol=1e-2, rtol=0)
+    torch.testing.assert_close(standard.std(0, correction=0), torch.ones(width), atol=1e-2, rtol=0)
+    held = {name for name in plain[0].exported() if ".standards." in name}
+    assert len(held) == 4, "a finished stage carries what was measured"
+    # Else the vector drowns what captions differ in.
+    apart = [it.embedding.std(0).mean() for _, it in (stage_of(False, shared, spread), plain)]
+    assert apart[0] < 0.5 * apart[1]
+
+
+def test_who_is_standardized_must_be_heard(line):
+    inputs = {n: line.stages[n] for n in FIELDS}
+    made = stages.create("base", {"network": TINY, "standardized": ["t5"]}, inputs)
+    assert [c.standardized for c in made.config.network.contexts] == [False, True]
+    config = {"network": TINY, "listens": ["clip"], "standardized": ["t5"]}
+    with pytest.raises(ValueError, match="standardized names t5, heard are clip"):
+        stages.create("base", config, inputs)
+
+
 def test_widths_that_the_encoders_do_not_have_are_refused(line):
     inputs = {n: line.stages[n] for n in FIELDS}
     wrong = {**TINY, "contexts": [{"name": "clip", "width": 77}]}

@@ -7,6 +7,7 @@ resolution: the downsampling factor is patch * 2^(levels - 1).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,10 @@ class AutoencoderConfig:
     """Width of each level over `channels`; each level after the first halves height and width."""
     blocks: int = 1
     """Residual blocks per level, in the encoder and in the decoder."""
+    dense: int = 0
+    """Side in pixels of the pictures whose latent is one vector, [C', 1, 1]: a dense layer between
+    the last level and it, each way (Kingma & Welling 2014, appendix C). 0: latents are maps, and
+    pictures of any size."""
     attention: bool = False
     """A self-attention in the middle of encoder and decoder."""
     head_width: int = 32
@@ -60,6 +65,13 @@ class AutoencoderConfig:
             raise ValueError(
                 f"channel_mult, patch, blocks, latent_channels must not be empty or 0, got {self}"
             )
+        if self.dense < 0 or self.dense % self.halved:
+            raise ValueError(
+                f"dense must be a multiple of patch * 2^(levels - 1) = {self.halved} pixels, got "
+                f"{self.dense}"
+            )
+        if self.dense and self.codebook:
+            raise ValueError("dense: a codebook's latents are maps of vectors; set dense to 0")
         if self.attention and self.widths[-1] % self.head_width:
             raise ValueError(
                 f"head_width {self.head_width} must divide the last width {self.widths[-1]}"
@@ -70,9 +82,14 @@ class AutoencoderConfig:
         return tuple(self.channels * m for m in self.channel_mult)
 
     @property
+    def halved(self) -> int:
+        """Pixels per position of the last level, along a side."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+    @property
     def factor(self) -> int:
         """Pixels per latent position, along a side."""
-        return self.patch * 2 ** (len(self.channel_mult) - 1)
+        return self.dense or self.halved
 
 
 def middle(config: AutoencoderConfig, width: int) -> list[nn.Module]:
@@ -98,14 +115,21 @@ class Autoencoder(nn.Module):
             down += [ResBlock(width, width) for _ in range(config.blocks)]
         down += middle(config, widths[-1])
         encoded = config.latent_channels * (1 if config.codebook else 2)
-        self.encoder = nn.Sequential(
-            *down, group_norm(widths[-1]), nn.SiLU(), conv3(widths[-1], encoded)
-        )
+        last, first = conv3(widths[-1], encoded), conv3(config.latent_channels, widths[-1])
+        if config.dense:
+            side = config.dense // config.halved
+            whole = (widths[-1], side, side)
+            last = nn.Sequential(
+                nn.Flatten(), nn.Linear(math.prod(whole), encoded), nn.Unflatten(1, (encoded, 1, 1))
+            )
+            first = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(config.latent_channels, math.prod(whole)),
+                nn.Unflatten(1, whole),
+            )
+        self.encoder = nn.Sequential(*down, group_norm(widths[-1]), nn.SiLU(), last)
 
-        up: list[nn.Module] = [
-            conv3(config.latent_channels, widths[-1]),
-            *middle(config, widths[-1]),
-        ]
+        up: list[nn.Module] = [first, *middle(config, widths[-1])]
         for level, width in reversed(list(enumerate(widths))):
             up += [ResBlock(width, width) for _ in range(config.blocks)]
             if level:
@@ -125,6 +149,11 @@ class Autoencoder(nn.Module):
         does that, so that what a diffusion model learns is continuous (VQ-reg).
         """
         factor = self.config.factor
+        if self.config.dense and x.shape[-2:] != (factor, factor):
+            raise ValueError(
+                f"this autoencoder was made for pictures of {factor} x {factor} pixels, got "
+                f"{x.shape[-1]} x {x.shape[-2]}"
+            )
         if x.shape[-2] % factor or x.shape[-1] % factor:
             raise ValueError(
                 f"height and width must be multiples of {factor}, got {tuple(x.shape[-2:])}"

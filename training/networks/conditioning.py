@@ -32,6 +32,8 @@ class ContextConfig:
     """Width of the pooled vector; 0 when there is none."""
     pooled_tokens: int = 0
     """Extra tokens made of the pooled vector (unCLIP, Ramesh et al. 2022, section 2.1: 4)."""
+    standardized: bool = False
+    """Whether each feature is first brought to mean 0 and deviation 1 by what `Context` holds."""
 
     def __post_init__(self):
         if not self.name or min(self.width, self.pooled_width, self.pooled_tokens) < 0:
@@ -86,12 +88,36 @@ def summary(width: int, embedding: int) -> nn.Sequential:
     )
 
 
+class Standard(nn.Module):
+    """(features - shift) * scale, each feature by its own; whoever trains the network measures both
+    and sets them. What all captions have in common is gone, and what they differ in is left."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.shift) * self.scale
+
+
 class Context(nn.Module):
     """One encoder's fields -> a share of the embedding, tokens of the common width, their mask."""
 
     def __init__(self, config: ContextConfig, embedding: int, width: int):
         super().__init__()
         self.config = config
+        if config.standardized:
+            self.standards = nn.ModuleDict(
+                {
+                    part: Standard(width)
+                    for part, width in (("tokens", config.width), ("pooled", config.pooled_width))
+                    if width
+                }
+            )
         if config.has_tokens:
             self.mark = nn.Parameter(torch.randn(width) * 0.02)
             self.null = nn.Parameter(torch.randn(width) * 0.02)
@@ -121,6 +147,7 @@ class Context(nn.Module):
             added = self.null_pooled.expand(len(label), -1)
             if pooled is not None:
                 pooled = wide(pooled, f"{name}_pooled", config.pooled_width)
+                pooled = self.standards["pooled"](pooled) if config.standardized else pooled
                 # Zeros before, a choice after: what is dropped, even a NaN, leaves no gradient.
                 pooled = torch.where(keep[:, None], pooled, 0).to(self.null_pooled.dtype)
                 added = torch.where(keep[:, None], self.pooled(pooled), added)
@@ -131,6 +158,7 @@ class Context(nn.Module):
         masks: list[Tensor] = []
         if tokens is not None:
             tokens = wide(tokens, f"{name}_tokens", config.width)
+            tokens = self.standards["tokens"](tokens) if config.standardized else tokens
             mask = cond.get(f"{name}_mask")
             mask = (
                 tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()

@@ -31,6 +31,30 @@ def test_shapes_and_factor(changes, factor):
     assert AutoencoderConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
+def test_a_dense_latent_is_one_vector_that_sees_the_whole_picture():
+    torch.manual_seed(0)
+    sizes = {"patch": 2, "channels": 8, "channel_mult": (1, 2), "latent_channels": 6, "dense": 16}
+    config = AutoencoderConfig(**sizes)
+    network = Autoencoder(config)
+    x = torch.randn(2, 3, 16, 16)
+    moments = network.encode(x)
+    assert config.factor == 16
+    assert moments.shape == (2, 12, 1, 1)
+    assert network.decode(moments[:, :6]).shape == x.shape
+    for corner in ((0, 0), (0, 15), (15, 0), (15, 15)):
+        other = x.clone()
+        other[0, :, corner[0], corner[1]] += 1
+        changed = (network.encode(other) != moments).flatten(1)
+        assert changed[0].all()
+        assert not changed[1].any()
+    with pytest.raises(ValueError, match="made for pictures of 16 x 16 pixels, got 32 x 16"):
+        network.encode(torch.zeros(1, 3, 16, 32))
+    with pytest.raises(ValueError, match=r"dense must be a multiple of .* = 4 pixels, got 18"):
+        AutoencoderConfig(**{**sizes, "dense": 18})
+    with pytest.raises(ValueError, match="dense: a codebook's latents are maps"):
+        AutoencoderConfig(**sizes, codebook={"codes": 4})
+
+
 def test_the_log_variance_is_clamped():
     network = Autoencoder(AutoencoderConfig(channels=8))
     last = network.encoder[-1]
