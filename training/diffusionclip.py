@@ -7,8 +7,7 @@ when one word takes another's place, and the pixels must not have moved more tha
 an edit needs.
 
 The judge may be the noise-aware CLIP, as in GLIDE: picture and edit are then shown to it under one
-noise, at a level drawn for each row. In the few short trials so far neither led where it should
-(infra/diary.md).
+noise, at a level drawn for each row.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline import storage
 
 from .autoencoding import to_bytes, to_unit
-from .diffusion import Cond, DiffusionConfig, Model, ddim, normal, sample
+from .diffusion import Cond, DiffusionConfig, Model, ddim, normal, sample, uniform
 from .diffusion.guidance import clip_loss
 from .diffusion.samplers import Grid, invert, uniform_grid
 from .measuring import fixed_batches, fixed_rows, heldout, per_sample
@@ -62,6 +61,9 @@ class EditStageConfig:
     """Weight of the directional CLIP loss."""
     reconstruction: float = 0.3
     """Weight of the mean absolute error against the picture, in [-1, 1] units."""
+    judged_noise: float = 0.5
+    """Up to which time a noise-aware judge is shown them. Where colours drown in noise, it knows no
+    direction either."""
     recompute: bool = False
     """Each step forgets its inside and computes it again on the way back: the memory of one step
     instead of all."""
@@ -69,6 +71,8 @@ class EditStageConfig:
     def __post_init__(self):
         if not 0 < self.noise <= 1:
             raise ValueError(f"noise: got {self.noise}, wanted a time above 0 and up to 1")
+        if not 0 <= self.judged_noise <= 1:
+            raise ValueError(f"judged_noise: got {self.judged_noise}, wanted a time from 0 to 1")
         for name in ("inversion_steps", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
@@ -136,7 +140,7 @@ class EditStage(Stage):
             return clip.features, clip.texts
         clip = self.frozen("noisy_clip")
         diffusion = clip.config.diffusion
-        t = diffusion.draw_times(seed, position, "judged/time")
+        t = uniform(seed, "judged/time", position).float() * self.config.judged_noise
         eps = normal(seed, "judged/noise", position, x.shape[1:])
         a, s = diffusion.build_path().at(t, x)
         return lambda pictures: clip.noisy_features(a * pictures + s * eps, t), clip.texts

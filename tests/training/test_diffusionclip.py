@@ -131,6 +131,9 @@ def test_the_noise_aware_clip_sees_picture_and_edit_under_one_noise(line, batch)
     assert not torch.equal(features(x), others(x))
     assert not torch.equal(features(x), clip.features(x))
     assert torch.equal(texts(batch["caption"]), clip.texts(batch["caption"]))
+    clean: EditStage = stages.create("edit", {"judged_noise": 0}, inputs)  # type: ignore[assignment]
+    seen, _ = clean.judge(x, batch["position"], 3)
+    torch.testing.assert_close(seen(x), clip.features(x))
     moved, changed = stage.losses(x, x + 0.1, features, texts, batch["caption"])
     assert moved.shape == changed.shape == (4,)
     torch.testing.assert_close(changed, torch.full((4,), 0.1))
@@ -163,6 +166,7 @@ def test_a_base_of_latents_is_refused(line):
     ("wrong", "told"),
     [
         ({"noise": 0.0}, "noise: got 0.0, wanted a time"),
+        ({"judged_noise": 1.5}, "judged_noise: got 1.5, wanted a time"),
         ({"steps": 0}, "steps: got 0, wanted at least 1"),
         ({"direction": -1.0}, "direction: got -1.0"),
         ({"target": "red"}, "wanted two words"),
