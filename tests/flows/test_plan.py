@@ -110,6 +110,16 @@ def test_what_is_stored_of_a_data_set_that_is_there_is_read_from_it(home):
     assert more["total_bytes"] == pytest.approx(7 * more["bytes_per_sample"]["total"])
 
 
+def test_without_a_base_no_encodings_are_stored():
+    stored = plan("shapes-vae", [], device="h100")["storage"]
+    each = dict(stored["bytes_per_sample"])
+    assert each.pop("total") == sum(each.values())
+    assert set(each) == {"pictures", "pixels"}
+    for name, kept in {"shapes": {"latents", "clip", "t5"}, "shapes-sr3": {"clip"}}.items():
+        each = plan(name, [], device="h100")["storage"]["bytes_per_sample"]
+        assert set(each) == {"pictures", "pixels", "total"} | kept
+
+
 def test_unknown_encoders_are_planned_and_named():
     told = plan("shapes", [*QUICK, "t5.pretrained=somebody/their-t5"], "h100")
     assert list(told["stages"]) == ["base"]
