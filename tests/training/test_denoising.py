@@ -326,6 +326,12 @@ def test_previews_are_drawn_from_fixed_captions(line, base):
     assert first.dtype == np.uint8
     np.testing.assert_array_equal(base.preview(line.loader(*FIELDS), 0), first)
     assert (base.preview(line.loader(*FIELDS), 1) != first).any()
+    calls, beats = [], []
+    counted = base.network.register_forward_hook(lambda *_: calls.append(len(beats)))
+    base.preview(line.loader(*FIELDS), 0, lambda: beats.append(len(calls)))
+    counted.remove()
+    assert calls == list(range(len(beats))), "a sign of life after each call of the network"
+    assert len(beats) > 1
     assert not any("codec" in name for name in base.state_dict())
 
 

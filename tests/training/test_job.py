@@ -44,8 +44,9 @@ class Tiny(Stage):
 
     kind = "tiny"
 
-    def __init__(self, config: TinyConfig):
+    def __init__(self, config: TinyConfig, drawing_seconds: float = 0):
         super().__init__(config)
+        self.drawing_seconds = drawing_seconds
         width = config.width
         self.net = nn.Sequential(
             nn.Linear(4, width), nn.SiLU(), nn.Dropout(0.1), nn.Linear(width, 4)
@@ -69,7 +70,10 @@ class Tiny(Stage):
         with torch.no_grad():
             return {"final": self(to_tensors(loader.batch(0)))["loss"].mean().item()}
 
-    def preview(self, loader, seed):
+    def preview(self, loader, seed, beat):
+        for _ in range(4):
+            time.sleep(self.drawing_seconds / 4)
+            beat()
         return np.full((5, 8, 6, 3), 128, np.uint8)
 
 
@@ -102,7 +106,8 @@ def build(job: Job, world):
     loader = TinyLoader(
         job.training["batch"], job.seed, world.rank, world.size, job.meta.get("pause", 0)
     )
-    return Tiny(TinyConfig(**job.config)), loader, "the data"
+    drawing = job.meta.get("drawing", 0)
+    return Tiny(TinyConfig(**job.config), drawing), loader, "the data"
 
 
 def tiny(output: Path, **changes) -> Job:
@@ -261,6 +266,13 @@ def test_previews_on_the_way_change_nothing(tmp_path, undisturbed):
     assert drawn == [f"{images:012d}.png" for images in range(240, 1201, 240)]
     weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
     assert weights[0] == weights[1]
+
+
+def test_a_preview_may_take_longer_than_silence_is_borne(tmp_path, caplog):
+    slow = {"images": 24, "preview_images": 16, "stall_seconds": 2.0}
+    run(tiny(tmp_path, training=slow, meta={"drawing": 3.0}), build=build)
+    assert len(list((tmp_path / results.PREVIEWS).iterdir())) == 2
+    assert "no update for" not in caplog.text
 
 
 def measured_on(monkeypatch, loader) -> None:
