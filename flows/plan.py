@@ -176,7 +176,9 @@ def _storage(
         each["pixels in buckets"] = 3.0 * width * height * looks
     if any(line.recipe.is_told_embedding(name) for name in line.recipe.drawing):
         each["embeddings"] = 2.0 * shapes["clip"].pooled
-    for name, shape in shapes.items():
+    # What nobody who draws learns from is not kept: without a base, nothing is.
+    kept = {needed for name in line.recipe.drawing for needed in line.recipe.inputs(name)}
+    for name, shape in ((it, shapes[it]) for it in shapes if it in kept):
         if name == "autoencoder":
             area = width * height / shape.factor**2
             each["latents"] = 2.0 * (1 + shape.posterior) * shape.width * area * looks

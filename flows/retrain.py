@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any
 
 from prefect import flow
+from prefect.server.api.server import SubprocessASGIServer
 
 from pipeline import storage
 from training import results
@@ -17,12 +18,12 @@ from training import results
 from . import recipe as recipes
 from .build_dataset import build_dataset, encode_task
 from .line import Line
-from .parallel import train_stages
+from .parallel import ENDING_SECONDS, train_stages
 from .progress import say, seconds
 from .promote_model import promote_model
 from .recipe import FROZEN
 from .score_model import GALLERY, SWEEP, score_model
-from .settings import prepare_environment
+from .settings import end_with_us, prepare_environment
 from .train_stage import train_stage
 
 RUN_RECORD = 1
@@ -67,6 +68,9 @@ def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[
     """
     settings = prepare_environment()
     line = Line(recipes.load(recipe, overrides or ()), settings)
+    if server := SubprocessASGIServer().server_process:  # of Prefect, as none was named
+        # Stages beside each other are still telling it how they ended.
+        end_with_us(server, ENDING_SECONDS if line.recipe.parallel > 1 else 0.0)
     if done := finished(line):
         say(NOTHING_TO_DO)
         return done

@@ -5,12 +5,15 @@ Layout of the home: datasets/ stages/ models/ runs/ versions/ ledger/ mlflow.db 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,44 @@ def end_on_sigterm() -> None:
     """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+_GUARD = """
+import select, signal, sys
+
+process, seconds = int(sys.argv[1]), float(sys.argv[2])
+sys.stdin.read()
+ended = select.poll()
+ended.register(process, select.POLLIN)
+if not ended.poll(1000 * seconds):
+    signal.pidfd_send_signal(process, signal.SIGTERM)
+"""
+
+
+def end_with_us(process: subprocess.Popen[Any], after_seconds: float = 0.0) -> None:
+    """From now on a process that we started gets SIGTERM when this one is killed, SIGKILL included,
+    if it has not ended `after_seconds` later.
+
+    For one that another library starts, which leaves no room for PR_SET_PDEATHSIG, and ends by
+    `atexit` alone. A process beside us waits for our end: then its stdin closes. Only on Linux,
+    where a pidfd names a process, and never another one that got its number.
+    """
+    try:
+        named = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):  # not Linux, an old kernel, or it has ended
+        return
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _GUARD, str(named), str(after_seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,  # who reads what we say waits for its end
+        stderr=subprocess.DEVNULL,
+        pass_fds=(named,),
+        start_new_session=True,  # a terminal's Ctrl-C is not for it
+    )
+    os.close(named)
+
+    def let_go() -> None:
+        guard.kill()
+        guard.communicate()
+
+    atexit.register(let_go)

@@ -288,7 +288,9 @@ class AutoencoderStage(Stage):
             **judged,
         }
 
-    def preview(self, loader: Any, seed: int) -> np.ndarray | None:
+    def preview(
+        self, loader: Any, seed: int, beat: Callable[[], None] = lambda: None
+    ) -> np.ndarray | None:
         """Pairs of a picture and its reconstruction: uint8 [n, H, 2W, 3], n up to 16."""
         shown = alike(heldout(loader) or loader)[0]
         batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.device)

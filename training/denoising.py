@@ -10,7 +10,7 @@ once. Every draw (latent, time, noise, dropout) is a function of (seed, purpose,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -51,7 +51,7 @@ from .networks import (
     UNetConfig,
 )
 from .networks import build as build_network
-from .stage import Batch, Stage, evaluating, to_tensors
+from .stage import Batch, Stage, evaluating, telling, to_tensors
 
 Latents = Float[Tensor, "batch channel *place"]
 """Of pictures [B, C, height, width]; embeddings are [B, C]."""
@@ -390,7 +390,9 @@ class BaseStage(Stage):
             measured["heldout_fixed_loss"] = self._fixed_loss(unseen)
         return measured
 
-    def preview(self, loader: Any, seed: int) -> np.ndarray | None:
+    def preview(
+        self, loader: Any, seed: int, beat: Callable[[], None] = lambda: None
+    ) -> np.ndarray | None:
         """Samples for fixed captions, held-out if there are any: uint8 [n, H, W, 3], n <= 16."""
         if self.config.data == "embedding":
             return None
@@ -400,7 +402,8 @@ class BaseStage(Stage):
         with evaluating(self):
             eps = normal(seed, "preview", position, self.latent_shape.tolist())
             cond = self.cond(batch, seed, "preview/")
-            x = self.config.preview.sample(self.model, eps, cond)
+            model = self.build_model(telling(self.network, beat))
+            x = self.config.preview.sample(model, eps, cond)
             if self.config.data == "pixels":
                 return to_bytes(x).permute(0, 2, 3, 1).cpu().numpy()
             if "autoencoder" not in self.inputs:

@@ -32,7 +32,7 @@ from .diffusion.samplers import Grid, invert, uniform_grid
 from .measuring import fixed_batches, fixed_rows, heldout, per_sample
 from .networks import DenoiserConfig, UNetConfig
 from .networks import build as build_network
-from .stage import Batch, Stage, evaluating, to_tensors
+from .stage import Batch, Stage, evaluating, telling, to_tensors
 
 Images = Float[Tensor, "batch 3 height width"]
 SHOWN = 6
@@ -214,17 +214,22 @@ class EditStage(Stage):
                     sums[name] += values.tolist()
         return {name: float(np.mean(values)) for name, values in sums.items() if values}
 
-    def preview(self, loader: Any, seed: int) -> np.ndarray | None:
+    def preview(
+        self, loader: Any, seed: int, beat: Callable[[], None] = lambda: None
+    ) -> np.ndarray | None:
         """Each picture as it was, drawn again by the base, and edited: uint8 [n, H, 3 W, 3]."""
         unseen = heldout(loader) or loader
         batch = self._chosen(unseen.rows(fixed_rows(unseen.samples, 256)), SHOWN)
         if not len(batch["caption"]):
             return None
-        base = self.frozen("base").model
+        base, edited = (
+            replace(model, network=telling(model.network, beat))
+            for model in (self.frozen("base").model, self.model)
+        )
         with evaluating(self):
             x = to_unit(batch["pixels"])
             noised = self.noised(base, x)
-            shown = [x, self.drawn(noised, base), self.drawn(noised)]
+            shown = [x, self.drawn(noised, base), self.drawn(noised, edited)]
         return to_bytes(torch.cat(shown, 3)).permute(0, 2, 3, 1).cpu().numpy()
 
     def _chosen(self, batch: Mapping[str, Any], count: int) -> Batch:

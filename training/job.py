@@ -223,10 +223,9 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 saver.save(state, wait=last or stop)
             # After the checkpoint: should drawing fail, what goes on from there is past it.
             drawing = progress.passed(config.preview_images) and not (last or stop)
-            if drawing and (leads or world.sharded):
+            if drawing:
                 with window.aside(), shown.averaged(progress) as averaged:
-                    if leads:
-                        _preview(averaged, loader, job, progress.images_seen)
+                    _draw(averaged, loader, job, progress.images_seen, world, watchdog.beat)
             if signalled:
                 interrupts.deliver()
             if stop:
@@ -488,9 +487,39 @@ def contact_sheet(pictures: np.ndarray, gap: int = 2) -> np.ndarray:
     return sheet
 
 
-def _preview(stage: Stage, loader: Any, job: Job, images_seen: int) -> None:
+def _draw(
+    stage: Stage,
+    loader: Any,
+    job: Job,
+    images_seen: int,
+    world: World,
+    beat: Callable[[], None],
+) -> None:
+    """A preview by the first worker. The others wait for it, and hear of each of its steps, which
+    is how they know that it lives: it may draw for longer than anybody may be silent."""
+
+    def said(done: bool) -> torch.Tensor:
+        told = world.sum(torch.tensor(float(done), device=world.device))
+        beat()
+        return told
+
+    if world.rank == 0:
+        _preview(stage, loader, job, images_seen, lambda: said(False))
+        said(True)
+        return
+    while not said(False).item():
+        pass
+
+
+def _preview(
+    stage: Stage,
+    loader: Any,
+    job: Job,
+    images_seen: int,
+    beat: Callable[[], Any] = lambda: None,
+) -> None:
     with evaluating(stage):
-        pictures = stage.preview(loader, job.seed)
+        pictures = stage.preview(loader, job.seed, beat)
     if pictures is not None and len(pictures):
         from PIL import Image
 

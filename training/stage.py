@@ -80,9 +80,24 @@ class Stage(nn.Module):
         names), or None where there is no noise. Bands are as likely as each other."""
         return None
 
-    def preview(self, loader: Any, seed: int) -> np.ndarray | None:
-        """Pictures that show where the training stands, uint8 [n, height, width, 3], or None."""
+    def preview(
+        self, loader: Any, seed: int, beat: Callable[[], None] = lambda: None
+    ) -> np.ndarray | None:
+        """Pictures that show where the training stands, uint8 [n, height, width, 3], or None. Who
+        draws in steps calls `beat` after each: the whole may take longer than workers wait for a
+        sign of life."""
         return None
+
+
+def telling(network: Callable[..., Any], beat: Callable[[], None]) -> Callable[..., Any]:
+    """The network; `beat` is called after each of its calls."""
+
+    def called(*given: Any, **more: Any) -> Any:
+        out = network(*given, **more)
+        beat()
+        return out
+
+    return called
 
 
 def to_tensors(batch: Mapping[str, Any], device: torch.device | str = "cpu") -> Batch:

@@ -26,6 +26,9 @@ from pipeline import storage
 
 FINGERPRINT = "darkroom.stage_fingerprint"
 """The tag by which a resumed training finds its run again."""
+CHANGED = "darkroom.changed."
+"""Begins the tags that say what a parameter is now, where a resumed training has another one than
+it began with: MLflow's parameters stay what they were first."""
 SPOOL, DELIVERED, FILES = "spool.jsonl", "delivered.json", "files"
 _BATCH_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 30.0
 _BATCH_VALUES = 500  # MLflow takes at most 1,000 entities or 1 MB in one request
@@ -76,8 +79,9 @@ class Run:
         """Begin a run, or go on with the one that has the same FINGERPRINT tag.
 
         It does not wait for the server at `uri`. `spool` is a local directory of the run's own.
-        Nested `params` get dotted names. `artifact_location` is where an experiment that does not
-        exist yet keeps its files; None leaves that to MLflow.
+        Nested `params` get dotted names; of a run that goes on they stay as they were, and what is
+        another value now is the tag CHANGED + name. `artifact_location` is where an experiment that
+        does not exist yet keeps its files; None leaves that to MLflow.
         """
         run = cls(spool, uri)
         parent = {"mlflow.parentRunId": parent_run_id} if parent_run_id else {}
@@ -260,35 +264,46 @@ class _Courier:
 
             self._client = MlflowClient(self.uri)
         if do == "start":
-            self.run_id = self._start(operations[0])
+            self._start(operations[0])
             return
         self.run_id = self.run_id or self._noted
         if self.run_id is None:
             raise ValueError("the run could not be started")
         getattr(self, f"_{do}")(*operations)
 
-    def _start(self, operation: Operation) -> str:
+    def _start(self, operation: Operation) -> None:
         from mlflow.entities import Param, RunTag
+        from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
-        client, tags = self._client, operation["tags"]
-        run_id = self._find(operation)
-        if run_id is None:
-            run_id = client.create_run(
+        client, tags, given = self._client, operation["tags"], operation["params"]
+        run = self._find(operation)
+        if run is None:
+            run = client.create_run(
                 self._experiment(operation),
                 start_time=operation["time"],
                 tags=tags,
                 run_name=operation["name"],
-            ).info.run_id
+            )
         else:
-            client.update_run(run_id, status="RUNNING")
-        params = [Param(k, v) for k, v in operation["params"].items()]
+            client.update_run(run.info.run_id, status="RUNNING")
+        # Before anything that may be refused: what follows goes there all the same.
+        self.run_id = run.info.run_id
+        before = run.data.params
+        changed = {
+            f"{CHANGED}{key}": value
+            for key, value in given.items()
+            if key in before
+            and (before[key] != value[:MAX_PARAM_VAL_LENGTH] or f"{CHANGED}{key}" in run.data.tags)
+        }
+        told = [RunTag(key, value) for key, value in (tags | changed).items()]
+        for first in range(0, len(told), 100):
+            client.log_batch(self.run_id, tags=told[first : first + 100])
+        params = [Param(key, value) for key, value in given.items() if key not in before]
         for first in range(0, len(params), 100):
-            client.log_batch(run_id, params=params[first : first + 100])
-        client.log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-        return run_id
+            client.log_batch(self.run_id, params=params[first : first + 100])
 
-    def _find(self, operation: Operation) -> str | None:
-        """The run to go on with: it has the same fingerprint."""
+    def _find(self, operation: Operation) -> Any:
+        """The run to go on with, or None: it has the same fingerprint."""
         experiment = self._client.get_experiment_by_name(operation["experiment"])
         wanted = operation["tags"].get(FINGERPRINT)
         if experiment is None or wanted is None:
@@ -299,7 +314,7 @@ class _Courier:
             order_by=["attributes.start_time DESC"],
             max_results=1,
         )
-        return found[0].info.run_id if found else None
+        return found[0] if found else None
 
     def _experiment(self, operation: Operation) -> str:
         from mlflow.exceptions import MlflowException

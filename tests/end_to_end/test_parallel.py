@@ -85,7 +85,7 @@ def test_stages_stop_together_and_go_on_where_they_were(darkroom, tmp_path):
         after.callback(first.kill)
         wait(lambda: len(seen()) == 2, first)
         started = children_of(first.pid)
-        assert len(started) == 3, "two stages and Prefect's server"
+        assert len(started) == 4, "two stages, Prefect's server and who ends that"
         assert kept() == {}
         first.send_signal(signal.SIGTERM)
         said = json.loads(first.communicate(timeout=120)[0].splitlines()[-1])
@@ -114,13 +114,16 @@ def test_stages_stop_together_and_go_on_where_they_were(darkroom, tmp_path):
         stages = [it for it in started if b"flows.parallel" in command_of(it)]
         assert len(stages) == 2
         for it in {*started} - {*stages}:
-            after.callback(kill, it)  # Prefect's server outlives who is killed
+            after.callback(kill, it)
         before = kept()
         third.kill()
         third.wait()
         end = time.monotonic() + 90
         while alive := [it for it in stages if command_of(it)]:
             assert time.monotonic() < end, (alive, log.read_text()[-4000:])
+            time.sleep(0.1)
+        while alive := [it for it in started if command_of(it)]:
+            assert time.monotonic() < end, (alive, "Prefect's server outlives who was killed")
             time.sleep(0.1)
         now = kept()
         assert all(now[name] > before[name] for name in before), log.read_text()[-4000:]

@@ -272,6 +272,44 @@ def test_the_held_out_loss_is_that_of_fixed_samples():
     assert found.scorecard.headline["heldout_loss"] == pytest.approx(2.45)
 
 
+class Baseless(Painter):
+    """As a generator whose autoencoder draws alone: nothing of it is a denoiser."""
+
+    def denoising_loss(self, batch, seed):
+        return None
+
+
+@pytest.mark.parametrize("held", [Held(), None])  # promote_model asks a champion about none
+def test_with_a_base_and_without_they_are_compared_by_what_both_have(held):
+    config = CONFIG.model_copy(update={"heldout_loss_samples": 50, "batch": 7})
+    based = scored(Losing(lambda i, _: i % 3 == 0), config, heldout=Held(), scale=1.0)
+    baseless = scored(Baseless(lambda *_: False), config, heldout=held, scale=1.0)
+    assert "heldout_loss" not in baseless.scorecard.values
+    fair = GatePolicy(
+        absolute={"legible": 0.9},
+        non_inferior={"legible": 0.1, "correct": 0.1},
+        facts=(),
+        min_samples=48,
+        blocks=8,
+    )
+    good, poor = baseless.evidence("baseless"), based.evidence("based")
+    verdict = decide(good, poor, fair)
+    assert verdict.promote, verdict.reason
+    assert "heldout_loss" not in {it.metric for it in verdict.differences}
+    assert {c.name for c in decide(poor, good, fair).checks if not c.passed} == {
+        "non_inferior.correct"
+    }
+    # What only one of them has decides nothing for it: the gate refuses and says whose is missing.
+    loss = {"heldout_loss": Margin(margin=9.0, better="lower", samples=48)}
+    strict = fair.model_copy(update={"non_inferior": loss})
+    for new, old in ((good, poor), (poor, good)):
+        verdict = decide(new, old, strict)
+        assert not verdict.promote
+        assert verdict.reason == (
+            f"{new.name} is kept out: non_inferior.heldout_loss: baseless has no value per prompt"
+        )
+
+
 @pytest.mark.parametrize("kind", ["shapes", "captions"])
 def test_a_handful_of_prompts_and_pictures_is_scored_too(kind):
     found = score(

@@ -79,6 +79,23 @@ def test_it_counts_the_stage_that_a_run_would_train():
     assert {c.width for c in stage.config.network.contexts} == {2 * 768, 2048}
 
 
+def test_to_learn_what_is_lacking_costs_what_the_whole_does():
+    """The mean is added to what the network says: it has no weights, and is no matrix product."""
+    told = {
+        residual: plan(
+            "shapes-sr3",
+            [f"base.config.low.residual={json.dumps(residual)}", PRETRAINED[1]],
+            device="h100",
+        )["stages"]["base"]
+        for residual in (True, False)
+    }
+    stage = stages.create("base", stages.config_of("base", load("shapes-sr3").base.config))
+    assert stage.config.low.residual
+    assert told[True]["parameters"] == sum(p.numel() for p in stage.parameters())
+    for key in ("parameters", "flops_per_image", "forward_flops_per_image", "checkpoint_bytes"):
+        assert told[True][key] == told[False][key]
+
+
 def test_alignment_is_counted_with_the_network_that_it_looks_through():
     """The recipe's own CLIP, which is not trained yet: it only looks, and its weights are held."""
     asked = 'base.config.alignment={"block": 1, "hidden": 256}'
@@ -108,6 +125,16 @@ def test_what_is_stored_of_a_data_set_that_is_there_is_read_from_it(home):
     assert (stored["samples"], stored["bytes_per_sample"]["pictures"]) == (100, 100.0)
     more = plan("shapes", QUICK, device="h100", samples=7)["storage"]
     assert more["total_bytes"] == pytest.approx(7 * more["bytes_per_sample"]["total"])
+
+
+def test_without_a_base_no_encodings_are_stored():
+    stored = plan("shapes-vae", [], device="h100")["storage"]
+    each = dict(stored["bytes_per_sample"])
+    assert each.pop("total") == sum(each.values())
+    assert set(each) == {"pictures", "pixels"}
+    for name, kept in {"shapes": {"latents", "clip", "t5"}, "shapes-sr3": {"clip"}}.items():
+        each = plan(name, [], device="h100")["storage"]["bytes_per_sample"]
+        assert set(each) == {"pictures", "pixels", "total"} | kept
 
 
 def test_unknown_encoders_are_planned_and_named():

@@ -1,10 +1,22 @@
 """Against whom a candidate is held, and on what."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
+from evaluation import registry
+from evaluation.gate import Evidence
+from flows import promote_model
+from flows.line import Line
 from flows.promote_model import _reads_alike
+from flows.recipe import load
+from flows.score_model import Question
+from flows.settings import Settings
 
 MADE_OF = {"autoencoder": "autoencoder-1", "clip": "clip-1", "t5": "t5-1", "base": "base-1"}
+ALONE = {"autoencoder": "autoencoder-1", "clip": "clip-1"}
+"""Of what a model without a base is made."""
 
 
 @pytest.mark.parametrize(
@@ -22,3 +34,60 @@ def test_a_champion_is_asked_about_held_out_encodings_that_it_can_read(change, a
     changed = {name: it for name, it in (MADE_OF | change).items() if it}
     assert _reads_alike(MADE_OF, changed) == alike
     assert _reads_alike(changed, MADE_OF) == alike
+
+
+class Scores:
+    """Of a model that is legible in all pictures, and has a held-out loss where it was asked."""
+
+    def __init__(self, asked: bool):
+        self.asked = asked
+
+    def evidence(self, name, facts=None, stages=None):
+        rows = np.ones(120)
+        samples = {"legible": rows, **({"heldout_loss": rows} if self.asked else {})}
+        return Evidence(
+            name=name,
+            values=dict.fromkeys(samples, 1.0),
+            samples=samples,
+            tuples=dict.fromkeys(samples, "alike"),
+            pairs="the same",
+            facts=facts or {},
+            stages=stages or {},
+        )
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(ALONE, MADE_OF), (MADE_OF, ALONE)])
+@pytest.mark.parametrize("metric", ["legible", "heldout_loss"])
+def test_with_a_base_and_without_are_compared_by_pictures_alone(
+    tmp_path, monkeypatch, mine, theirs, metric
+):
+    """No base is asked about what another kind of model's encoders made; a policy that wants to
+    compare the answers keeps the candidate out, and says why."""
+    words = [f'gate={{"absolute": {{"legible": 0.5}}, "non_inferior": {{"{metric}": 0.1}}}}']
+    if "base" not in mine:
+        words += ["base=null"]
+    line = Line(load("shapes", words), Settings(tmp_path, "sqlite://"))
+    made_of, asked = {"shapes/2": mine, "shapes/1": theirs}, {}
+
+    def score(question, line, generator, title, scale):
+        asked[generator.name] = question.heldout is not None
+        return Scores(question.heldout is not None and "base" in made_of[generator.name])
+
+    question = Question([], None, None, None, "encodings", None)  # pyright: ignore
+    monkeypatch.setattr(promote_model, "ask", lambda *_: question)
+    monkeypatch.setattr(Question, "score", score)
+    monkeypatch.setattr(registry, "stages", lambda name, tracking_uri: made_of[name])
+    monkeypatch.setattr(
+        registry,
+        "load",
+        lambda name, tracking_uri: SimpleNamespace(name=name, defaults={"guidance": 1.0}),
+    )
+    holds = dict.fromkeys(("integrity", "lineage", "infra"), True)
+    monkeypatch.setattr(registry, "facts", lambda name, tracking_uri: holds)
+    verdict = promote_model.decide(line, None, "shapes/2", "shapes/1").verdict  # pyright: ignore
+    assert asked == {"shapes/2": True, "shapes/1": False}
+    assert verdict.promote == (metric == "legible")
+    if metric == "heldout_loss":
+        lacking = "shapes/1" if "base" in mine else "shapes/2"
+        assert f"{lacking} has no value per prompt" in verdict.reason
+    assert not {it.name for it in verdict.stages if it.name == "base" and it.shared}

@@ -326,6 +326,12 @@ def test_previews_are_drawn_from_fixed_captions(line, base):
     assert first.dtype == np.uint8
     np.testing.assert_array_equal(base.preview(line.loader(*FIELDS), 0), first)
     assert (base.preview(line.loader(*FIELDS), 1) != first).any()
+    calls, beats = [], []
+    counted = base.network.register_forward_hook(lambda *_: calls.append(len(beats)))
+    base.preview(line.loader(*FIELDS), 0, lambda: beats.append(len(calls)))
+    counted.remove()
+    assert calls == list(range(len(beats))), "a sign of life after each call of the network"
+    assert len(beats) > 1
     assert not any("codec" in name for name in base.state_dict())
 
 
@@ -381,6 +387,31 @@ def test_bits_per_dim_of_a_gaussian_are_those_of_its_density():
     assert found.numpy() == pytest.approx(np.log2(127.5) + nats / np.log(2), abs=0.01)
     with pytest.raises(ValueError, match="data 'pixels'"):
         stages.create("base", {"network": TINY}).bits_per_dim({})
+
+
+@pytest.mark.parametrize("augment", ["none", "noise"])
+def test_bits_per_dim_of_what_is_enlarged_are_those_around_it(augment):
+    """An untrained network that learns what the small picture lacks is the denoiser of
+    N(mean, .5^2), the mean being the small picture enlarged."""
+    config = {
+        "network": TINY,
+        "data": "pixels",
+        "low": {"side": 4, "augment": augment, "strongest": 0.005, "residual": True},
+        "diffusion": {"path": "edm", "prediction": "edm", "times": "lognormal"},
+    }
+    stage = stages.create("base", config)
+    draws = np.random.default_rng(0)
+    coarse = np.kron(draws.normal(size=(6, 3, 4, 4)) * 0.4, np.ones((1, 1, 2, 2)))
+    x = np.clip(coarse + draws.normal(size=coarse.shape) * 0.1, -1, 1)
+    batch = {"pixels": np.round((x + 1) * 127.5).astype(np.uint8), "position": np.arange(6)}
+    stage.prepare(Still(batch))
+    told = to_tensors(batch)
+    mean = stage.cond(told, 3, "heldout/")["mean"].double().numpy()
+    assert mean.std() > 0.1, "to leave it out would be seen"
+    found = stage.bits_per_dim(told, seed=3)
+    square = np.square(batch["pixels"] / 127.5 - 1 - mean).reshape(6, -1).mean(1)
+    nats = 0.5 * np.log(2 * np.pi * 0.25) + square / (2 * 0.25)
+    assert found.numpy() == pytest.approx(np.log2(127.5) + nats / np.log(2), abs=0.01)
 
 
 def test_a_warm_start_goes_on_at_another_resolution(line, tmp_path):

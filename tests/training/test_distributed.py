@@ -41,13 +41,17 @@ class LineConfig:
 class Line(Stage):
     """A network whose noise comes from the position; `first` and `sometimes` are used by few rows.
 
-    `log` is told of each row what was drawn for it.
+    `log` is told of each row what was drawn for it. A preview takes so many steps, of so many
+    seconds.
     """
 
     kind = "line"
 
-    def __init__(self, config: LineConfig, log: Path | None = None):
+    def __init__(
+        self, config: LineConfig, log: Path | None = None, drawing: tuple[int, float] = (0, 0)
+    ):
         super().__init__(config)
+        self.drawing = drawing
         self.before, self.after = nn.Linear(4, 24), nn.Linear(24, 4)
         self.dropout = nn.Dropout(config.dropout)
         self.first = nn.Parameter(torch.zeros(4))
@@ -67,6 +71,13 @@ class Line(Stage):
             with self.log.open("a") as file:
                 file.writelines(json.dumps([*row, mask.tolist()]) + "\n" for row in drawn)
         return {"loss": loss, "size": out.detach().abs().mean()}
+
+    def preview(self, loader, seed, beat):
+        steps, seconds = self.drawing
+        for _ in range(steps):
+            time.sleep(seconds)
+            beat()
+        return np.full((1, 8, 8, 3), 128, np.uint8) if steps else None
 
 
 class Lines:
@@ -112,7 +123,8 @@ class Lines:
 
 def build(job: Job, world: World):
     log = Path(f"{job.output}.{world.size}.{world.rank}") if job.meta.get("log") else None
-    return Line(LineConfig(**job.config), log), Lines(job, world), "d"
+    drawing = job.meta.get("drawing", (0, 0))
+    return Line(LineConfig(**job.config), log, drawing), Lines(job, world), "d"
 
 
 def job(
@@ -197,6 +209,10 @@ GROUPS: dict[str, tuple[dict, list[tuple[int, int | None]]]] = {
     "poisoned": ({**CUT, "poison": list(range(20, 30)), "poisoned_row": 9}, [(3, None)]),
     "patient": ({"training": PATIENT}, [(3, 5), (2, None)]),
     "hung": ({"sleep": "sleep", "seconds": 600, **HANGS}, [(2, None), (2, None)]),
+    "drawn": (
+        {"drawing": (6, 0.8), "training": {"stall_seconds": 4.0, "preview_images": 300}},
+        [(2, None)],
+    ),
 }
 """Name -> (how `job` is made, (workers, the log point after which they are stopped) in turn)."""
 
@@ -302,6 +318,16 @@ def test_who_waits_in_vain_says_where_and_ends(alone, groups):
     assert_close(directory / "hung", alone)
 
 
+def test_who_waits_for_what_the_first_one_draws_is_alive(alone, groups):
+    """A preview takes longer than `stall_seconds`, after which both would have been ended."""
+    directory, told = groups
+    assert json.loads((directory / "drawn.codes").read_text()) == [[0, 0]]
+    assert told["drawn"] == [600]
+    shown = directory / "drawn" / results.PREVIEWS
+    assert sorted(it.name for it in shown.iterdir()) == ["000000000300.png", "000000000600.png"]
+    assert_close(directory / "drawn", alone)
+
+
 def drawn(directory: Path, name: str, workers: int) -> dict[int, list]:
     """Position -> [key, noise, dropout], by all workers of a group; none may differ in it."""
     found: dict[int, list] = {}
@@ -372,6 +398,15 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
     assert_close(output, alone)
     assert [r["images_seen"] for r in records] == [r["images_seen"] for r in results.history(alone)]
     assert not (output / "ray").exists()
+
+
+@rays
+def test_one_of_rays_workers_does_what_this_process_does(alone, tmp_path, ray):
+    """Bit for bit."""
+    done = fit(job(tmp_path), force_ray=True, build=build)
+    assert done == results.committed(tmp_path)
+    assert (tmp_path / results.WEIGHTS).read_bytes() == (alone / results.WEIGHTS).read_bytes()
+    assert_close(tmp_path, alone)
 
 
 @rays

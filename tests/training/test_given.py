@@ -22,6 +22,14 @@ CONFIGS = {
         **COMMON, "data": "pixels", "listens": [], "low": {"side": LOW, "strongest": 0.4},
         "network": {**NETWORK, "patch": 2},
     },
+    "lacking": {
+        **COMMON, "data": "pixels", "listens": ["clip"],
+        "low": {"side": LOW, "strongest": 0.4, "residual": True},
+        "network": {**NETWORK, "patch": 2},
+        "diffusion": {
+            "path": "cosine", "prediction": "edm", "sigma_data": 0.15, "times": "lognormal",
+        },
+    },
     "latents": {
         **COMMON, "listens": ["clip"], "low": {"side": 4, "augment": "none"},
         "attributes": [
@@ -35,13 +43,14 @@ DEFAULTS = {"steps": 6, "guidance": 2.0}
 
 @pytest.fixture(scope="module")
 def made(line, tmp_path_factory) -> dict[str, Generator]:
-    """A base that enlarges pixels and hears nothing; one of latents that is told a class too."""
+    """A base that enlarges pixels and hears nothing; one that hears a text and learns what the
+    small picture lacks; one of latents that is told a class too."""
     from pipeline.encode import pixels_spec
     from training.job import Job, run
 
     root, found = tmp_path_factory.mktemp("given"), {}
     pixels, specs = pixels_spec(SIDE), {it.name: it for it in line.specs}
-    needs = {"enlarged": [], "latents": ["autoencoder", "clip"]}
+    needs = {"enlarged": [], "lacking": ["clip"], "latents": ["autoencoder", "clip"]}
     for name, wanted in needs.items():
         inputs = {it: line.stages[it] for it in wanted}
         run(
@@ -128,6 +137,36 @@ def test_the_network_is_told_the_picture_damaged_to_the_level(made, low):
     torch.testing.assert_close(told[0]["low"], a * whole + s * eps)
     torch.testing.assert_close(told[1]["low"], whole)
     assert told[0]["level"] > told[1]["level"]
+
+
+def test_a_negative_prompt_is_about_the_same_small_picture(made, low):
+    """Both estimates that guidance leads between are of what the small picture lacks."""
+    it, told = made["lacking"], []
+    options = {"seed": 1, "low": low, "steps": 3}
+    hook = it.base.network.register_forward_pre_hook(lambda _, given: told.append(given[2]))
+    led = it.latents(PROMPTS, negative="a blue ring", guidance=4.0, **options)
+    hook.remove()
+    assert len(told) == 3
+    for cond in told:
+        for name in ("low", "level", "mean"):
+            assert torch.equal(*cond[name].chunk(2)), name
+    plain = it.latents(PROMPTS, guidance=1.0, **options)
+    assert not torch.equal(led, plain)
+    # Away from what is asked for, by any scale, leads nowhere: there is but one estimate.
+    own = it.latents(PROMPTS, negative=PROMPTS, guidance=4.0, **options)
+    torch.testing.assert_close(own, plain, atol=1e-3, rtol=1e-3)
+    blank, none = (
+        it.latents(PROMPTS, negative=words, guidance=4.0, **options) for words in ("", None)
+    )
+    torch.testing.assert_close(blank, none, atol=1e-3, rtol=1e-3)
+
+
+def test_a_base_that_learns_what_is_lacking_has_a_likelihood(made, line):
+    batch = line.loader("pixels", "clip").rows(np.arange(4))
+    found = made["lacking"].bits_per_dim(batch)
+    assert found.shape == (4,)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(made["lacking"].bits_per_dim(batch), found)
 
 
 def test_the_stages_of_latents_are_told_it_too(made, scenes):

@@ -30,6 +30,8 @@ from training.job import Job, run
 from training.stage import Stage, to_tensors
 from training.supervision import Stopped
 
+STEPS_OF_A_PREVIEW = 4
+
 
 @dataclass(frozen=True)
 class TinyConfig:
@@ -69,7 +71,9 @@ class Tiny(Stage):
         with torch.no_grad():
             return {"final": self(to_tensors(loader.batch(0)))["loss"].mean().item()}
 
-    def preview(self, loader, seed):
+    def preview(self, loader, seed, beat):
+        for _ in range(STEPS_OF_A_PREVIEW):
+            beat()
         return np.full((5, 8, 6, 3), 128, np.uint8)
 
 
@@ -261,6 +265,22 @@ def test_previews_on_the_way_change_nothing(tmp_path, undisturbed):
     assert drawn == [f"{images:012d}.png" for images in range(240, 1201, 240)]
     weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
     assert weights[0] == weights[1]
+
+
+def test_each_step_of_a_preview_is_a_sign_of_life(tmp_path, monkeypatch):
+    """The whole of it may take longer than the watchdog bears silence."""
+    beats = []
+
+    class Counting(job.Watchdog):
+        def beat(self):
+            beats[-1] += 1
+            super().beat()
+
+    monkeypatch.setattr(job, "Watchdog", Counting)
+    for name, preview in (("with", {"preview_images": 16}), ("without", {})):
+        beats.append(0)
+        run(tiny(tmp_path / name, training={"images": 24, **preview}), build=build)
+    assert beats == [3 + STEPS_OF_A_PREVIEW + 1, 3]
 
 
 def measured_on(monkeypatch, loader) -> None:

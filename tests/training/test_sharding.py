@@ -94,7 +94,7 @@ class Tower(Stage):
         batch = {"x": torch.from_numpy(loader.data), "position": torch.arange(len(loader.data))}
         return {"final": self(batch)["loss"].mean().item()}
 
-    def preview(self, loader, seed):
+    def preview(self, loader, seed, beat):
         batch = {"x": torch.from_numpy(loader.data[:64]), "position": torch.arange(64)}
         drawn = (self(batch)["loss"].clamp(0, 1) * 8).byte().reshape(1, 8, 8, 1)
         return drawn.expand(-1, -1, -1, 3).numpy()

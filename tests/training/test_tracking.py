@@ -195,6 +195,40 @@ def test_a_resumed_training_goes_on_with_its_run(tmp_path, uri, client, spool):
     assert other.id() != first.id()
 
 
+@pytest.mark.parametrize("spool", ["spool", "another"])
+def test_a_training_that_goes_on_otherwise_says_so(tmp_path, uri, client, spool, caplog):
+    """MLflow refuses another value of a parameter; nothing else of the run may be lost by that."""
+    tags, changed = {FINGERPRINT: "abc"}, f"{tracking.CHANGED}training.workers"
+    told = {"training": {"workers": 1, "batch": 8}}
+    with begin(tmp_path, uri, tags=tags, params=told) as run:
+        run.log({"loss": 2.0}, 100)
+    assert changed not in client.get_run(run.id()).data.tags
+    for seen, workers in ((200, 4), (300, 1)):
+        told = {"training": {"workers": workers, "batch": 8, "threads": 2}}
+        with begin(tmp_path, uri, spool=spool, tags=tags | {"seen": seen}, params=told) as again:
+            again.log({"loss": 1.0}, seen)
+        found = client.get_run(again.id())
+        assert found.info.run_id == run.id()
+        assert (found.info.status, found.data.tags["seen"]) == ("FINISHED", str(seen))
+        assert found.data.params == {
+            "training.workers": "1",
+            "training.batch": "8",
+            "training.threads": "2",
+        }
+        said = {k: v for k, v in found.data.tags.items() if k.startswith(tracking.CHANGED)}
+        assert said == {changed: str(workers)}
+    assert [step for step, _ in history(client, run.id(), "loss")] == [100, 200, 300]
+    assert "refused" not in caplog.text
+
+
+def test_a_parameter_that_mlflow_refuses_costs_nothing_else(tmp_path, uri, client, caplog):
+    with begin(tmp_path, uri, params={"p" * 300: 1}, tags={"t": 1}) as run:
+        run.log({"loss": 1.0}, 100)
+    assert "refused start" in caplog.text
+    found = client.get_run(run.id())
+    assert (found.data.tags["t"], found.data.metrics) == ("1", {"loss": 1.0})
+
+
 def test_a_torn_line_is_forgotten(tmp_path, uri, client):
     (tmp_path / "spool").mkdir()
     (tmp_path / "spool" / tracking.SPOOL).write_text('{"do": "metr')
