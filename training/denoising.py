@@ -47,6 +47,7 @@ from .networks import (
     DenoiserConfig,
     DiTConfig,
     PriorConfig,
+    Standard,
     Tap,
     UNetConfig,
 )
@@ -455,12 +456,12 @@ class BaseStage(Stage):
 
     def _standardize(self, loader: Any) -> None:
         """Over samples that are the same for all workers."""
-        found = {
-            f"{it.config.name}_{part}": (standard, ChannelStatistics())
-            for it in self.network.modules()
-            if isinstance(it, Context) and it.config.standardized
-            for part, standard in it.standards.items()
-        }
+        found: dict[str, tuple[Standard, ChannelStatistics]] = {}
+        for it in self.network.modules():
+            if isinstance(it, Context) and it.config.standardized:
+                for part, standard in it.standards.items():
+                    assert isinstance(standard, Standard)
+                    found[f"{it.config.name}_{part}"] = standard, ChannelStatistics()
         if not found:
             return
         for loaded in fixed_batches(loader, self.config.measured_pictures, 256):

@@ -11,7 +11,7 @@ from torch import nn
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .classifier import Classifier, ClassifierConfig, HeadConfig
 from .codebook import Codebook, CodebookConfig, perplexity
-from .conditioning import Cond, Context, ContextConfig
+from .conditioning import Cond, Context, ContextConfig, Standard
 from .discriminator import Discriminator, DiscriminatorConfig
 from .dit import DiT, DiTConfig
 from .efficient_unet import EfficientUNet, EfficientUNetConfig
@@ -66,6 +66,7 @@ __all__ = [
     "NetworkConfig",
     "Prior",
     "PriorConfig",
+    "Standard",
     "Tap",
     "UNet",
     "UNetConfig",
