@@ -76,6 +76,7 @@ def _preparation(processor: Any, device: torch.device | str) -> Callable[[Pixels
         mean, deviation = processor.image_mean, processor.image_std
     shift, spread = (torch.tensor(it, device=device).view(3, 1, 1) for it in (mean, deviation))
     size = dict(processor.size or {}) if processor.do_resize else {}
+    size = {name: pixels for name, pixels in size.items() if pixels}
 
     def fitted(height: int, width: int) -> tuple[int, int]:
         if "height" in size:
