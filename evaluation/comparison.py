@@ -77,12 +77,17 @@ class Drawn:
     """As the contender's."""
     apart: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])
     """Stage -> what it drew of the first prompts; empty where one stage draws all."""
+    map_agreement: float | None = None
+    """Share of pixels that have the class of the map that it was given; None where it was given
+    none."""
 
     @property
     def psnr(self) -> float | None:
         """To the real pictures; None for what enlarges none."""
-        real = self.given.real
-        return None if real is None else float(metrics.psnr(self.pictures, real).mean())
+        low, real = self.given.low, self.given.real
+        if low is None or real is None:
+            return None
+        return float(metrics.psnr(self.pictures, real).mean())
 
     @property
     def consistency(self) -> float | None:
@@ -169,9 +174,13 @@ def compare(
             measures[name] = Measure(values, against)
         shown = prompts[:APART]
         apart = stages_apart(it, shown, seed, {**it.options, **given.options(slice(APART))})
+        agreement = None
+        if given.map is not None:
+            agreement = float((it.generator.mapped(pictures) == given.map).mean())
         made = Drawn(
-            it.name, pictures, right, spent, each, gained, measures, given, it.stages, apart
-        )
+            it.name, pictures, right, spent, each, gained, measures, given, it.stages, apart,
+            agreement,
+        )  # fmt: skip
         found.append(made)
     return found
 
@@ -296,6 +305,7 @@ def render(
                 "milliseconds": f"{1000 * it.seconds:.0f} ms",
                 "psnr": _decibels(it.psnr),
                 "consistency": _decibels(it.consistency),
+                "agreement": "" if it.map_agreement is None else f"{100 * it.map_agreement:.1f} %",
                 "against": _signed(it.against_first),
             }
         )
@@ -314,12 +324,12 @@ def render(
         }
         for it in drawn
     ]
-    given = next((it.given for it in drawn if it.given.low is not None), Given())
-    low, real = given.low, given.real
+    given = next((it.given for it in drawn if it.given.real is not None), Given())
+    told, real = given.shown, given.real
     pictures = [
         {
             "text": prompt.text,
-            "given": None if low is None else image(low[row]),
+            "given": None if told is None else image(told[row]),
             "real": None if real is None else image(real[row]),
             "images": [
                 {"uri": image(it.pictures[row]), "right": bool(it.right[row])} for it in drawn
@@ -331,7 +341,9 @@ def render(
     apart = [it for it in drawn if it.apart]
     return page(
         TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
-        table=table, rows=pictures, count=len(prompts), given=low is not None,
+        table=table, rows=pictures, count=len(prompts), given=told is not None,
+        enlarges=any(it.psnr is not None for it in drawn),
+        mapped=any(it.map_agreement is not None for it in drawn),
         whole=whole, measures=[_WHOLE[name][0] for name in named],
         names=[it.name for it in drawn],
         techniques=[described(it) for it in shown],

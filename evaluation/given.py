@@ -1,4 +1,4 @@
-"""What a model is told beside the prompt: a class, or a small copy of a picture.
+"""What a model is told beside the prompt: a class, a small copy of a picture, or its label map.
 
 A prompt of drawn scenes brings a scene of its truth, drawn anew; a caption its held-out picture. A
 model is given of them what its stages are told, and nothing else.
@@ -6,6 +6,7 @@ model is given of them what its stages are told, and nothing else.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from pipeline.load import Loader
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Maps = UInt8[ndarray, "n height width"]
+"""The index of each pixel's class."""
 Pictured = Callable[[Sequence[Prompt]], Pictures]
 """The real pictures of prompts, one each."""
 
@@ -41,6 +44,10 @@ class Given:
     low: Pictures | None = None
     """Small copies of `real`."""
     real: Pictures | None = None
+    map: Maps | None = None
+    """Label maps of `real`."""
+    colours: UInt8[ndarray, "class 3"] | None = None
+    """In which maps are shown."""
 
     @classmethod
     def of(
@@ -51,28 +58,40 @@ class Given:
         classifier: bool = False,
     ) -> Given:
         """What a generator is told: labels where stages, or with `classifier` its classifier, read
-        them; pictures where its base enlarges some. ValueError where that has none.
+        them; pictures where its base enlarges some, or is told their label maps. ValueError
+        where that has none.
         """
-        labels = low = real = None
+        labels = low = real = map = colours = None
+        maps = bool(getattr(generator, "map_classes", ()))
         if classifier or getattr(generator, "reads_labels", False):
             labels = labels_of(generator, prompts, classifier)
-        if side := getattr(generator, "low_side", 0):
+        if (side := getattr(generator, "low_side", 0)) or maps:
             if pictured is None:
-                raise ValueError("this model enlarges pictures, and its prompts bring none")
+                does = "enlarges pictures" if side else "draws by the label maps of pictures"
+                raise ValueError(f"this model {does}, and its prompts bring none")
             real = pictured(prompts)
             drawn = getattr(generator, "resolution", 0)
             if drawn and real.shape[1] != drawn:
                 raise ValueError(
-                    f"this model enlarges pictures of {side} px to {drawn}, and the prompts bring "
-                    f"some of {real.shape[1]} px: ask it for prompts of data of {drawn} px"
+                    f"this model draws pictures of {drawn} px, and the prompts bring some of "
+                    f"{real.shape[1]} px: ask it for prompts of data of {drawn} px"
                 )
-            low = shrunk(real, side).round().astype(np.uint8)
-        return cls(labels, low, real)
+            low = shrunk(real, side).round().astype(np.uint8) if side else None
+        if maps:
+            map, colours = generator.mapped(real), generator.map_colours
+        return cls(labels, low, real, map, colours)
 
     def options(self, rows: slice = slice(None)) -> dict[str, Any]:
         """As a call of the generator takes them."""
-        told = {"labels": self.labels, "low": self.low}
+        told = {"labels": self.labels, "low": self.low, "map": self.map}
         return {name: it[rows] for name, it in told.items() if it is not None}
+
+    @property
+    def shown(self) -> Pictures | None:
+        """What was given, to look at: maps in the colours of their classes, or small copies."""
+        if self.map is None or self.colours is None:
+            return self.low
+        return self.colours[self.map]
 
 
 def labels_of(
@@ -99,7 +118,8 @@ def labels_of(
 def asked_of(generator: Any) -> tuple[str, ...]:
     """The attributes of drawn scenes that a generator can be asked for: all, but of one that is
     told classes and nothing else those of its classes."""
-    silent = not getattr(generator, "reads_text", True) and not getattr(generator, "low_side", 0)
+    shown = getattr(generator, "low_side", 0) or getattr(generator, "map_classes", ())
+    silent = not getattr(generator, "reads_text", True) and not shown
     if not silent or not getattr(generator, "reads_labels", False):
         return ATTRIBUTES
     return tuple(name for name in ATTRIBUTES if name in generator.classes)
@@ -146,13 +166,8 @@ def read_low(place: str, side: int) -> dict[str, UInt8[ndarray, "side side 3"]]:
     """A picture file, or all of a folder, by their names. ValueError for one that is broken or not
     of this side, and where there is none.
     """
-    folder = not place.lower().endswith(SUFFIXES)
-    names = [it for it in storage.list_names(place) if it.lower().endswith(SUFFIXES)]
-    files = [storage.join(place, it) for it in names] if folder else [place]
-    if not files:
-        raise ValueError(f"{place}: no picture there ({', '.join(SUFFIXES)})")
     found: dict[str, ndarray] = {}
-    for file in files:
+    for file in _files(place, SUFFIXES):
         try:
             picture, _ = decode(storage.read_bytes(file))
         except Rejected as error:
@@ -164,6 +179,53 @@ def read_low(place: str, side: int) -> dict[str, UInt8[ndarray, "side side 3"]]:
             )
         found[PurePosixPath(file).stem] = np.asarray(picture)
     return found
+
+
+def read_maps(
+    place: str, side: int, classes: Sequence[str]
+) -> dict[str, UInt8[ndarray, "side side"]]:
+    """A label map, or all of a folder, by their names: PNG files whose values, 8 bits of grey or
+    places in a palette, are the indices of `classes`. ValueError for one that is broken, not of
+    this side or of other classes, and where there is none.
+    """
+    from PIL import Image
+
+    found: dict[str, ndarray] = {}
+    for file in _files(place, (".png",)):
+        data = storage.read_bytes(file)
+        try:
+            picture = Image.open(io.BytesIO(data), formats=["PNG"])
+            read = np.array(picture) if picture.size == (side, side) else np.zeros(1)
+        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError):
+            raise ValueError(f"{file}: no PNG file, or a broken one") from None
+        # Grey of fewer bits was stretched to 8.
+        if picture.mode != "P" and (picture.mode != "L" or data[24] != 8):
+            raise ValueError(
+                f"{file}: got colours of mode {picture.mode}, wanted indices of classes, as 8 bits "
+                "of grey or places in a palette"
+            )
+        if picture.size != (side, side):
+            raise ValueError(
+                f"{file}: got {picture.width} x {picture.height} pixels, wanted {side} x {side}, "
+                "the size of the pictures"
+            )
+        if read.max() >= len(classes):
+            raise ValueError(
+                f"{file}: got index {read.max()}, wanted 0 to {len(classes) - 1}: "
+                f"{', '.join(classes)}"
+            )
+        found[PurePosixPath(file).stem] = read
+    return found
+
+
+def _files(place: str, suffixes: tuple[str, ...]) -> list[str]:
+    """A file, or those of a folder that end so. ValueError where there is none."""
+    if place.lower().endswith(suffixes):
+        return [place]
+    names = [it for it in storage.list_names(place) if it.lower().endswith(suffixes)]
+    if not names:
+        raise ValueError(f"{place}: no picture there ({', '.join(suffixes)})")
+    return [storage.join(place, it) for it in names]
 
 
 def shrunk(pictures: Pictures, side: int) -> Float[ndarray, "n side side 3"]:

@@ -277,13 +277,21 @@ png = model.predict(["a red circle"], params={"seed": 7})[0]
 
 def _use_given(given: Mapping[str, Any]) -> list[str]:
     """How to use a model that is told more than prompts."""
-    cells = [f'"{key}": "{value}"' for key, value in example(given).items() if key != "low"]
+    files = ("low", "map")
+    cells = [f'"{key}": "{value}"' for key, value in example(given).items() if key not in files]
     cells += ['"low": open("small.png", "rb").read()'] if given.get("low") else []
+    cells += ['"map": open("map.png", "rb").read()'] if given.get("map") else []
     told = [f"`{name}`: one of {', '.join(it)}." for name, it in given.get("labels", {}).items()]
     if side := given.get("low"):
         told.append(
             f"`low`: a PNG file of {side} x {side} pixels, the picture that is enlarged; over HTTP "
             "its base64. The parameter `level` says how strongly it is damaged first."
+        )
+    if maps := given.get("map"):
+        side, names = maps["side"], ", ".join(f"{i} {it}" for i, it in enumerate(maps["classes"]))
+        told.append(
+            f"`map`: a PNG file of {side} x {side} pixels, 8 bits of grey or a palette, whose "
+            f"values say which class each pixel is to have: {names}; over HTTP its base64."
         )
     if not given["text"]:
         told.append("It hears no prompts.")
@@ -300,7 +308,7 @@ def example(given: Mapping[str, Any]) -> dict[str, str]:
     """What a service may be asked for by a row; `given` is that of generator.json."""
     row = {"prompt": "a red circle"} if given["text"] else {}
     row |= {name: answers[0] for name, answers in given.get("labels", {}).items()}
-    return row | ({"low": "BASE64 OF A PNG FILE"} if given.get("low") else {})
+    return row | {it: "BASE64 OF A PNG FILE" for it in ("low", "map") if given.get(it)}
 
 
 def _table(values: Mapping[str, Any], limit: int = 60) -> str:

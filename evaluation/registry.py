@@ -449,8 +449,8 @@ def _draw_alone() -> None:
 
         import pandas as pd
 
-        if "low" in record:
-            record["low"] = base64.b64decode(record["low"])
+        for name in {"low", "map"} & record.keys():
+            record[name] = base64.b64decode(record[name])
         asked = pd.DataFrame([record])
     if (folder / "MLmodel").exists():
         import mlflow.pyfunc
@@ -484,6 +484,12 @@ def _trial(given: Mapping[str, Any], prompt: str) -> tuple[dict[str, str], dict[
         picture = np.stack([*np.meshgrid(ramp, ramp), np.full((side, side), 128, np.uint8)], -1)
         file = base64.b64encode(png(picture)).decode()
         record, told = record | {"low": file}, told | {"low": picture[None]}
+    if maps := given.get("map"):
+        side = maps["side"]
+        row = np.arange(side, dtype=np.uint8) % len(maps["classes"])
+        indices = np.broadcast_to(row, (side, side))
+        file = base64.b64encode(png(indices)).decode()
+        record, told = record | {"map": file}, told | {"map": indices[None]}
     return record, told
 
 
@@ -501,7 +507,7 @@ def _signature(generator: Mapping[str, Any]) -> ModelSignature:
     columns: list[ColSpec | TensorSpec] = [ColSpec("string")]
     if given:
         labels = given.get("labels", {})
-        if odd := {"prompt", "low"}.intersection(labels):
+        if odd := {"prompt", "low", "map"}.intersection(labels):
             raise ValueError(f"an attribute of classes named {odd.pop()}: services need that name")
         # A list of prompts must not pass for rows in which nothing is said.
         columns = [ColSpec("string", "prompt")] if given["text"] else []
@@ -509,6 +515,8 @@ def _signature(generator: Mapping[str, Any]) -> ModelSignature:
         if given.get("low"):
             columns.append(ColSpec("binary", "low"))
             params.append(ParamSpec("level", "double", float(defaults.get("level", 0.0))))
+        if given.get("map"):
+            columns.append(ColSpec("binary", "map"))
     return ModelSignature(Schema(columns), Schema([ColSpec("binary")]), ParamSchema(params))
 
 

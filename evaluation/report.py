@@ -151,6 +151,9 @@ _NAMES = {
     "psnr_bicubic": "PSNR of bicubic enlargement",
     "psnr_gain": "PSNR gained over bicubic",
     "consistency": "Consistency, in dB",
+    "map_agreement": "Keeps to the label map",
+    "map_agreement_real": "Real pictures keep to it",
+    "map_agreement_shuffled": "Keeps to another's map",
     "correct_bicubic": "Right when enlarged bicubically",
     "retrieval_bicubic": "Found again when enlarged bicubically",
     "edit_changed": "Edits that were made",
@@ -172,12 +175,16 @@ _MEANING = {
     "psnr_bicubic": "the same copies, enlarged without a model",
     "psnr_gain": "prompt by prompt",
     "consistency": "PSNR of what was drawn, shrunk again, to what was given",
+    "map_agreement": "share of pixels that have the class asked for",
+    "map_agreement_real": "those that maps are of, through the autoencoder: what can be reached",
+    "map_agreement_shuffled": "the same pictures, each held against another's map: chance",
     "edit_changed": "held-out scenes that show the attribute they were to get",
     "edit_kept": "of the same scenes, those of which no other attribute changed",
 }
 _SHARES = (
     "correct", "retrieval", "legible", "guidance_gain", "precision", "recall", "edit_changed",
-    "edit_kept", "correct_bicubic", "retrieval_bicubic",
+    "edit_kept", "correct_bicubic", "retrieval_bicubic", "map_agreement", "map_agreement_real",
+    "map_agreement_shuffled",
 )  # fmt: skip
 _GROUPS = {
     "seen": ("seen in training", "combinations that training showed, in new words"),
@@ -275,6 +282,18 @@ class _Page:
                     "label": "PSNR to the real picture",
                     "note": f"{plain:.1f} dB when enlarged bicubically"
                     + self._against_champion("psnr", lambda x: f"{x:.1f} dB"),
+                }
+            )
+        if kept := card.values.get("map_agreement"):
+            most = card.values.get("map_agreement_real")
+            real = f"; real pictures {percent(most.value)}" if most else ""
+            figures.append(
+                {
+                    "value": percent(kept.value),
+                    "label": "of pixels as the label map says",
+                    "note": _between(kept, percent=True)
+                    + real
+                    + self._against_champion("map_agreement", percent),
                 }
             )
         if rate := card.speed.get("pictures_per_second"):

@@ -50,7 +50,9 @@ class Basis(_Record):
     """What a value was measured with. Values of different bases are never compared."""
 
     judge: str
-    """The metric's extractor: "oracle", "the line's own CLIP", "the model itself" or "pixels"."""
+    """The metric's extractor: "oracle", "the line's own CLIP", "the model itself", "pixels", or
+    what makes the label maps.
+    """
     weights: str | None = None
     resize: str | None = None
     count: int
@@ -290,7 +292,7 @@ class _Scoring:
                 per_prompt[name], values[name] = measured
         if measured := self._reconstructed():
             per_prompt["reconstruction_psnr"], values["reconstruction_psnr"] = measured
-        values |= self._enlarged(found, pictures.shape[1])
+        values |= self._enlarged(found, pictures.shape[1]) | self._map_limits(pictures)
         for name, (shares, value) in self._edits().items():
             per_prompt[name], values[name] = shares, value
         groups = self._groups(found)
@@ -437,6 +439,9 @@ class _Scoring:
             per_prompt[name] = decibels
             basis = self._pixels(count)
             values[name] = _value(metrics.mean_interval(decibels, config.blocks), basis)
+        if self.given.map is not None:
+            agreeing = self._agreeing(pictures)
+            per_prompt["map_agreement"], values["map_agreement"] = agreeing, self._of_maps(agreeing)
         return _Measured(per_prompt, values, shuffled)
 
     def _held_to(self, pictures: Pictures) -> dict[str, ndarray]:
@@ -466,6 +471,40 @@ class _Scoring:
             "psnr_bicubic": _value(metrics.mean_interval(near, blocks), self._pixels(count)),
             "psnr_gain": _value(gain, self._pixels(count)),
         }
+
+    def _agreeing(self, pictures: Pictures, shift: int = 0) -> ndarray:
+        """Share of each picture's pixels whose class is the one that was asked for (or, shifted,
+        for another picture).
+        """
+        assert self.given.map is not None
+        generator: Any = self.generator
+        asked = np.roll(self.given.map, -shift, 0)
+        return (generator.mapped(pictures) == asked).mean((1, 2), dtype=np.float64)
+
+    def _map_limits(self, pictures: Pictures) -> dict[str, Value]:
+        """What agreement chance reaches, the same pictures held against others' maps; and what the
+        real pictures reach that the maps are of, through the autoencoder: without one it is 1.
+        """
+        real = self.given.real
+        if self.given.map is None or real is None:
+            return {}
+        chance = self._agreeing(pictures, shift=1 + len(pictures) // 3)
+        found = {"map_agreement_shuffled": self._of_maps(chance)}
+        if getattr(self.generator, "codec", None) is not None:
+            generator: Any = self.generator
+            again = generator.decode(generator.encode(real))
+            found["map_agreement_real"] = self._of_maps(self._agreeing(again))
+        return found
+
+    def _of_maps(self, agreeing: ndarray) -> Value:
+        assert self.given.map is not None
+        generator: Any = self.generator
+        name, weights = generator.map_judge
+        basis = Basis(
+            judge=name, weights=weights, count=len(agreeing), prompts=digest(self.prompts),
+            reference=self._digest(self.given.map), reference_count=len(self.given.map),
+        )  # fmt: skip
+        return _value(metrics.mean_interval(agreeing, self.config.blocks), basis)
 
     def _train_features(self) -> ndarray:
         if not hasattr(self, "_train"):

@@ -170,7 +170,7 @@ def _given(table: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
     that is missing or unknown.
     """
     names = list(given.get("labels", {}))
-    wanted = ["prompt", *names, *(["low"] if given.get("low") else [])]
+    wanted = ["prompt", *names, *(it for it in ("low", "map") if given.get(it))]
     if unknown := [str(name) for name in table if name not in wanted]:
         raise ValueError(f"no column {', '.join(unknown)} is known; there are {', '.join(wanted)}")
     told: dict[str, Any] = {}
@@ -181,12 +181,43 @@ def _given(table: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
         if "low" not in table:
             raise ValueError(f"column low: wanted a PNG file of {side} x {side} pixels in each row")
         told["low"] = np.stack([_pixels(it, row, side) for row, it in enumerate(table["low"])])
+    if maps := given.get("map"):
+        side = maps["side"]
+        if "map" not in table:
+            raise ValueError(f"column map: wanted a PNG file of {side} x {side} pixels in each row")
+        told["map"] = np.stack([_indices(it, row, side) for row, it in enumerate(table["map"])])
     return told
+
+
+def _indices(data: Any, row: int, side: int) -> np.ndarray:
+    """A PNG file of indices, or its base64, as they are [side, side]."""
+    where = f"column map, row {row}"
+    picture, depth = _opened(data, where, side)
+    # Grey of fewer bits would be stretched to 8.
+    if picture.mode != "P" and (picture.mode != "L" or depth != 8):
+        raise ValueError(
+            f"{where}: got colours of mode {picture.mode}, wanted indices of classes, as 8 bits of "
+            "grey or places in a palette"
+        )
+    try:
+        return np.array(picture)
+    except (ValueError, OSError, SyntaxError):
+        raise ValueError(f"{where}: a PNG file that is broken") from None
 
 
 def _pixels(data: Any, row: int, side: int) -> np.ndarray:
     """A PNG file, or its base64, as pixels [side, side, 3]."""
     where = f"column low, row {row}"
+    picture, _ = _opened(data, where, side)
+    ground = Image.new("RGBA", picture.size, "white")
+    try:
+        return np.asarray(Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB"))
+    except (ValueError, OSError, SyntaxError):
+        raise ValueError(f"{where}: a PNG file that is broken") from None
+
+
+def _opened(data: Any, where: str, side: int) -> tuple[Image.Image, int]:
+    """(a PNG file of this side, or its base64, whose pixels are not read yet; bits of a value)."""
     try:
         file = data.encode() if isinstance(data, str) else memoryview(data).tobytes()
         if not file.startswith(b"\x89PNG"):  # MLflow decodes one of its two forms of a request
@@ -198,11 +229,7 @@ def _pixels(data: Any, row: int, side: int) -> np.ndarray:
         raise ValueError(
             f"{where}: got {picture.width} x {picture.height} pixels, wanted {side} x {side}"
         )
-    ground = Image.new("RGBA", picture.size, "white")
-    try:
-        return np.asarray(Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB"))
-    except (ValueError, OSError, SyntaxError):
-        raise ValueError(f"{where}: a PNG file that is broken") from None
+    return picture, file[24]
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -214,7 +241,9 @@ def _options(text: str) -> dict[str, Any]:
         raise ValueError(f"options: {error}; {wanted}") from None
     if not isinstance(options, dict):
         raise ValueError(f"options: got {text:.80}, {wanted}")
-    own = ("prompts", "negative", "guidance", "steps", "seed", "labels", "low", "level", "known")
+    own = (
+        "prompts", "negative", "guidance", "steps", "seed", "labels", "low", "map", "level", "known"
+    )  # fmt: skip
     if odd := [name for name in options if name in own]:
         raise ValueError(f"options: {odd[0]} is none of them; it has a place of its own, or none")
     return options
@@ -244,7 +273,8 @@ class PackagedGenerator(PythonModel):
 
         Besides a table with a `prompt` column, a list of strings or {"prompt": ...} is understood.
         A generator whose stages are told more reads it from columns: `low`, a PNG file of the
-        picture to enlarge, and one for each attribute of its classes. Params: negative_prompt,
+        picture to enlarge, `map`, one of its label map, and one for each attribute of its classes.
+        Params: negative_prompt,
         guidance, steps, seed, level, how strongly `low` is damaged first, and options, a JSON
         object of whatever else a call knows: {"sampler": "ddim", "guidance_interval": [0.1, 0.8],
         "sr1.steps": 8}. What is left out is the package's default.

@@ -72,7 +72,9 @@ def techniques(
     found = stages_apart(generator, prompts, seed, given)
     if given.low is not None:
         found.append(enlargements(generator, prompts, seed, given))
-    elif hears_embeddings(generator):
+    if given.map is not None:
+        found.append(from_maps(generator, prompts, seed, given))
+    if given.real is None and hears_embeddings(generator):
         found += [
             variations(generator, pictures, seed),
             mixtures(generator, pictures, seed),
@@ -84,7 +86,7 @@ def techniques(
         found += [between_latents(generator, pictures), between_noises(generator, seed)]
     if generator.codec is None:
         found.append(interpolation(generator, prompts, seed, given))
-        if not generator.enlarging and given.low is None:
+        if not generator.enlarging and given.real is None:
             found.append(inpainting(generator, pictures, seed))
             found.append(super_resolution(generator, pictures, seed))
     return found
@@ -176,6 +178,27 @@ def enlargements(
         f"{without:.1f}.",
         ["Given", "Bicubic", *(f"Drawn {k + 1}" for k in range(DRAWS)), "The picture"],
         list(np.stack([enlarged(low, side // low.shape[1]), plain, *drawn, real], axis=1)),
+        prompts,
+    )
+
+
+def from_maps(generator: Generator, prompts: Sequence[str], seed: int, given: Given) -> Technique:
+    """What a base that is told label maps makes of those that it is given."""
+    shown, real = given.shown, given.real
+    assert shown is not None
+    assert given.map is not None
+    assert real is not None
+    count = len(given.map)
+    drawn = [
+        generator(list(prompts), seed=seed + k * count, **given.options()) for k in range(DRAWS)
+    ]
+    kept = (generator.mapped(drawn[0]) == given.map).mean()
+    return Technique(
+        "By a label map",
+        "The map says which class each pixel is to have, in the colours of the classes; each time "
+        f"other noise. Of the first draws' pixels {100 * kept:.1f} % have the class asked for.",
+        ["The map", *(f"Drawn {k + 1}" for k in range(DRAWS)), "The picture"],
+        list(np.stack([shown, *drawn, real], axis=1)),
         prompts,
     )
 
@@ -321,7 +344,8 @@ def editing(found: Edits, count: int = 12) -> Technique:
 def _one(given: Given, row: int) -> dict[str, Any]:
     """What is given beside one prompt, as Generator.between takes it."""
     label = {} if given.labels is None else {"label": given.labels[row]}
-    return label | ({} if given.low is None else {"low": given.low[row]})
+    label |= {} if given.low is None else {"low": given.low[row]}
+    return label | ({} if given.map is None else {"map": given.map[row]})
 
 
 def _held(generator: Generator, known: Known, count: int, seed: int) -> Pictures:

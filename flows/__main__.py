@@ -140,7 +140,10 @@ def parser() -> argparse.ArgumentParser:
     it = verb("sample", "draw pictures from prompts", commands.sample)
     it.add_argument("model", metavar="MODEL[?KEY=VALUE&...]", help="e.g. shapes?sampler=heun")
     it.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="may be left out with --low or --label"
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="may be left out with --low, --map or --label",
     )
     it.add_argument("--out", required=True, metavar="DIR")
     it.add_argument("--negative", default=None, metavar="TEXT", help="what must not be seen")
@@ -156,6 +159,13 @@ def parser() -> argparse.ArgumentParser:
     )
     it.add_argument(
         "--level", type=float, default=None, metavar="X", help="how strongly that is damaged first"
+    )
+    it.add_argument(
+        "--map",
+        default=None,
+        metavar="FILE",
+        help="the label map that is drawn by, a PNG of indices of classes, or a folder of them: "
+        "each with each prompt",
     )
     it.add_argument(
         "--label",

@@ -145,6 +145,7 @@ def sample(
     low: str | None = None,
     level: float | None = None,
     labels: Sequence[str] = (),
+    map: str | None = None,
 ) -> dict[str, Any]:
     import numpy as np
 
@@ -154,18 +155,26 @@ def sample(
 
     if count < 1:
         raise UsageError(f"--count must be at least 1, got {count}")
-    if not (prompts or low or labels):
-        raise UsageError("nothing to draw: give a prompt, or --low or --label to a model of such")
+    if not (prompts or low or labels or map):
+        raise UsageError(
+            "nothing to draw: give a prompt, or --low, --map or --label to a model of such"
+        )
     named, chosen = _contender(model)
     generator = load(named, tracking_uri=settings().mlflow_uri)
-    label, small = _label(generator, labels), _low(generator, low)
+    label, small, maps = _label(generator, labels), _low(generator, low), _maps(generator, map)
     asked = [
-        (prompt, name) for prompt in prompts or [""] for name in small or [""] for _ in range(count)
+        (prompt, name, shown)
+        for prompt in prompts or [""]
+        for name in small or [""]
+        for shown in maps or [""]
+        for _ in range(count)
     ]
-    texts = [prompt for prompt, _ in asked]
+    texts = [prompt for prompt, _, _ in asked]
     options: dict[str, Any] = chosen | ({"labels": [label] * len(texts)} if label else {})
     if small:
-        options["low"] = np.stack([small[name] for _, name in asked])
+        options["low"] = np.stack([small[name] for _, name, _ in asked])
+    if maps:
+        options["map"] = np.stack([maps[shown] for _, _, shown in asked])
     if level is not None:
         options["level"] = level
     said = {"negative": negative, "guidance": guidance, "steps": steps, "seed": seed}
@@ -227,6 +236,25 @@ def _low(generator: Any, place: str | None) -> dict[str, Any]:
         return read_low(place, side)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"--low: {error}") from None
+
+
+def _maps(generator: Any, place: str | None) -> dict[str, Any]:
+    """The label maps that are drawn by, by name."""
+    from evaluation.given import read_maps
+
+    told = getattr(generator, "given", {}).get("map")
+    if place is None:
+        if told:
+            raise UsageError(
+                f"this model draws by label maps of {told['side']} px: give --map FILE"
+            )
+        return {}
+    if not told:
+        raise UsageError(f"--map {place}: this model is told no label maps")
+    try:
+        return read_maps(place, told["side"], told["classes"])
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"--map: {error}") from None
 
 
 def serve(model: str, host: str, port: int) -> dict[str, Any]:
@@ -307,6 +335,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             },
             "psnr": it.psnr,
             "consistency": it.consistency,
+            "map_agreement": it.map_agreement,
         }
         for it in drawn
     ]

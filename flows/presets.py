@@ -8,7 +8,7 @@ from typing import Any
 from evaluation.config import EvaluationConfig
 from evaluation.gate import GatePolicy
 from pipeline.ingest import IngestRules
-from pipeline.shapes import COLOURS, SHAPES
+from pipeline.shapes import BACKGROUNDS, COLOURS, SHAPES
 
 from . import published
 from .recipe import DataRecipe, Recipe, StageRecipe
@@ -283,6 +283,14 @@ def shapes_ldm_low() -> Recipe:
     (Rombach et al. 2022, section 4.4). Shares its autoencoder, CLIP and T5.
     """
     return _conditioned("shapes-ldm-low", shapes_ldm(), low={"side": 8, "augment": "none"})
+
+
+def shapes_ldm_map() -> Recipe:
+    """shapes-ldm told which colour each pixel has, beside the caption: semantic synthesis (Rombach
+    et al. 2022, section 4.3.2). Shares its autoencoder, CLIP and T5.
+    """
+    palette = [[name, list(colour)] for name, colour in {**COLOURS, **BACKGROUNDS}.items()]
+    return _conditioned("shapes-ldm-map", shapes_ldm(), map={"palette": palette})
 
 
 def shapes_sr3() -> Recipe:
@@ -637,6 +645,7 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-autoencoder": shapes_autoencoder,
     "shapes-ldm-class": shapes_ldm_class,
     "shapes-ldm-low": shapes_ldm_low,
+    "shapes-ldm-map": shapes_ldm_map,
     "shapes-sr3": shapes_sr3,
     "shapes-two": shapes_two,
     "shapes-diffusionclip": shapes_diffusionclip,

@@ -213,8 +213,8 @@ class Recipe(_Part):
     def sees_pixels(self, name: str) -> bool:
         """Whether a drawing stage's batches hold the pictures as they are."""
         config = self.stage(name).config
-        pixels = config.get("data") == "pixels" or config.get("low") or config.get("alignment")
-        return bool(pixels)
+        told = (config.get(it) for it in ("low", "map", "alignment"))
+        return config.get("data") == "pixels" or any(told)
 
     @property
     def samplers(self) -> dict[str, dict[str, Any]]:
@@ -439,7 +439,11 @@ def _check_cascade(recipe: Recipe) -> None:
     for name, config in configs.items():
         if encoded.flip and recipe.is_told_embedding(name):
             raise RecipeError("data.encode.flip: CLIP embeds pictures as they are; set it to false")
-        if encoded.max_aspect > 1 and (config.side or config.low):
+        if config.map and name != "base":
+            raise RecipeError(
+                f"{name}.config.map: the base alone is told label maps; set it to null"
+            )
+        if encoded.max_aspect > 1 and (config.side or config.low or config.map):
             raise RecipeError(f"data.encode.max_aspect: {name} shrinks squares alone; set it to 1")
         drawn = config.side or recipe.data.side
         if config.data == "pixels" and recipe.data.side % drawn:
@@ -510,8 +514,11 @@ def _check_edit(recipe: Recipe) -> None:
     """An edit is judged by a CLIP of the line's own, in pixels."""
     if not recipe.in_pixels:
         raise RecipeError("edit: it edits pixels alone; set base.config.data=pixels")
-    if recipe.stage("base").config.get("low"):
-        raise RecipeError("edit: it edits by what draws from nothing; set base.config.low=null")
+    for key in ("low", "map"):
+        if recipe.stage("base").config.get(key):
+            raise RecipeError(
+                f"edit: it edits by what draws from nothing; set base.config.{key}=null"
+            )
     if recipe.stage("base").config.get("side") not in (None, 0, recipe.data.side):
         raise RecipeError("edit: it edits pictures of data.side; set base.config.side=0")
     for name in recipe.inputs("edit"):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from pipeline.schema import PICTURE_EMBEDDING
@@ -39,7 +39,8 @@ from .diffusion import (
 from .diffusion.objective import Uncertainty, hybrid_loss
 from .diffusion.prediction import Network
 from .diffusion.samplers import karras_grid
-from .enlarging import LowConfig, shrunk
+from .enlarging import LowConfig, enlarged, shrunk
+from .mapping import Map, MapConfig, Mapper, shares
 from .measuring import ChannelStatistics, alike, fixed_batches, fixed_rows, heldout
 from .networks import (
     Context,
@@ -81,6 +82,8 @@ class BaseStageConfig:
     """Of pixels: the side to which pictures are shrunk, by means of squares; 0: the data's."""
     low: LowConfig | None = None
     """The smaller picture that is enlarged; None: nothing is."""
+    map: MapConfig | None = None
+    """Which class each pixel is to have; None: it is not told."""
     listens: tuple[str, ...] | None = None
     """The text encoders that are listened to, and "clip_image" for the picture's own embedding;
     None: all text encoders of the inputs."""
@@ -137,7 +140,9 @@ class BaseStageConfig:
                 f"low.residual: what a picture lacks is of data 'pixels', got {self.data!r}; set "
                 "low.residual=false"
             )
-        if not self.low and getattr(self.network, "low_channels", 0):
+        if self.map and prior:
+            raise ValueError("map: embeddings have no pixels; set it to null")
+        if not self.low and not self.map and getattr(self.network, "low_channels", 0):
             raise ValueError(
                 "network.low_channels: nothing is enlarged here; set low, or network.low_channels=0"
             )
@@ -184,7 +189,7 @@ class BaseStageConfig:
 
 class BaseStage(Stage):
     """Trains on `moments`, `pixels` or `clip_image_pooled`, the text fields of its contexts, and
-    with `low` or `alignment` on `pixels` too."""
+    with `low`, `map` or `alignment` on `pixels` too."""
 
     kind = "base"
     shift: Tensor
@@ -202,6 +207,7 @@ class BaseStage(Stage):
             states = config.network.state_width(config.alignment.block)
             tower = config.alignment.tower or self.inputs.get("clip", "")
             self.alignment = Alignment(config.alignment, states, tower)
+        self.mapper = Mapper(config.map) if config.map else None
         self.weight = config.diffusion.build_weight()
         self.uncertainty = config.diffusion.build_uncertainty()
         axes = 1 if config.data == "embedding" else 3
@@ -249,6 +255,9 @@ class BaseStage(Stage):
         position, config = batch["position"], self.config
         cond = dict(self.cond(batch, self.seed))
         cond["keep"] = uniform(self.seed, "keep", position) >= config.caption_dropout
+        if config.map and config.map.dropout:
+            kept = uniform(self.seed, "keep/map", position) >= config.map.dropout
+            cond = self.without_map(cond, kept)
         if config.context_dropout:
             for context in config.network.contexts:
                 drawn = uniform(self.seed, f"keep/{context.name}", position)
@@ -275,7 +284,7 @@ class BaseStage(Stage):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As usual, but the network alone where another one, which is opened on the way, sees the
         pictures too."""
-        if self.alignment is None:
+        if self.alignment is None and not (self.config.map and self.config.map.segmenter):
             super().compile(*args, **kwargs)
         else:
             self.network.compile(*args, **kwargs)
@@ -354,7 +363,28 @@ class BaseStage(Stage):
             noise = config.low.noise(seed, position, small, purpose)
             side = config.side or batch["pixels"].shape[-1]
             cond |= config.low.told(small, strength, self.model, noise, side)
+        if self.mapper:
+            denoised = self._field(batch, config.data)
+            maps = self.mapper(self._field(batch, "pixels"))
+            cond = self.with_map(cond, maps, config.side or denoised.shape[-1])
         return cond
+
+    def with_map(self, cond: Cond, maps: Map, side: int) -> dict[str, Tensor]:
+        """The condition with maps of pictures as the last channels of its "low", of the `side` of
+        what is denoised."""
+        assert self.config.map is not None
+        told = shares(maps, len(self.config.map.names), side)
+        if "low" in cond:
+            told = torch.cat([enlarged(cond["low"], side), told], 1)
+        return {**cond, "low": told}
+
+    def without_map(self, cond: Cond, keep: Bool[Tensor, " batch"]) -> dict[str, Tensor]:
+        """The condition with zeros in the place of the maps of rows that are not kept."""
+        assert self.config.map is not None
+        count = len(self.config.map.names)
+        before, told = cond["low"].split([cond["low"].shape[1] - count, count], 1)
+        told = torch.where(keep[:, None, None, None], told, 0)
+        return {**cond, "low": torch.cat([before, told], 1)}
 
     def classes(self, labels: Sequence[Any], device: torch.device | str) -> Int64[Tensor, " row"]:
         """The class of each label: its attributes' answers as the digits of a number; the null
@@ -499,6 +529,9 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
         if name != "autoencoder"
     }
     channels = embedding = patches = None
+    classes: tuple[str, ...] = ()
+    if config.map and not config.map.names:
+        classes = shapes.class_names(config.map.segmenter)
     if "autoencoder" in inputs and config.data == "moments":
         channels = shapes.latent_channels(inputs["autoencoder"])
         stated = config.channels
@@ -531,7 +564,7 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
                 f"{context.pooled_width}, the encoder gives {has.width} and {has.pooled_width}: "
                 "leave contexts out"
             )
-    return filled(config, channels, texts, embedding, patches)
+    return filled(config, channels, texts, embedding, patches, classes)
 
 
 def filled(
@@ -540,11 +573,14 @@ def filled(
     texts: Mapping[str, tuple[int, int]],
     embedding: int | None,
     patches: int | None = None,
+    classes: Sequence[str] = (),
 ) -> BaseStageConfig:
     """The config with what its inputs decide: the latents' channels, the (tokens', pooled) widths
-    of the text encoders, the widths of CLIP's embeddings and of the features that are aligned with;
-    None where there is no such input."""
+    of the text encoders, the widths of CLIP's embeddings and of the features that are aligned with,
+    the classes of what makes label maps; None, or none, where there is no such input."""
     more: dict[str, Any] = {}
+    if config.map and classes:
+        config = replace(config, map=replace(config.map, classes=tuple(classes)))
     if config.alignment and patches:
         config = replace(config, alignment=replace(config.alignment, width=patches))
     if config.data == "embedding":
@@ -553,8 +589,9 @@ def filled(
         more["in_channels"] = 3
     elif channels:
         more["in_channels"] = channels
-    if config.low:
-        more["low_channels"] = 3
+    if config.low or config.map:
+        named = config.map.names if config.map else ()
+        more["low_channels"] = (3 if config.low else 0) + len(named)
     if config.attributes:
         more["classes"] = class_count(config.attributes)
     if not config.network.contexts:

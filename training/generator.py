@@ -48,6 +48,8 @@ DENOISING = (PRIOR, BASE, *ENLARGING)
 Pictures = UInt8[np.ndarray, "picture height width 3"]
 Labels = Sequence[Mapping[str, str] | None]
 """Of each picture, attribute -> answer; None or {}: of any class."""
+Maps = UInt8[np.ndarray, "picture height width"]
+"""The index of each pixel's class."""
 Embeddings = Float[Tensor, "picture width"]
 """Of pictures by CLIP, of length 1."""
 
@@ -186,6 +188,7 @@ class Generator:
         sampler: str | None = None,
         labels: Labels | None = None,
         low: Pictures | None = None,
+        map: Maps | None = None,
         classifier_guidance: float = 0.0,
         clip_guidance: float = 0.0,
         known: Known | None = None,
@@ -202,7 +205,8 @@ class Generator:
         A stage that is told classes reads them from `labels`, one mapping of attributes to answers
         a prompt; without them it draws of any class. A base that enlarges pictures (SR3, Saharia et
         al. 2021) needs `low`: one for each prompt, `low_side` pixels a side, damaged first by the
-        option `level`.
+        option `level`. One that draws by label maps (LDM, Rombach et al. 2022, section 4.3.2)
+        needs `map`: for each prompt the index in `map_classes` of every pixel of the picture.
 
         `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage;
         `clip_guidance` that of the noise-aware CLIP, or
@@ -219,7 +223,7 @@ class Generator:
             *self._clip_guide(prompts, clip_guidance),
             *self._known_guide(prompts, known),
         ]
-        asked = self._asked(prompts, negative, seed, labels, low, embeddings)
+        asked = self._asked(prompts, negative, seed, labels, low, embeddings, map)
         pictures = [
             list(self._stages(asked.rows(rows), chosen, [make(rows) for make in guides]))[-1][1]
             for rows in asked.batches()
@@ -235,12 +239,13 @@ class Generator:
         seed: int | Sequence[int] = 0,
         labels: Labels | None = None,
         low: Pictures | None = None,
+        map: Maps | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         **options: Any,
     ) -> dict[str, Pictures]:
         """What each stage that draws pictures drew, by its name, the last of them what a call
         returns; `options` are fields of BaseSampler, as there."""
-        asked = self._asked(prompts, negative, seed, labels, low, embeddings)
+        asked = self._asked(prompts, negative, seed, labels, low, embeddings, map)
         parts = [dict(self._stages(asked.rows(rows), options)) for rows in asked.batches()]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -261,6 +266,19 @@ class Generator:
         if self.codec is None:
             raise ValueError("decode: this generator draws pixels and has no autoencoder")
         return np.concatenate([_numpy(self.codec.decode(part)) for part in z.split(BATCH)])
+
+    def mapped(self, pictures: Pictures) -> Maps:
+        """The label maps of pictures, by what made those of the training. ValueError for a
+        generator that is told none."""
+        mapper = None if self.base is None else self.base.mapper
+        if mapper is None:
+            raise ValueError("mapped: this generator is told no label maps")
+        found = [np.zeros((0, *pictures.shape[1:3]), np.uint8)]
+        for start in range(0, len(pictures), BATCH):
+            x = torch.from_numpy(np.ascontiguousarray(pictures[start : start + BATCH]))
+            maps = mapper(x.permute(0, 3, 1, 2).to(self._device))
+            found.append(maps.to(torch.uint8).cpu().numpy())
+        return np.concatenate(found)
 
     def embed(self, pictures: Pictures) -> Embeddings:
         """The embeddings of square pictures. ValueError without a CLIP that has an image tower."""
@@ -285,11 +303,13 @@ class Generator:
         *,
         label: Mapping[str, str] | None = None,
         low: UInt8[np.ndarray, "side side 3"] | None = None,
+        map: UInt8[np.ndarray, "height width"] | None = None,
         **options: Any,
     ) -> Pictures:
         """Pictures of one prompt from noise between that of two seeds, on the sphere: share 0 is
-        the first seed's picture (DDIM, Song et al. 2021, sec. 5.3). `label` and `low` are one of a
-        call's; `options` are fields of BaseSampler, without which the sampler is deterministic.
+        the first seed's picture (DDIM, Song et al. 2021, sec. 5.3). `label`, `low` and `map` are
+        those of one prompt of a call; `options` are fields of BaseSampler, without which the
+        sampler is deterministic.
         """
         first, last = (self._drawn(self.latent_shape, [seed], "sample") for seed in seeds)
         eps = torch.cat([slerp(first, last, share) for share in shares])
@@ -301,6 +321,7 @@ class Generator:
             [seeds[0]] * count,
             None if label is None else [label] * count,
             None if low is None else np.stack([low] * count),
+            map=None if map is None else np.stack([map] * count),
         )
         chosen = {"kind": "ddim", "eta": 0.0, "corrections": 0, **options}
         return list(self._stages(asked, chosen, eps=eps))[-1][1]
@@ -314,16 +335,18 @@ class Generator:
         seed: int | Sequence[int] = 0,
         labels: Labels | None = None,
         low: Pictures | None = None,
+        map: Maps | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         **options: Any,
     ) -> Float[Tensor, "picture channel height width"]:
         """What a call decodes, still shifted and scaled; `options` are fields of BaseSampler."""
-        asked = self._asked(prompts, negative, seed, labels, low, embeddings)
+        asked = self._asked(prompts, negative, seed, labels, low, embeddings, map)
         sampler, samplers = self._samplers(options)
         return torch.cat(
             [
                 self._latents(part, told, self._embeddings(part, told, samplers), sampler)
-                for part in map(asked.rows, asked.batches())
+                for rows in asked.batches()
+                for part in [asked.rows(rows)]
                 for told in [self._read(part)]
             ]
         )
@@ -417,11 +440,14 @@ class Generator:
     @property
     def given(self) -> dict[str, Any]:
         """What a call gives beside prompts, for those who only read of the generator: "labels"
-        (attribute -> answers) and "low" (side in pixels), where stages are told them, and then
-        "text", whether prompts are heard as well; {} where they are all there is."""
+        (attribute -> answers), "low" (side in pixels) and "map" (its "classes" by index, its "side"
+        in pixels), where stages are told them, and then "text", whether prompts are heard as well;
+        {} where they are all there is."""
         labels = {"labels": {name: list(it) for name, it in self.classes.items()}}
         low = {"low": self.low_side}
+        maps = {"map": {"classes": list(self.map_classes), "side": self.resolution}}
         found = (labels if self.reads_labels else {}) | (low if self.low_side else {})
+        found |= maps if self.map_classes else {}
         return {**found, "text": self.reads_text} if found else {}
 
     @property
@@ -429,6 +455,27 @@ class Generator:
         """Of the pictures that a call gives as `low`, in pixels; 0 where the base enlarges none."""
         low = None if self.base is None else self.base.config.low
         return low.side if low else 0
+
+    @property
+    def map_classes(self) -> tuple[str, ...]:
+        """Of the label maps that a call gives as `map`, which have the side of the pictures; none
+        where the base is told no maps."""
+        config = None if self.base is None else self.base.config.map
+        return config.names if config else ()
+
+    @property
+    def map_colours(self) -> UInt8[np.ndarray, "class 3"]:
+        """In which the classes of maps are shown. ValueError where there are none."""
+        if not self.map_classes:
+            raise ValueError("map_colours: this generator is told no label maps")
+        return self.base.config.map.colours
+
+    @property
+    def map_judge(self) -> tuple[str, str]:
+        """What makes the maps of pictures: its name, and a digest of it."""
+        config = self.base.config.map
+        name = f"segmenter {config.segmenter}" if config.segmenter else "the model's palette"
+        return name, self.base.mapper.digest
 
     @property
     def _device(self) -> torch.device:
@@ -460,11 +507,13 @@ class Generator:
         labels: Labels | None = None,
         low: Pictures | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
+        map: Maps | None = None,
     ) -> _Asked:
         """What a call asks for. ValueError where the stages cannot be told it."""
-        low = None if low is None else np.asarray(low)
-        asked = _Asked.of(prompts, negative, seed, labels, embeddings, low)
+        low, map = (None if it is None else np.asarray(it) for it in (low, map))
+        asked = _Asked.of(prompts, negative, seed, labels, embeddings, low, map)
         self._check_labels(labels)
+        self._check_map(map, len(prompts))
         side = self.low_side
         if low is None:
             if side and len(prompts):
@@ -480,6 +529,26 @@ class Generator:
                 f"{side}, 3]"
             )
         return asked
+
+    def _check_map(self, map: Maps | None, count: int) -> None:
+        names, side = self.map_classes, self.resolution
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        wanted = f"uint8 [{count}, {side}, {side}], indices of {len(names)} classes ({listed})"
+        if map is None:
+            if names and count:
+                raise ValueError(
+                    "map: this generator draws by label maps, and none was given; give "
+                    f"{wanted}, one for each prompt"
+                )
+        elif not names:
+            raise ValueError("map: this generator is told no label maps")
+        elif map.dtype != np.uint8 or map.shape[1:] != (side, side):
+            raise ValueError(f"map: got {map.dtype} {list(map.shape)}, wanted {wanted}")
+        elif len(rows := np.flatnonzero((map >= len(names)).any((1, 2)))):
+            raise ValueError(
+                f"map[{rows[0]}]: got index {map[rows[0]].max()}, wanted 0 to {len(names) - 1}: "
+                f"{listed}"
+            )
 
     def _check_labels(self, labels: Labels | None) -> None:
         if labels is None:
@@ -549,6 +618,9 @@ class Generator:
             small = torch.from_numpy(np.ascontiguousarray(asked.low)).permute(0, 3, 1, 2)
             small = to_unit(small.to(self._device))
             more |= self._damaged(BASE, self.base, asked, small, sampler.level)
+        if asked.map is not None:
+            maps = torch.from_numpy(np.ascontiguousarray(asked.map)).to(self._device).long()
+            more = self.base.with_map(more, maps, self.base.latent_shape.tolist()[-1])
         return self._sampled(BASE, self.base, asked, told, sampler, more, guides, eps)
 
     def _unscaled(self, x: Tensor) -> Tensor:
@@ -703,7 +775,8 @@ class Generator:
         guides: Sequence[Guide] = (),
         eps: Tensor | None = None,
     ) -> Tensor:
-        """What a stage draws, told the texts and `more`."""
+        """What a stage draws, told the texts and `more`. Guidance leads away from `against`, or
+        from no caption; from no map as well where that was learnt."""
         purpose = "sample" if name == BASE else f"sample/{name}"
         shape = stage.latent_shape.tolist()
         calls = iter(range(1 << 62))
@@ -713,11 +786,16 @@ class Generator:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 return stage.network(x, label, cond)
 
+        cond = _cond(stage, told.texts, more)
+        negative = None if told.against is None else _cond(stage, told.against, more, False)
+        if stage.config.map and stage.config.map.dropout:
+            silent = torch.zeros_like(cond["keep"])
+            negative = stage.without_map(negative or {**cond, "keep": silent}, silent)
         return sampler.sample(
             stage.build_model(network),
             self._drawn(shape, asked.seeds, purpose) if eps is None else eps,
-            _cond(stage, told.texts, more),
-            negative=None if told.against is None else _cond(stage, told.against, more, False),
+            cond,
+            negative=negative,
             guides=guides,
             noise=lambda x: self._drawn(shape, asked.seeds, f"{purpose}/{next(calls)}").to(x),
         )
@@ -739,6 +817,7 @@ class _Asked:
     labels: Labels | None = None
     embeddings: Embeddings | Literal["prior", "text", "none"] = "prior"
     low: Pictures | None = None
+    map: Maps | None = None
 
     @classmethod
     def of(
@@ -749,13 +828,16 @@ class _Asked:
         labels: Labels | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         low: Pictures | None = None,
+        map: Maps | None = None,
     ) -> _Asked:
         if isinstance(prompts, str):
             raise ValueError(f"prompts: wanted a list of texts, got one text: {prompts!r:.80}")
         count = len(prompts)
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else [*map(int, seed)]
+        seeds = (
+            [seed + i for i in range(count)] if isinstance(seed, int) else [int(it) for it in seed]
+        )
         negatives = [negative] * count if isinstance(negative, str) else negative
-        given = {"seed": seeds, "negative": negatives, "labels": labels, "low": low}
+        given = {"seed": seeds, "negative": negatives, "labels": labels, "low": low, "map": map}
         given["embeddings"] = embeddings if isinstance(embeddings, Tensor) else None
         for name, values in given.items():
             if values is not None and len(values) != count:
@@ -764,7 +846,7 @@ class _Asked:
             raise ValueError(
                 f"embeddings: got {embeddings!r}, wanted 'prior', 'text', 'none' or a tensor"
             )
-        return cls(prompts, negatives, seeds, labels, embeddings, low)
+        return cls(prompts, negatives, seeds, labels, embeddings, low, map)
 
     def batches(self) -> list[slice]:
         return [slice(start, start + BATCH) for start in range(0, len(self.prompts), BATCH)]
@@ -777,6 +859,7 @@ class _Asked:
             None if self.labels is None else self.labels[rows],
             self.embeddings[rows] if isinstance(self.embeddings, Tensor) else self.embeddings,
             None if self.low is None else self.low[rows],
+            None if self.map is None else self.map[rows],
         )
 
 
@@ -1005,6 +1088,10 @@ def _open(
             side = codec.decode(torch.zeros(1, *shape, device=device)).shape[-1]
     enlarging = {name: drawing[name] for name in ENLARGING if name in drawing}
     for name, stage in enlarging.items():
+        if stage.config.map:
+            raise ValueError(
+                f"{name}.config.map: the base alone is told label maps; set it to null"
+            )
         low = stage.config.low
         if low is None or low.side != side:
             raise ValueError(

@@ -13,7 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from pipeline.schema import PICTURE_EMBEDDING
 from .accelerators import Accelerator
 from .denoising import filled
 from .ema import Ema, PowerAverages
-from .encoders.shapes import Shape, foreseen, patch_width
+from .encoders.shapes import Shape, class_names, foreseen, patch_width
 from .encoders.sources import Source, here
 from .loop import TrainingConfig
 from .optimizer import Optimizer, gradient_norm
@@ -181,8 +181,12 @@ def count(
         for name, it in _looking(config).items()
         if (tower := it.tower or named)
     }
+    maps = getattr(config, "map", None)
+    segmenter = _segmenter(maps.segmenter) if maps and maps.segmenter else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         stage = create(config.kind, config)
+        if segmenter:
+            cast(Any, stage).mapper.opened[CPU] = segmenter
         for name, it in _looking(stage).items():
             if name in opened:
                 it.opened[CPU] = opened[name]
@@ -209,6 +213,18 @@ def _opened(name: str, config: Any, tower: str) -> Any:
     if name == "alignment":
         return perceptual.patches(str(found), CPU, config.side)
     return perceptual.load(str(found), CPU)
+
+
+def _segmenter(where: str) -> Any:
+    """What makes label maps, from this machine's disk."""
+    from .encoders import segmenter
+
+    if (found := here(where)) is None:
+        raise ValueError(
+            f"map.segmenter: {where} is not here, so what it computes is not known: fetch it "
+            "first, or plan without it"
+        )
+    return segmenter.load(str(found), CPU)
 
 
 def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int = 1) -> Update:
@@ -342,7 +358,10 @@ def informed(config: Any, shapes: Mapping[str, Shape]) -> Any:
         embedding, patches = shapes["clip"].pooled, shapes["clip"].patches
     if config.alignment and (tower := config.alignment.tower):
         patches = config.alignment.width or (here(tower) and patch_width(tower))
-    return filled(config, channels, texts, embedding, patches)
+    classes = ()
+    if config.map and not config.map.names and (found := here(config.map.segmenter)):
+        classes = class_names(str(found))
+    return filled(config, channels, texts, embedding, patches, classes)
 
 
 def batch_of(

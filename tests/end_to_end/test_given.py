@@ -1,5 +1,5 @@
-"""Systems that are told more than a caption go through the line: SR3, and LDM by class and by a
-small picture."""
+"""Systems that are told more than a caption go through the line: SR3, and LDM by class, by a small
+picture and by a label map."""
 
 import base64
 import io
@@ -129,3 +129,37 @@ def test_ldm_is_told_a_class_or_a_small_picture(darkroom, home, tmp_path):
             sample("shapes-ldm-class", out, labels=[label])
     file = small(tmp_path / "grey.png", 8)
     assert len(sample("shapes-ldm-low", out, "a blue ring", low=file)["files"]) == 1
+
+
+def test_ldm_is_told_a_label_map(darkroom, home, tmp_path):
+    few = (*TINY, "base.config.network.channels=32", "evaluation.guidance_scales=[2.0]")
+    made = darkroom("run", "shapes-ldm-map", *few)
+    assert made["verdict"]["promote"], made["verdict"]
+    card = made["scorecard"]
+    assert {"map_agreement", "map_agreement_real", "map_agreement_shuffled"} <= card.keys()
+    assert "psnr" not in card
+    page = Path(made["report"]).read_text()
+    assert "<h3>By a label map</h3>" in page
+
+    out, file = tmp_path / "out", tmp_path / "half.png"
+    indices = np.full((32, 32), 8, np.uint8)
+    indices[:, 16:] = 2
+    Image.fromarray(indices).save(file)
+    words = ("--map", str(file), "--out", str(out), "--count", "2")
+    drawn = darkroom("sample", "shapes-ldm-map", "a blue square", *words)
+    names = [Path(it).name for it in drawn["files"]]
+    assert names == ["000-a-blue-square-half-0.png", "001-a-blue-square-half-1.png"]
+    assert picture(drawn["files"][0]).shape == (32, 32, 3)
+    Image.fromarray(np.full((32, 32), 13, np.uint8)).save(tmp_path / "wrong.png")
+    for more, said in (
+        ({}, "this model draws by label maps of 32 px: give --map FILE"),
+        ({"map": str(tmp_path / "wrong.png")}, "got index 13, wanted 0 to 12: red, green"),
+        ({"map": str(file), "low": str(file)}, "this model enlarges no picture"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            sample("shapes-ldm-map", out, "a ring", **more)
+    rows = commands.compare(
+        ["shapes-ldm-map", "shapes-ldm-map?steps=1"], str(tmp_path / "compared.html"), 12, None
+    )["rows"]
+    assert all(0 < it["map_agreement"] <= 1 for it in rows)
+    assert rows[0]["psnr"] is None

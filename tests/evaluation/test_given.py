@@ -1,5 +1,8 @@
 """What is told beside a prompt is of its own picture, and what keeps to it is measured so."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +16,7 @@ from evaluation.given import (
     drawn_for,
     held_out,
     read_low,
+    read_maps,
     shrunk,
     truths_of,
 )
@@ -101,6 +105,30 @@ class Classy:
         return np.stack([shapes.draw(shapes.scene_of(it, 1, 1), 32) for it in truths])
 
 
+COLOURS = {**shapes.COLOURS, **shapes.BACKGROUNDS}
+
+
+class Synthesis:
+    """Is told label maps; draws each class in its colour, or all in one, or the real pictures."""
+
+    reads_text = False
+    map_classes = tuple(COLOURS)
+    map_colours = np.array(list(COLOURS.values()), np.uint8)
+    map_judge = "the model's palette", "0"
+
+    def __init__(self, draws="colours"):
+        self.draws = draws
+
+    def mapped(self, pictures):
+        away = pictures[..., None, :].astype(int) - self.map_colours
+        return (away**2).sum(-1).argmin(-1).astype(np.uint8)
+
+    def __call__(self, prompts, *, map, guidance=None, steps=None, seed=0):
+        if self.draws == "real":
+            return pictured(PROMPTS)[[int(it) for it in prompts]]
+        return self.map_colours[map if self.draws == "colours" else np.zeros_like(map)]
+
+
 class Thumbnails:
     def __init__(self):
         self.tuple_id = {"extractor": "thumbnails", "weights": "none", "resize": "to 8"}
@@ -162,6 +190,59 @@ def test_the_score_of_an_enlargement_is_known():
     assert "dB when enlarged bicubically" in page
 
 
+def test_a_map_is_that_of_the_prompts_picture():
+    it = Synthesis()
+    given = Given.of(it, PROMPTS, pictured)
+    assert (given.low, given.labels) == (None, None)
+    np.testing.assert_array_equal(given.real, pictured(PROMPTS))
+    np.testing.assert_array_equal(given.map, it.mapped(pictured(PROMPTS)))
+    np.testing.assert_array_equal(given.shown, it.map_colours[given.map])
+    assert given.options(slice(3, 5)).keys() == {"map"}
+    np.testing.assert_array_equal(given.options(slice(3, 5))["map"], given.map[3:5])
+    with pytest.raises(ValueError, match="draws by the label maps of pictures, and its prompts br"):
+        Given.of(it, PROMPTS)
+    assert asked_of(it) == ATTRIBUTES
+
+
+def test_agreement_with_a_map_is_known():
+    """1 for the real pictures themselves, and for one colour alone its share of the maps."""
+    maps = Synthesis().mapped(pictured(PROMPTS))
+    chance = (np.roll(maps, -(1 + 48 // 3), 0) == maps).mean()
+    for draws, wanted, shuffled in (
+        ("real", 1.0, chance), ("colours", 1.0, chance), ("red", (maps == 0).mean(), None),
+    ):  # fmt: skip
+        found = scored(Synthesis(draws), pictured=pictured)
+        values = found.scorecard.values
+        assert values["map_agreement"].value == pytest.approx(wanted)
+        assert found.scorecard.headline["map_agreement"] == pytest.approx(wanted)
+        assert found.per_prompt["map_agreement"].shape == (48,)
+        assert values["map_agreement"].basis.judge == "the model's palette"
+        if shuffled is not None:
+            assert values["map_agreement_shuffled"].value == pytest.approx(shuffled)
+        assert {"psnr", "consistency", "map_agreement_real"}.isdisjoint(values)
+    low, high = (values["map_agreement"].low, values["map_agreement"].high)
+    assert low < values["map_agreement"].value < high
+    page = render(ReportInputs(name="by maps", scored=found))
+    assert "of pixels as the label map says" in page
+    assert "Keeps to the label map" in page
+
+
+def test_maps_are_compared_and_shown():
+    from evaluation.comparison import Contender, compare
+    from evaluation.comparison import render as compared
+
+    contenders = [Contender(it, Synthesis(it)) for it in ("colours", "red")]
+    drawn = compare(contenders, PROMPTS, seed=0, pictured=pictured)
+    assert drawn[0].map_agreement == 1.0
+    assert drawn[0].psnr is None
+    maps = Synthesis().mapped(pictured(PROMPTS))
+    assert drawn[1].map_agreement == pytest.approx((maps == 0).mean())
+    page = compared("maps", drawn, PROMPTS)
+    assert '<th scope="col">Given</th>' in page
+    assert '<th scope="col">Keeps to the map</th>' in page
+    assert '<th scope="col">PSNR</th>' not in page
+
+
 def test_of_a_model_that_is_told_classes_alone_nothing_else_is_asked():
     whole = scored(Classy())
     found = whole.scorecard
@@ -205,3 +286,48 @@ def test_pictures_to_enlarge_are_read_from_a_file_or_a_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no picture there"):
         read_low(str(tmp_path / "empty"), 8)
+
+
+def nibbles(values: np.ndarray) -> bytes:
+    """A PNG file of 4 bits of grey a pixel."""
+    rows = (values[:, ::2] << 4 | values[:, 1::2]).astype(np.uint8)
+    data = b"".join(b"\0" + row.tobytes() for row in rows)
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", *values.shape[::-1], 4, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(data), b"IEND": b"",
+    }  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(it)) + name + it + struct.pack(">I", zlib.crc32(name + it))
+        for name, it in parts.items()
+    )
+
+
+def test_maps_are_read_as_the_indices_they_hold(tmp_path):
+    indices = np.random.default_rng(0).integers(0, 5, (8, 8), np.uint8)
+    Image.fromarray(indices).save(tmp_path / "grey.png")
+    coloured = Image.fromarray(indices)
+    coloured.putpalette(np.random.default_rng(1).integers(0, 256, 15, np.uint8).tobytes())
+    coloured.save(tmp_path / "palette.png")
+    names = ("sky", "sea", "sand", "rock", "tree")
+    found = read_maps(str(tmp_path), 8, names)
+    assert list(found) == ["grey", "palette"]
+    for it in found.values():
+        np.testing.assert_array_equal(it, indices)
+    file = str(tmp_path / "grey.png")
+    np.testing.assert_array_equal(read_maps(file, 8, names)["grey"], indices)
+    with pytest.raises(ValueError, match=r"grey.png: got 8 x 8 pixels, wanted 16 x 16"):
+        read_maps(file, 16, names)
+    with pytest.raises(ValueError, match=r"grey.png: got index 4, wanted 0 to 2: sky, sea, sand"):
+        read_maps(file, 8, names[:3])
+    (tmp_path / "grey.png").write_bytes(nibbles(indices))
+    with pytest.raises(ValueError, match="mode L, wanted indices of classes, as 8 bits"):
+        read_maps(file, 8, names)
+    Image.fromarray(indices).convert("RGB").save(file)
+    with pytest.raises(ValueError, match="mode RGB, wanted indices"):
+        read_maps(file, 8, names)
+    (tmp_path / "grey.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"grey.png: no PNG file, or a broken one"):
+        read_maps(file, 8, names)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: no picture there \(.png\)"):
+        read_maps(str(tmp_path / "empty"), 8, names)

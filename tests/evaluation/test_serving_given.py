@@ -32,16 +32,31 @@ BASE = {
 }  # fmt: skip
 
 
+SYNTHESIS = {
+    "data": "pixels",
+    "listens": [],
+    "map": {"palette": [["night", [0, 0, 0]], ["dusk", [120, 60, 90]], ["day", [255, 255, 255]]]},
+    "network": BASE["network"],
+}
+
+
+def loud(base: Any) -> None:
+    import torch
+
+    torch.nn.init.normal_(base.network.out.weight, std=0.3)  # else it draws 0
+
+
+def opened(package: Path) -> serving.PackagedGenerator:
+    it = serving.PackagedGenerator()
+    it.load_context(SimpleNamespace(artifacts={"package": str(package)}, model_config={}))
+    return it
+
+
 @pytest.fixture(scope="module")
 def packaged(tmp_path_factory) -> Path:
     """Real stages with random weights: a base that is told a text, a class and a picture."""
-    import torch
-
     from evaluation.packaging import package
     from training.generator import assemble
-
-    def loud(base: Any) -> None:
-        torch.nn.init.normal_(base.network.out.weight, std=0.3)  # else it draws 0
 
     root = tmp_path_factory.mktemp("given")
     done = untrained(root, {"clip": CLIP, "base": BASE}, (3, 16, 16), loud)
@@ -52,9 +67,25 @@ def packaged(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(packaged):
-    it = serving.PackagedGenerator()
-    it.load_context(SimpleNamespace(artifacts={"package": str(packaged)}, model_config={}))
-    return it
+    return opened(packaged)
+
+
+@pytest.fixture(scope="module")
+def synthesis(tmp_path_factory) -> Path:
+    """A base that is told a label map and nothing else."""
+    from evaluation.packaging import package
+    from training.generator import assemble
+
+    root = tmp_path_factory.mktemp("maps")
+    done = untrained(root, {"base": SYNTHESIS}, (3, 16, 16), loud)
+    assemble(root / "generator", done, {"steps": 2})
+    made = package(root / "generator", root / "packages", recipe={"name": "maps"}, lineage={})
+    return Path(made)
+
+
+@pytest.fixture(scope="module")
+def maps() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 3, (2, 16, 16), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +150,57 @@ def test_the_card_says_what_to_give(packaged):
     assert f"rows = pd.DataFrame({row})" in page
     assert "- `colour`: one of red, blue." in page
     assert "8 x 8 pixels" in page
+
+
+def test_a_row_tells_a_label_map(synthesis, maps):
+    from evaluation.packaging import example
+    from training.generator import Generator
+
+    model = opened(synthesis)
+    given = json.loads((synthesis / "manifest.json").read_text())["given"]
+    assert given == {"map": {"classes": ["night", "dusk", "day"], "side": 16}, "text": False}
+    assert example(given) == {"map": "BASE64 OF A PNG FILE"}
+    wanted = Generator.load(synthesis / "generator", "cpu")([""] * 2, seed=5, map=maps)
+    assert (wanted[0] != wanted[1]).any()
+    coloured = Image.fromarray(maps[1])
+    coloured.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    file = io.BytesIO()
+    coloured.save(file, "PNG")
+    files = [png(maps[0]), file.getvalue()]
+    coded = {"map": [base64.b64encode(it).decode() for it in files]}
+    for asked in (pd.DataFrame({"map": files}), coded):
+        drawn = pixels(model.predict(None, asked, {"seed": 5}))
+        np.testing.assert_array_equal(drawn, wanted)
+    for asked, said in [
+        ({"prompt": ["a"]}, "column map: wanted a PNG file of 16 x 16 pixels in each row"),
+        ({"map": png(maps[0, :8])}, "column map, row 0: got 16 x 8 pixels, wanted 16 x 16"),
+        ({"map": png(wanted[0])}, "column map, row 0: got colours of mode RGB, wanted indices"),
+        ({"map": [files[0], "x"]}, "column map, row 1: wanted a PNG file, or its base64"),
+        ({"map": png(maps[0] + 1)}, r"map\[0\]: got index 3, wanted 0 to 2: night, dusk, day"),
+        ({"map": files[0], "low": files[0]}, "no column low is known; there are prompt, map"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            model.predict(None, asked, {})
+    page = (synthesis / "README.md").read_text()
+    assert 'rows = pd.DataFrame([{"map": open("map.png", "rb").read()}])' in page
+    assert "which class each pixel is to have: 0 night, 1 dusk, 2 day;" in page
+
+
+@pytest.mark.slow
+def test_mlflow_takes_label_maps(synthesis, maps, tmp_path, monkeypatch):
+    import mlflow
+
+    from evaluation import registry
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    version = registry.register(synthesis, "maps", tracking_uri=uri)
+    assert registry.facts(f"maps/{version}", tracking_uri=uri, lineage=())["infra"] is True
+    mlflow.set_tracking_uri(uri)
+    served = mlflow.pyfunc.load_model(f"models:/maps/{version}")
+    wanted = opened(synthesis).generator([""], seed=3, map=maps[:1])
+    drawn = served.predict(pd.DataFrame([{"map": png(maps[0])}]), params={"seed": 3})
+    np.testing.assert_array_equal(pixels(drawn), wanted)
 
 
 @pytest.mark.slow

@@ -188,6 +188,17 @@ def test_options_are_checked_where_they_are(option, told):
         ("shapes-sr3", ["edit={}"], "edit: it edits by what draws from nothing"),
         ("shapes-ldm-low", ["base.config.low.side=32"], "got 32, no proper divisor of 32"),
         ("shapes-ldm-low", ["data.encode.max_aspect=2"], "base shrinks squares alone"),
+        ("shapes-ldm-map", ["data.encode.max_aspect=2"], "base shrinks squares alone"),
+        ("shapes-ldm-map", ["base.config.map.palette=[]"], "no palette and no segmenter"),
+        (
+            "shapes-cdm", ['sr1.config.map={"palette": [["a", [0, 0, 0]], ["b", [9, 9, 9]]]}'],
+            "sr1.config.map: the base alone is told label maps",
+        ),
+        (
+            "shapes-flow",
+            ['base.config.map={"palette": [["a", [0, 0, 0]], ["b", [9, 9, 9]]]}', "edit={}"],
+            "edit: it edits by what draws from nothing; set base.config.map=null",
+        ),
         ("shapes-unclip", ['base.config.listens=["clip"]'], "which the base does not listen to"),
     ],
 )  # fmt: skip

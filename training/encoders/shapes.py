@@ -161,6 +161,20 @@ def patch_width(where: str | Source) -> int:
     return found
 
 
+def class_names(where: str | Source) -> tuple[str, ...]:
+    """The classes of a semantic segmenter of transformers, in the order of its outputs."""
+    source = open_source(where, "segmenter")
+    if not source.pretrained:
+        raise ValueError(
+            f"{source.where}: a stage of kind {source.family!r}, wanted a semantic segmenter of "
+            "transformers"
+        )
+    named = _json(source.directory(), "config.json").get("id2label")
+    if not named:
+        raise ValueError(f"{source.where}: its config names no classes (id2label): set map.classes")
+    return tuple(str(named[key]) for key in sorted(named, key=int))
+
+
 def _tower_width(vision: Mapping[str, Any]) -> int:
     """Of the last features of an image tower of open_clip's."""
     layers = vision.get("layers", 12)
