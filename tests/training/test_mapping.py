@@ -157,7 +157,7 @@ def test_a_segmenter_makes_the_maps_that_transformers_makes(tmp_path):
     assert encoders.shapes.class_names(str(tmp_path)) == tuple(f"class {k}" for k in range(5))
 
 
-def test_a_base_takes_its_classes_from_the_segmenter_and_draws_without_it(line, tmp_path, scenes):
+def test_a_base_takes_its_classes_from_the_segmenter_and_draws_without_it(tmp_path, scenes):
     folder = tmp_path / "segmenter"
     segmenter_at(folder, classes=4)
     config = CONFIGS["pixels"] | {"map": {"segmenter": str(folder)}}
@@ -305,7 +305,7 @@ def test_what_makes_no_map_is_refused(config, said):
         stages.config_of("base", CONFIGS["pixels"] | {"map": config})
 
 
-def test_only_a_base_of_pictures_is_told_maps(line):
+def test_only_a_base_of_pictures_is_told_maps():
     prior = {"data": "embedding", "network": {"kind": "prior"}, "map": {"palette": PALETTE}}
     with pytest.raises(ValueError, match="map: embeddings have no pixels"):
         stages.config_of("base", prior)
