@@ -213,8 +213,14 @@ def shapes_ldm() -> Recipe:
     through the recipe's own CLIP and a discriminator of patches.
     """
     like = shapes()
-    judged = {"perceptual": {"weight": 0.5}, "adversarial": {"weight": 0.5}}
-    autoencoder = {"config": {**like.autoencoder.config, **judged}}
+    # At a weight of .5, a rate of 3e-3 and from 20,000 on the discriminator won: 28.8 dB fell to
+    # 13, of which 24 were found again, and .527 of 512 scenes were right.
+    adversarial = {"weight": 0.1, "start_images": 30_000}
+    judged = {"perceptual": {"weight": 0.5}, "adversarial": adversarial}
+    autoencoder = {
+        "config": {**like.autoencoder.config, **judged},
+        "training": {**like.autoencoder.training, "learning_rate": 1.5e-3},
+    }
     return like.model_copy(
         update={
             "name": "shapes-ldm",
@@ -340,7 +346,7 @@ def shapes_two() -> Recipe:
 def shapes_diffusionclip() -> Recipe:
     """DiffusionCLIP (Kim et al. 2022): a copy of shapes-flow's base is taught to draw blue what was
     red, by a noise-aware CLIP. The gate asks of 64 held-out scenes that the colour has changed in
-    0.8 of them and nothing else in 0.9; that is not reached yet.
+    0.8 of them and nothing else in 0.9: .875 and .44 after 24,000 pictures, an eighth of them red.
     """
     flow = shapes_flow()
     return flow.model_copy(
