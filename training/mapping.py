@@ -135,10 +135,10 @@ def nearest(pixels: Pixels, colours: Sequence[Colour]) -> Map:
     # Whole numbers, whatever the autocast: of a product in bfloat16 ties would be made and broken.
     x = pixels.int()
     away = [
-        sum((x[:, channel] - value).square() for channel, value in enumerate(colour))
+        (x - x.new_tensor(colour)[:, None, None]).square().sum(1, dtype=torch.int32)
         for colour in colours
     ]
-    least, found = away[0], torch.zeros_like(x[:, 0], dtype=torch.int64)
+    least, found = away[0], torch.zeros_like(away[0], dtype=torch.int64)
     for index, distance in enumerate(away[1:], 1):
         nearer = distance < least
         least = torch.where(nearer, distance, least)
