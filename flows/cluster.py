@@ -9,14 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.execute import Executor
-
-
-def on_cluster(executor: Executor) -> bool:
-    """Whether RAY_ADDRESS names a cluster and the executor is to use it: then all that computes is
-    there, a training of one worker too, for the driver's machine may have no GPU."""
-    return bool(os.environ.get("RAY_ADDRESS")) and executor.chosen == "ray"
-
 
 @contextmanager
 def ray_session(wanted: bool = True) -> Iterator[None]:

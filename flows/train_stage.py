@@ -17,7 +17,7 @@ from pipeline.schema import EncoderSpec, framing
 from training import results
 
 from .build_dataset import encoder_specs
-from .cluster import on_cluster, ray_session
+from .cluster import ray_session
 from .line import Line
 from .progress import meter
 from .recipe import DENOISING, kind_of, learning
@@ -82,8 +82,7 @@ def train(
     from training.tracking import FINGERPRINT, Run
 
     job = make_job(line, name, data)
-    images, away = int(job.training_config().images), on_cluster(line.recipe.executor)
-    several = job.training_config().workers > 1
+    images = int(job.training_config().images)
     run = Run.start(
         line.recipe.name,
         name,
@@ -100,7 +99,7 @@ def train(
         params={"config": job.config, "training": job.training},
         artifact_location=line.settings.artifacts,
     )
-    with ray_session(away or several), meter(f"train {name}") as progress, run:
+    with ray_session(job.training_config().workers > 1), meter(f"train {name}") as progress, run:
         told: dict[str, float | None] = {}
 
         def show(record: dict[str, Any]) -> None:
@@ -109,7 +108,7 @@ def train(
             run.log(record, record["images_seen"])
             _log_previews(run, job.output)
 
-        stage = fit(job, show, force_ray=away)
+        stage = fit(job, show)
         _log_previews(run, job.output)
         run.log(stage["measured"], stage["images_seen"])
         run.dict("stage.json", stage)

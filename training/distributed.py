@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.execute import cpus
-
 from . import checkpoint, results, sharding
 from .job import Build, Job, OnProgress, build, run
 from .loop import Diverged, TrainingConfig, World
@@ -58,8 +56,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train the job's stage on as many workers as it asks for; the content of its stage.json.
 
-    One worker is this process, unless `force_ray`: then it is somewhere in the cluster. More are
-    Ray actors, each with a GPU where the
+    One worker is this process, unless `force_ray`. More are Ray actors, each with a GPU where the
     cluster has enough of them; `output`, `dataset` and `inputs` must mean the same everywhere.
     `build` must then be picklable. On SIGTERM or Ctrl-C in the main thread they write a checkpoint
     at the next log point.
@@ -142,9 +139,8 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_g
     for name, value in _RAY_TRAIN.items():
         os.environ.setdefault(name, value)
     cores = int(ray.cluster_resources().get("CPU", 1))
-    # One alone computes with its node's cores, which are not all of the cluster's: it counts them.
-    threads = config.threads or (max(1, cores // workers) if workers > 1 else 0)
-    environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    threads = config.threads or max(1, cores // workers)
+    environment = {"OMP_NUM_THREADS": str(threads)}
     environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return TorchTrainer(
         _worker,
@@ -180,7 +176,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     if os.path.isdir(settings["directory"]):
         os.chdir(settings["directory"])  # relative paths mean what they mean to the driver
-    torch.set_num_threads(settings["threads"] or cpus())
+    torch.set_num_threads(settings["threads"])
     job, context = Job.from_json(settings["job"]), ray.train.get_context()
     world = of_process_group(
         context.get_world_rank(),
@@ -236,15 +232,15 @@ def of_process_group(
         rank,
         size,
         device,
+        wrap,
+        alone,
         sum=total,
         gather=gather,
         stop=any_stops,
         restarts=True,
     )
-    if size == 1:  # nobody to average with, and nobody to share with
+    if not fsdp or size == 1:  # alone there is nobody to share with
         return world
-    if not fsdp:
-        return replace(world, wrap=wrap, alone=alone)
     # Gradients stay with nobody: each micro-batch's are scattered at once, or all would be whole.
     return replace(
         world,

@@ -401,15 +401,6 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
 
 
 @rays
-def test_one_of_rays_workers_does_what_this_process_does(alone, tmp_path, ray):
-    """Bit for bit."""
-    done = fit(job(tmp_path), force_ray=True, build=build)
-    assert done == results.committed(tmp_path)
-    assert (tmp_path / results.WEIGHTS).read_bytes() == (alone / results.WEIGHTS).read_bytes()
-    assert_close(tmp_path, alone)
-
-
-@rays
 def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, ray):
     """Promise 5: the other hangs in a collective, until its watchdog or gloo gives up."""
     (tmp_path / "once").touch()
