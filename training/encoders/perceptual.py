@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..perceptual import Image, Map
 from .clip import normalisation, open_towers
-from .sources import Source, open_source
+from .sources import Source, open_source, read_vision
 
 LAYERS = 5
 Found = TypeVar("Found")
@@ -145,28 +145,12 @@ def _open_clip(source: Source, device: torch.device) -> Made:
 
 
 def _transformers(source: Source, device: torch.device, key: str) -> Made:
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel
 
     directory = str(source.directory())
-    try:
-        processor: Any = AutoImageProcessor.from_pretrained(
-            directory, trust_remote_code=False, backend="pil"
-        )
-        loaded: Any = AutoModel.from_pretrained(
-            directory,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{key}: {directory} holds no vision model of transformers and no CLIP of "
-            f"open_clip ({reason})"
-        ) from None
-    model, info = loaded
-    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
+    refused = f"{key}: {directory} holds no vision model of transformers and no CLIP of open_clip"
+    model, processor, missing = read_vision(AutoModel, directory, refused)
+    if missing := [name for name in missing if "pooler" not in name]:
         raise ValueError(f"{key}: the weights in {directory} lack {', '.join(missing[:4])}")
     model = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..mapping import Map, Pixels
 from .shapes import class_names
-from .sources import Source, open_source
+from .sources import Source, open_source, read_vision
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,13 @@ def load(where: str | Source, device: torch.device | str = "cpu") -> Segmenter:
 
     Pictures are resized to the size that its preparation names, and normalised as it does.
     """
-    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+    from transformers import AutoModelForSemanticSegmentation
 
     source = open_source(where, "segmenter")
     directory = str(source.directory())
-    try:
-        processor: Any = AutoImageProcessor.from_pretrained(
-            directory, trust_remote_code=False, backend="pil"
-        )
-        loaded: Any = AutoModelForSemanticSegmentation.from_pretrained(
-            directory,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"map.segmenter: {directory} holds no semantic segmenter of transformers ({reason})"
-        ) from None
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):  # they would be random numbers
+    refused = f"map.segmenter: {directory} holds no semantic segmenter of transformers"
+    model, processor, missing = read_vision(AutoModelForSemanticSegmentation, directory, refused)
+    if missing:
         raise ValueError(
             f"map.segmenter: the weights in {directory} lack {', '.join(missing[:4])}; wanted a "
             "model that was trained to segment"

@@ -151,6 +151,30 @@ def here(where: str) -> Path | None:
     return directory if any(file.suffix == ".safetensors" for file in files(directory)) else None
 
 
+def read_vision(auto: Any, directory: str, refused: str) -> tuple[Any, Any, list[str]]:
+    """(the model that an Auto class of transformers makes of a folder, its pictures' preparation,
+    weights that the folder lacks: they are random numbers). ValueError: `refused`, and why."""
+    from transformers import AutoImageProcessor
+
+    try:
+        # The preparation in PIL gives the same numbers with and without torchvision.
+        processor: Any = AutoImageProcessor.from_pretrained(
+            directory, trust_remote_code=False, backend="pil"
+        )
+        loaded: Any = auto.from_pretrained(
+            directory,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype="float32",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{refused} ({reason})") from None
+    model, info = loaded
+    return model, processor, sorted(info["missing_keys"])
+
+
 def files(directory: Path) -> list[Path]:
     """The model's files, sorted; folders inside are other models'."""
     return sorted({file for pattern in FILES for file in directory.glob(pattern)})
