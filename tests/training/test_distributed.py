@@ -311,10 +311,11 @@ def test_who_waits_in_vain_says_where_and_ends(alone, groups):
     directory, told = groups
     assert told["hung"] == [300, 600]
     assert json.loads((directory / "hung.codes").read_text()) == [[70, 70], [0, 0]]
-    stacks = (directory / "hung.stderr").read_text()
-    assert stacks.count("no update for 4 s; the stacks of all threads follow") == 2
-    assert "in _misfortune" in stacks  # the loader's
-    assert "in backward" in stacks  # which sums the gradients of all
+    waits, hangs = ((directory / f"hung.stderr.{rank}").read_text() for rank in (0, 1))
+    for stacks in (waits, hangs):
+        assert stacks.count("no update for 4 s; the stacks of all threads follow") == 1
+    assert "in _misfortune" in hangs  # the loader's
+    assert "in backward" in waits  # which sums the gradients of all
     assert_close(directory / "hung", alone)
 
 
@@ -369,7 +370,9 @@ def group(size: int, output: Path, stop_after: int | None, made: dict) -> list[i
         if child == 0:
             try:
                 if HANGS.items() <= made.items():
-                    error = os.open(f"{output}.stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                    # Of its own: stacks are written piece by piece, and would mix with another's.
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                    error = os.open(f"{output}.stderr.{rank}", flags)
                     os.dup2(error, 2)
                 work(rank, size, output, stop_after, made)
             except BaseException as error:
