@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -41,6 +42,11 @@ class Accelerator:
     utilisation: float = UTILISATION
     measured: bool = False
     """By `probe`, here and now."""
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """What "auto" means on it: the faster one."""
+        return "bf16" if self.matmul["bf16"] > self.matmul["fp32"] else "fp32"
 
     @property
     def usable(self) -> float:
@@ -92,6 +98,17 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), known, 1, 0.4)
     asked = f"; did you mean {near[0]!r}?" if near else ""
     return f"{asked} (known: {', '.join(known)})"
+
+
+def native_precision(device: torch.device | str) -> Literal["bf16", "fp32"]:
+    """bf16 where the device has the instructions. Where it is emulated it is several times slower
+    than fp32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
 
 
 def matmul_rate(name: str, precision: str, device: torch.device | str) -> float | None:

@@ -87,10 +87,7 @@ class TextTransformerConfig:
     heads: int = 3
 
     def __post_init__(self):
-        if not SPECIAL <= self.vocabulary <= FULL_VOCABULARY:
-            raise ValueError(
-                f"vocabulary must lie in {SPECIAL} to {FULL_VOCABULARY}, got {self.vocabulary}"
-            )
+        check_vocabulary(self.vocabulary)
         if self.width % self.heads or self.context < 3:
             raise ValueError(
                 f"heads must divide width and context be at least 3, "
@@ -268,6 +265,12 @@ def model_config(config: ClipStageConfig) -> dict[str, Any]:
             "layers": text.layers,
         },
     }
+
+
+def check_vocabulary(size: int) -> None:
+    """ValueError unless `tokenizer` can have so many tokens."""
+    if not SPECIAL <= size <= FULL_VOCABULARY:
+        raise ValueError(f"vocabulary must lie in {SPECIAL} to {FULL_VOCABULARY}, got {size}")
 
 
 @lru_cache(4)

@@ -1,8 +1,9 @@
 """T5's stage: spans of a caption are replaced by sentinels, and the decoder writes what was there.
 
-Span corruption (Raffel et al. 2020, section 3.1.4) over bytes (ByT5, Xue et al. 2022): there is no
-vocabulary and no file. The decoder serves the training alone; later stages read the encoder. Which
-spans go is drawn from (seed, position).
+Span corruption (Raffel et al. 2020, section 3.1.4) over bytes (ByT5, Xue et al. 2022), for which
+there is no vocabulary and no file, or over pieces of words, as T5 has them; the pieces are those of
+CLIP's tokenizer. The decoder serves the training alone; later stages read the encoder. Which spans
+go is drawn from (seed, position).
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from .contrastive import check_vocabulary, tokenizer
 from .diffusion import uniform
 from .measuring import fixed_rows, heldout
 from .stage import Batch, Stage, evaluating, to_tensors
 
 PAD, EOS, OFFSET, SENTINEL = 0, 1, 3, 259
-"""Ids of ByT5: padding, end, byte 0, and the first of the sentinels, which follow the bytes."""
+"""Ids of ByT5: padding, end, byte 0, and the first of the sentinels, which follow the bytes. Where
+there are pieces they stand in the place of the bytes."""
 SENTINELS = 125
 IGNORED = -100  # what cross_entropy skips
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5StageConfig:
-    """A T5 over bytes. The defaults: 0.4 M parameters."""
+    """A T5 over bytes, or over pieces of words. The defaults: 0.4 M parameters."""
 
     kind: Literal["t5"] = "t5"
     width: int = 64
@@ -40,10 +43,15 @@ class T5StageConfig:
     feedforward: int = 256
     max_bytes: int = 128
     """Bytes of a caption that are read, end token included; the rest is cut off."""
+    vocabulary: int = 0
+    """Pieces known, the first of CLIP's as `TextTransformerConfig.vocabulary` counts them; 0: bytes
+    are read. A word that is one piece has a place of its own, which nobody needs to spell."""
+    max_pieces: int = 64
+    """Pieces of a caption that are read, end token included, where there is a vocabulary."""
     corrupted: float = 0.15
-    """Share of the bytes that are replaced."""
+    """Share of the tokens that are replaced."""
     mean_span: float = 3.0
-    """Bytes in a span, on average. Longer ones than a word ask for more than spelling."""
+    """Tokens in a span, on average. Longer ones than a word ask for more than spelling."""
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -58,13 +66,26 @@ class T5StageConfig:
                 f"corrupted must lie in (0, 1) and mean_span be at least 1, "
                 f"got {self.corrupted} and {self.mean_span}"
             )
-        if not 4 <= self.max_bytes <= 4096:
-            raise ValueError(f"max_bytes must lie in 4 to 4096, got {self.max_bytes}")
-        if self.corrupted * self.max_bytes / self.mean_span > SENTINELS:
+        for name in ("max_bytes", "max_pieces"):
+            if not 4 <= getattr(self, name) <= 4096:
+                raise ValueError(f"{name} must lie in 4 to 4096, got {getattr(self, name)}")
+        if self.vocabulary:
+            check_vocabulary(self.vocabulary)
+        if self.corrupted * self.limit / self.mean_span > SENTINELS:
             raise ValueError(
-                f"{self.max_bytes} bytes would need more than {SENTINELS} sentinels: "
+                f"{self.limit} tokens would need more than {SENTINELS} sentinels: "
                 f"raise mean_span above {self.mean_span}"
             )
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a caption that are read, end token included."""
+        return self.max_pieces if self.vocabulary else self.max_bytes
+
+    @property
+    def sentinel(self) -> int:
+        """The first of the sentinels, which follow what is read."""
+        return OFFSET + self.vocabulary if self.vocabulary else SENTINEL
 
 
 class T5Stage(Stage):
@@ -81,13 +102,13 @@ class T5Stage(Stage):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         device = self.model.device
-        ids, lengths = byte_tokens(batch["caption"], self.config.max_bytes)
+        config = self.config
+        ids, lengths = tokens_of(batch["caption"], config, config.limit)
         # As many draws for a short text as for a long one: neighbours must not change them.
-        draws = uniform(
-            self.seed, "spans", torch.as_tensor(batch["position"]).cpu(), (2, self.config.max_bytes)
-        )
+        position = torch.as_tensor(batch["position"]).cpu()
+        draws = uniform(self.seed, "spans", position, (2, config.limit))
         inputs, labels = corrupt_spans(
-            ids, lengths, draws, self.config.corrupted, self.config.mean_span
+            ids, lengths, draws, config.corrupted, config.mean_span, config.sentinel
         )
         inputs, labels = inputs.to(device), labels.to(device)
         logits = self.model(
@@ -125,20 +146,46 @@ def hub_config(config: T5StageConfig) -> Any:
 
     known: Any = T5Config  # its signature leaves out what it hands on to PretrainedConfig
     return known(
-        vocab_size=SENTINEL + SENTINELS,
+        vocab_size=config.sentinel + SENTINELS,
         d_model=config.width,
         d_kv=config.head_width,
         d_ff=config.feedforward,
         num_layers=config.layers,
         num_decoder_layers=config.decoder_layers,
         num_heads=config.heads,
-        relative_attention_max_distance=config.max_bytes,
+        relative_attention_max_distance=config.limit,
         dropout_rate=config.dropout,
         feed_forward_proj="relu",  # as first published; gating by tanh takes a quarter of the time
         decoder_start_token_id=PAD,
         pad_token_id=PAD,
         eos_token_id=EOS,
     )
+
+
+def tokens_of(
+    texts: Sequence[str], config: T5StageConfig, limit: int
+) -> tuple[Int64[Tensor, "text token"], Int64[Tensor, " text"]]:
+    """(ids padded with 0, lengths) as this T5 reads them, at most `limit`."""
+    if config.vocabulary:
+        return piece_tokens(texts, config.vocabulary, limit)
+    return byte_tokens(texts, limit)
+
+
+def piece_tokens(
+    texts: Sequence[str], vocabulary: int, limit: int
+) -> tuple[Int64[Tensor, "text token"], Int64[Tensor, " text"]]:
+    """(ids padded with 0, lengths): CLIP's piece + 3 and an end token, at most `limit`.
+
+    As CLIP's tokenizer has it, capitals and how much space there is are not told apart.
+    """
+    rows = tokenizer(vocabulary, limit + 1)(texts)[:, 1:]  # without the token that begins a text
+    ends = rows == vocabulary - 1
+    lengths = ends.argmax(1)
+    ids = rows[:, : int(lengths.max(initial=0)) + 1] + OFFSET
+    place = np.arange(ids.shape[1])
+    ids[place == lengths[:, None]] = EOS
+    ids[place > lengths[:, None]] = PAD
+    return torch.from_numpy(ids), torch.from_numpy(lengths + 1)
 
 
 def byte_tokens(
@@ -165,27 +212,28 @@ def corrupt_spans(
     draws: Float[Tensor, "text 2 limit"],
     share: float,
     mean_span: float,
+    first_sentinel: int = SENTINEL,
 ) -> tuple[Int64[Tensor, "text input"], Int64[Tensor, "text label"]]:
     """(inputs padded with 0, labels padded with -100), from numbers drawn uniformly in [0, 1).
 
-    Of n bytes round(n share) are in round(n share / mean_span) spans, at least one, with a byte
+    Of n tokens round(n share) are in round(n share / mean_span) spans, at least one, with a token
     between two spans; every such choice of the spans' places is equally likely, and so is every
     choice of their lengths. Input: the text with its k-th span replaced by sentinel k. Labels: each
-    sentinel and what it stands for, then the end. A text of one byte or none stays as it is and has
-    no labels.
+    sentinel and what it stands for, then the end. A text of one token or none stays as it is and
+    has no labels.
     """
     n = lengths - 1
     noise = torch.minimum((n * share).round().long().clamp(min=1), n - 1).clamp(min=0)
     spans = (noise / mean_span).round().long().clamp(min=1)
-    # A gap between two spans takes one kept byte, and a text has only so many.
+    # A gap between two spans takes one kept token, and a text has only so many.
     spans = torch.minimum(torch.minimum(spans, noise), n - noise + 1)
     kept, most = n - noise, int(spans.max())
     if most == 0:
         return ids, torch.full((len(ids), 1), IGNORED)
 
     length = ids.shape[1]
-    slot = smallest(draws[:, 0], kept + 1, spans, most)  # kept bytes before each span
-    cuts = smallest(draws[:, 1], noise - 1, spans - 1, most)  # after which noise byte a span ends
+    slot = smallest(draws[:, 0], kept + 1, spans, most)  # kept tokens before each span
+    cuts = smallest(draws[:, 1], noise - 1, spans - 1, most)  # after which token a span ends
     real = torch.arange(most) < spans[:, None]
     ends = torch.where(torch.arange(most) < spans[:, None] - 1, cuts + 1, noise[:, None])
     begins = F.pad(ends[:, :-1], (1, 0))
@@ -195,7 +243,7 @@ def corrupt_spans(
     inside = (first[:, :, None] <= place) & (place < last[:, :, None]) & real[:, :, None]
     begin = (first[:, :, None] == place) & real[:, :, None]
     masked, starts = inside.any(1), begin.any(1)
-    sentinel = SENTINEL + starts.cumsum(1) - 1
+    sentinel = first_sentinel + starts.cumsum(1) - 1
 
     there = place < lengths[:, None]
     inputs, _ = compact(torch.where(starts, sentinel, ids), there & (starts | ~masked), PAD)

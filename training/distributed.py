@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from . import checkpoint, results, sharding
+from .accelerators import native_precision
 from .job import Build, Job, OnProgress, build, run
 from .loop import Diverged, TrainingConfig, World
 from .supervision import Interrupts, Stopped
@@ -309,7 +310,7 @@ def accelerator() -> str:
     """What a worker of this machine would compute on, in words."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    fast = torch.cpu._is_avx512_bf16_supported()
+    fast = native_precision("cpu") == "bf16"
     return f"{os.cpu_count()} CPU cores, " + (
-        "bf16 in hardware" if fast else "bf16 emulated: slower"
+        "bf16 in hardware" if fast else "bf16 emulated, fp32 faster"
     )

@@ -30,6 +30,7 @@ from torch.nn.functional import avg_pool2d, normalize
 
 from pipeline.schema import PICTURE_EMBEDDING
 
+from .accelerators import native_precision
 from .diffusion import Cond, SamplerConfig, classifier, normal
 from .diffusion.guidance import Guide, clip_log_prob, linear_inverse, reconstruction
 from .diffusion.path import Path as NoisePath
@@ -170,7 +171,9 @@ class Generator:
         samplers = _stage_samplers(described.get("samplers", {}))
         sources = {name: Path(directory, name) for name in described["stages"]}
         shape = tuple(described.get("latent_shape", ()))
-        return _open(sources, sampler, samplers, device, precision or _precision(device), shape)
+        return _open(
+            sources, sampler, samplers, device, precision or native_precision(device), shape
+        )
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -1138,13 +1141,6 @@ def _same_encoders(
                     f"trained with {encoding['fingerprint']}: give that one, or train the {stage} "
                     "anew"
                 )
-
-
-def _precision(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    # Without the instructions bf16 on a CPU is emulated, and slower than fp32.
-    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def _write(path: Path, described: Mapping[str, Any]) -> None:

@@ -304,7 +304,7 @@ def _peak(config: TrainingConfig, world: World) -> float | None:
     """FLOP/s of all workers' devices together, where it is known."""
     if not config.accelerator and torch.device(world.device).type == "cpu":
         return None
-    rate = matmul_rate(config.accelerator, config.precision, world.device)
+    rate = matmul_rate(config.accelerator, config.precision_on(world.device), world.device)
     return rate and rate * world.size
 
 

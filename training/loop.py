@@ -60,8 +60,10 @@ class TrainingConfig:
     ema_snapshot_images: int = 0
     """Snapshots of them are kept this often, which 16 times in a training is enough for, and at the
     end; 0: at the end only."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast around the forward; weights, averages and optimizer state are fp32 always."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """bf16: autocast around the forward; weights, averages and optimizer state are fp32 always.
+    auto: bf16 where a worker's device has the instructions, else fp32, so that the same training
+    on other machines differs by more than the order of sums."""
     max_skipped: int = 3
     """Updates in a row that may be skipped because the loss or a gradient is not finite."""
     checkpoint_images: int = 20_000
@@ -122,7 +124,7 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be finite and not negative, got {value}")
         for name, known in {
             "schedule": ("constant", "cosine", "linear"),
-            "precision": ("fp32", "bf16"),
+            "precision": ("fp32", "bf16", "auto"),
         }.items():
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -162,6 +164,10 @@ class TrainingConfig:
                 f"{self.micro_batches(self.workers)}, too few for {self.workers} workers: lower it "
                 f"to {self.batch // self.workers} or less"
             )
+
+    def precision_on(self, device: torch.device | str) -> str:
+        """fp32 or bf16."""
+        return accelerators.native_precision(device) if self.precision == "auto" else self.precision
 
     @property
     def rows_at_once(self) -> int:
@@ -316,7 +322,8 @@ def train(
     done = _restore(state, stage, ema, powers, optimizer) if state else 0
     health = Health(config, device, state.numbers["skipped"] if state else 0, world)
     del state  # it is a second copy of everything
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    half = config.precision_on(device) == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
 
     with closing(loader.batches(start_step=done)) as batches:
         for step in range(done, config.steps):

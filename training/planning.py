@@ -238,7 +238,7 @@ def carry_out(stage: Stage, training: TrainingConfig, batch: Batch, workers: int
     for parameter in trainable(stage).values():
         parameter.register_post_accumulate_grad_hook(lambda p: computing.leave_out(p.grad))
     with computing:
-        with torch.autocast("cpu", torch.bfloat16, enabled=training.precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=training.precision_on("cpu") == "bf16"):
             losses = _losses(stage, batch)
         forward = sum(kernel.flops for kernel in computing.kernels)
         (losses.sum() / training.batch).backward()
@@ -497,6 +497,8 @@ def estimate(
 ) -> Estimate:
     """Of a stage whose global batch is dealt to `workers`; `make_batch(config, rows)` makes what
     `count` asks for, `clip` is handed to it."""
+    if training.precision == "auto":
+        training = replace(training, precision=device.precision)
     micro = getattr(training, "micro_batch", 0)
     parts = -(-training.batch // micro) if micro else workers
     rows, few = -(-training.batch // parts), 2  # a batch norm has no deviation of one row

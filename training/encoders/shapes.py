@@ -23,7 +23,7 @@ class Shape:
     pooled: int = 0
     tokens: Literal["", "pairs", "pieces", "bytes"] = ""
     """What a caption is cut into: CLIP's byte pairs, T5's sentence pieces, the bytes of a T5 of
-    ours."""
+    ours that has no vocabulary."""
     limit: int = 0
     """Tokens that are read at most."""
     factor: int = 1
@@ -74,7 +74,8 @@ def foreseen(name: str, config: Any, pretrained: str | None) -> Shape:
             patches = _tower_width(asdict(config.image))
             read = config.text.context
             return Shape(2 * config.text.width, config.embed, "pairs", read, patches=patches)
-        return Shape(config.width, config.width, "bytes", config.max_bytes)
+        read = "pairs" if config.vocabulary else "bytes"
+        return Shape(config.width, config.width, read, config.limit)
     found = here(pretrained)
     if found is None:
         if pretrained in PUBLISHED:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..denoising_text import T5StageConfig, tokens_of
 from .sources import Source
 from .text import TextEncoder, Tokenize
 
@@ -32,8 +33,8 @@ def load(
     from ..stages import load as load_stage
 
     stage = load_stage(source.where)
-    limit = stage.config.max_bytes
-    return _encoder(encoder_of(stage.model), _bytes, limit, device, precision)
+    model = encoder_of(stage.model)
+    return _encoder(model, _tokenizer(stage.config), stage.config.limit, device, precision)
 
 
 def encoder_of(model: Any) -> Any:
@@ -62,11 +63,12 @@ def _encoder(
     return TextEncoder(tokenize, run, limit, torch.device(device), precision)
 
 
-def _bytes(texts: Sequence[str], limit: int) -> list[np.ndarray]:
-    from ..denoising_text import byte_tokens
+def _tokenizer(config: T5StageConfig) -> Tokenize:
+    def tokenize(texts: Sequence[str], limit: int) -> list[np.ndarray]:
+        ids, lengths = tokens_of(texts, config, limit)
+        return [row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)]
 
-    ids, lengths = byte_tokens(texts, limit)
-    return [row[:length] for row, length in zip(ids.numpy(), lengths.tolist(), strict=True)]
+    return tokenize
 
 
 def _hub_tokenizer(directory: str) -> Tokenize:

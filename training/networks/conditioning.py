@@ -170,9 +170,12 @@ class Context(nn.Module):
             # What the words say by being there is learnt long before cross-attention finds them
             # (Imagen, Saharia et al. 2022, appendix B.2 adds the text's mean as well).
             counted = mask.sum(1, keepdim=True)
-            mean = self.mean(
-                (self.tokens[0](tokens) * mask[:, :, None]).sum(1) / counted.clamp(min=1)
-            )
+            # Of states that are told apart at all a layer for each reads more than one of their sum
+            # (deep sets, Zaheer et al. 2017): what a word says depends on those around it.
+            heard = self.tokens[0](tokens)
+            heard = self.mean[:-1](heard) if config.standardized else heard
+            heard = (heard * mask[:, :, None]).sum(1) / counted.clamp(min=1)
+            mean = self.mean[-1](heard) if config.standardized else self.mean(heard)
             mean = torch.where(counted > 0, mean, 0)
             added = mean if added is None else added + mean
         if config.pooled_tokens and pooled is not None:
