@@ -181,7 +181,7 @@ def shapes_imagen() -> Recipe:
     )
     t5 = recipe.stage("t5").model_copy(
         # Over bytes its states say too little of a caption: .018 were right, for a shape is spelt.
-        update={"config": {"vocabulary": 2048, "max_pieces": 32}}
+        update={"config": {"vocabulary": 8192, "max_pieces": 32}}
     )
     return recipe.model_copy(update={"t5": t5, "sampler": {**recipe.sampler, **dynamic}})
 

@@ -128,7 +128,6 @@ def probe(seconds: float = 0.4) -> Accelerator:
     """This machine's device, timed for `seconds` at each of bf16 and fp32 products and a copy."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    side = 8192 if cuda else 1024
 
     def rate(work: Callable[[], object], amount: float) -> float:
         """The best of several: the machine may have other work."""
@@ -146,6 +145,10 @@ def probe(seconds: float = 0.4) -> Accelerator:
 
     matmul = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        if not cuda and name == "bf16" and native_precision(device) != name:
+            side = 256  # emulated, a product of 1024 takes seconds
+        else:
+            side = 8192 if cuda else 1024
         x = torch.ones(side, side, dtype=dtype, device=device)
         matmul[name] = rate(lambda x=x: x @ x, 2.0 * side**3)
     source = torch.ones(2**28 if cuda else 2**25, device=device)  # far beyond any cache

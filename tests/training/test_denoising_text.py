@@ -1,20 +1,28 @@
 """T5's stage: ByT5's ids, spans drawn fairly, labels that put the text together again."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from training import stages
+from training.contrastive import tokenizer
 from training.denoising_text import (
     EOS,
     IGNORED,
     OFFSET,
+    PAD,
     SENTINEL,
     byte_tokens,
     corrupt_spans,
     smallest,
+    tokens_of,
 )
 from training.diffusion import uniform
+from training.encoders import build, spec_of
 from training.results import committed
 
 TEXTS = [
@@ -38,6 +46,52 @@ def test_ids_are_byt5s(limit):
     ids, lengths = byte_tokens(TEXTS, limit)
     assert torch.equal(ids, wanted.input_ids)
     assert torch.equal(lengths, wanted.attention_mask.sum(1))
+
+
+PIECES = {"vocabulary": 1024, "max_pieces": 12}
+
+
+def test_pieces_are_clips_with_an_end():
+    """Whatever their neighbours; a word of the vocabulary is one of them, and capitals are none."""
+    config = stages.config_of("t5", PIECES)
+    ids, lengths = tokens_of(["Red  red", "", *TEXTS], config, config.limit)
+    assert lengths[:2].tolist() == [3, 1] and lengths.max() == 12
+    assert ids[0, 0] == ids[0, 1] >= OFFSET and ids[0, 2:].tolist() == [EOS] + [PAD] * 9
+    clips = tokenizer(1024, 13)(TEXTS)
+    for row, length, wanted in zip(ids[2:], lengths[2:], clips, strict=True):
+        assert row[: length - 1].tolist() == [i + OFFSET for i in wanted[1:length].tolist()]
+        assert row[length - 1] == EOS and not row[length:].any()
+        assert wanted[length] == 1023
+    assert config.sentinel > ids.max()
+
+
+def test_a_t5_over_pieces_learns_and_is_read(tmp_path, scenes):
+    """The encoder that comes from its directory gives the states of the pieces alone."""
+    _, captions = scenes
+    stage = stages.create("t5", {**PIECES, "width": 32, "layers": 1, "corrupted": 0.3})
+    batch = {"caption": captions[:32], "position": torch.arange(32)}
+    optimizer = torch.optim.Adam(stage.parameters(), 3e-3)
+    losses = []
+    for _ in range(12):
+        loss = stage(batch)["loss"].mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1
+    described = {"kind": "t5", "config": asdict(stage.config)}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    save_file(stage.exported(), tmp_path / "weights.safetensors")
+    encode = build(spec_of(str(tmp_path), "t5"))
+    texts = ["a red circle", "x" * 300]
+    tokens, pooled = encode(texts)
+    ids, lengths = tokens_of(texts[:1], stage.config, 12)
+    assert [len(it) for it in tokens] == [int(lengths[0]), 12]
+    with torch.no_grad():
+        wanted = stage.eval().model.encoder(input_ids=ids).last_hidden_state[0].numpy()
+    np.testing.assert_allclose(tokens[0], wanted[: lengths[0]], atol=2e-3, rtol=2e-3)
+    np.testing.assert_allclose(pooled[0], wanted.mean(0), atol=2e-3, rtol=2e-3)
+    assert encode.truncated(texts).tolist() == [False, True]
 
 
 def test_sentinels_are_byt5s():
@@ -171,6 +225,8 @@ def test_texts_too_short_to_corrupt_cost_nothing(line):
         ({"mean_span": 0.5}, "mean_span be at least 1"),
         ({"max_bytes": 2}, "max_bytes must lie in 4"),
         ({"max_bytes": 2048, "mean_span": 1.0}, "more than 125 sentinels"),
+        ({"vocabulary": 100}, "vocabulary must lie in 514"),
+        ({"vocabulary": 1024, "max_pieces": 5000}, "max_pieces must lie in 4"),
         ({"layers": 0}, r"sizes must be at least 1, got \{'layers': 0\}"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from training import checkpoint
+from training.accelerators import native_precision
 from training.checkpoint import TrainState
 from training.loop import Diverged, TrainingConfig, World, train
 from training.optimizer import AdamWConfig, MuonConfig
@@ -176,6 +177,16 @@ def test_masters_stay_float32_in_bf16():
     exact = list(train(Regression(), Rows(), CONFIG))
     assert float(progress[0].loss) == pytest.approx(float(exact[0].loss), rel=0.05)
     assert float(progress[0].loss) != float(exact[0].loss)
+
+
+def test_auto_is_what_the_device_computes_itself():
+    precision = native_precision("cpu")
+    assert CONFIG.precision_on("cpu") == "fp32"
+    found, wanted = (
+        [float(it.loss) for it in train(Regression(), Rows(), replace(CONFIG, precision=named))]
+        for named in ("auto", precision)
+    )
+    assert found == wanted
 
 
 def test_an_update_that_is_not_finite_is_not_applied():

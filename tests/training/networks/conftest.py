@@ -18,7 +18,7 @@ from training.networks import (
     build,
 )
 
-CONTEXTS = (ContextConfig("clip", 12, 10), ContextConfig("t5", 7))
+CONTEXTS = (ContextConfig("clip", 12, 10), ContextConfig("t5", 7, standardized=True))
 TINY: dict[str, tuple[type, dict]] = {
     "unet": (UNetConfig, {"channels": 16, "blocks": 1, "head_width": 8, "context_width": 8}),
     "dit": (DiTConfig, {"width": 16, "depth": 2, "head_width": 8, "feedforward": 2}),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.networks import CONFIGS, NETWORKS, ContextConfig, build
+from training.networks.conditioning import Context
 
 KINDS = ("unet", "dit", "mmdit", "efficient_unet", "prior")
 NONE = torch.zeros(3, dtype=torch.bool)
@@ -74,6 +75,21 @@ def test_the_order_of_tokens_does_not_count(network, inputs, cond):
     order = torch.randperm(6)
     turned = {key: cond[key][:, order] for key in ("t5_tokens", "t5_mask")}
     same(network(*inputs, {**cond, **turned}), network(*inputs, cond))
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+def test_each_standardized_word_is_read_before_their_mean_is_taken(standardized):
+    """Two words and twice what lies between them have one mean: a layer for each tells them apart
+    (deep sets)."""
+    context = Context(ContextConfig("t5", 4, standardized=standardized), 6, 5)
+    context.tokens[0] = torch.nn.Identity()
+    words = torch.tensor([[[3.0, 0, 0, 1], [0, 3, 1, 0]]])
+    keep = torch.ones(1, dtype=torch.bool)
+    one, other = (
+        context(torch.zeros(1), keep, {"t5_tokens": it})[0]
+        for it in (words, words.mean(1, keepdim=True).expand(-1, 2, -1))
+    )
+    assert torch.allclose(one, other, atol=1e-5) != standardized
 
 
 def test_a_missing_mask_means_all_tokens(network, inputs, cond):
