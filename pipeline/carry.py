@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import shards, storage
+from . import shards, storage, tokens
 from .encode import EncodedFile, publish_encoded
 from .load import Table, mapped, read_table
 from .manifest import Shard
@@ -106,20 +106,22 @@ class _Carried:
         if not known.keys() >= numbers.keys():
             return []
         found = [known[text] for text in numbers]
-        tokens = [
-            arrays["tokens"][slice(*arrays["offsets"][number : number + 2])]
-            for arrays, number in found
-        ]
+        spans = [arrays["offsets"][number : number + 2].tolist() for arrays, number in found]
+        offsets = np.cumsum([0, *(last - first for first, last in spans)])
+        whole = tokens.empty(found[0][0], int(offsets[-1]))
+        for (arrays, _), span, at in zip(found, spans, offsets[:-1].tolist(), strict=True):
+            tokens.copy(arrays, *span, whole[at : at + span[1] - span[0]])
         pooled = np.stack([arrays["pooled"][number] for arrays, number in found])
         joins = {
-            "offsets": np.cumsum([0, *map(len, tokens)]),
+            "offsets": offsets,
             "caption_rows": np.array(rows),
             "sample_offsets": self.table.offsets,
         }
         if all(CUT in arrays for arrays, _ in found):
             joins[CUT] = np.array([arrays[CUT][number] for arrays, number in found])
-        fields = {"tokens": np.concatenate(tokens), "pooled": pooled}
-        return [EncodedFile(None, np.arange(len(self.row)), fields, joins)]
+        fields = {tokens.TOKENS: whole, "pooled": pooled}
+        repeats = max(tokens.repeated(arrays) for arrays, _ in found)
+        return [EncodedFile(None, np.arange(len(self.row)), fields, joins, repeats)]
 
     def rejected(self, done: set[str]) -> list[int]:
         """The rows that the encoder could not use."""

@@ -25,6 +25,7 @@ from .load import STORABLE, Table, pack_keys, read_table
 from .manifest import Manifest, fingerprint
 from .pictures import decoded
 from .schema import BUCKET, CUT, Bucket, EncoderSpec, Encoding, Field, check, framing
+from .tokens import TOKENS, laid_out
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +45,8 @@ __all__ = [
 ImageEncoder = Callable[[np.ndarray], dict[str, np.ndarray]]
 """uint8 [n, 3, height, width] -> fields of n rows each."""
 TextEncoder = Callable[[list[str]], tuple[Sequence[np.ndarray], np.ndarray]]
-"""n captions -> (tokens: n arrays [length, width], pooled [n, width])."""
+"""n captions -> (tokens: n arrays [length, width], pooled [n, width]). One that has `repeats` gives
+so many of a token's first columns by its word alone; these are stored once for each word."""
 Build = Callable[[EncoderSpec], Any]
 
 PIXELS = "pixels"
@@ -140,10 +142,11 @@ class _Encode:
             if spec.kind == "text":
                 where = f"encoder {spec.name}, shard {shard}"
                 fields, joins = _texts(where, self._encoder(spec), table)
-                bad = _reduce(_not_finite(fields["tokens"]), joins["offsets"])
+                bad = _reduce(_not_finite(fields[TOKENS]), joins["offsets"])
                 bad = (bad | _not_finite(fields["pooled"]))[joins["caption_rows"]]
                 bad = _reduce(bad, joins["sample_offsets"])
-                files = [EncodedFile(None, np.arange(len(table.keys)), fields, joins)]
+                repeats = getattr(self._encoder(spec).encoder, "repeats", 0)
+                files = [EncodedFile(None, np.arange(len(table.keys)), fields, joins, repeats)]
                 rejected[spec.name] = self._commit(shard, table, spec, files, bad)
         return {"shard": shard, "samples": unit["samples"], "rejected": rejected}
 
@@ -183,7 +186,7 @@ class _Encode:
     ) -> int:
         """Publish one encoded shard, the last of its files last; how many samples are rejected."""
         encoding = Encoding.at(self.dataset, spec.name, spec.kind, spec.fingerprint)
-        for bucket, _, fields, _ in files:
+        for bucket, _, fields, _, _ in files:
             stored = {name: Field.of(rows) for name, rows in fields.items()}
             if odd := [name for name, it in stored.items() if it.dtype not in STORABLE]:
                 raise ValueError(
@@ -226,9 +229,12 @@ def publish_encoded(
         {"encoder": encoding.name, "fingerprint": encoding.fingerprint, "shard": shard}
     )
     packed = pack_keys(keys)
-    for bucket, rows, fields, joins in files:
+    for bucket, rows, fields, joins, repeats in files:
         if rejected:
             fields = {name: _zeroed(values) for name, values in fields.items()}
+        if TOKENS in fields:
+            others = {name: values for name, values in fields.items() if name != TOKENS}
+            fields = laid_out(fields[TOKENS], repeats) | others
         arrays = {"keys": packed[rows], **fields, **joins}
         with storage.publishing(encoding.arrays_url(shard, bucket)) as file:
             save_file(
@@ -250,6 +256,8 @@ class EncodedFile(NamedTuple):
     """int64: whose keys it holds, as rows of the shard."""
     fields: dict[str, np.ndarray]
     joins: dict[str, np.ndarray]
+    repeats: int = 0
+    """The columns of tokens that depend on the word alone."""
 
 
 class _Batches:
@@ -393,7 +401,7 @@ def _texts(
                 f"{where}, caption {text[:60]!r}: tokens are {rows.dtype.name}{list(rows.shape)}, "
                 f"wanted {wanted}, at least one row"
             )
-    fields = {"tokens": np.concatenate(tokens), **pooled.fields(len(texts))}
+    fields = {TOKENS: np.concatenate(tokens), **pooled.fields(len(texts))}
     offsets = np.cumsum([0, *map(len, tokens)])
     joins = {"offsets": offsets, "caption_rows": caption_rows, "sample_offsets": table.offsets}
     return fields, joins | _cut(encoder.encoder, texts, tokens)

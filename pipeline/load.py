@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import shards, storage
+from . import shards, storage, tokens
 from .manifest import Manifest, Shard, fingerprint
 from .plan import BatchPlan, BucketedPlan, Plan, dealt, draw
 from .schema import BUCKET, CUT, Batch, Bucket, Encoding, Field, batch_fields, check
@@ -34,9 +34,9 @@ KEY = Field("uint8", (None,))
 """Every encoded shard carries its samples' keys: rows are joined by key, not by trust."""
 _INDEX = Field("int64", ())
 _Ints = NDArray[np.int64]
-_DTYPES = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I64": "<i8"}
+_DTYPES = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I32": "<i4", "I64": "<i8"}
 STORABLE = ("float16", "float32", "uint8", "int64")
-"""numpy's names of the dtypes that encoded files have."""
+"""numpy's names of the dtypes that the fields of encoded files have."""
 _LARGE = 1 << 20  # bytes
 _KEPT = 24  # a few batches of a few encodings
 _OPEN_FILES = 600  # a map keeps its file's descriptor, and 1,024 is the usual limit
@@ -323,16 +323,16 @@ class Loader:
             begin[part.rows], end[part.rows] = arrays["offsets"][text], arrays["offsets"][text + 1]
         lengths: _Ints = end - begin
         longest = int(lengths.max())
-        tokens = self._memory.empty(stored["tokens"], size, longest)
+        padded = self._memory.empty(stored["tokens"], size, longest)
         for part in parts:
-            flat = part.shard.arrays[number]["tokens"]
+            arrays = part.shard.arrays[number]
             # A caption's tokens lie together: a copy for each beats a fancy index of all tokens.
             spans = map(_list, (part.rows, begin[part.rows], end[part.rows]))
             for row, first, last in zip(*spans, strict=True):
-                tokens[row, : last - first] = flat[first:last]
-                tokens[row, last - first :] = 0
+                tokens.copy(arrays, first, last, padded[row, : last - first])
+                padded[row, last - first :] = 0
         mask = np.arange(longest) < lengths[:, None]
-        return {f"{name}_tokens": tokens, f"{name}_mask": mask, f"{name}_pooled": pooled}
+        return {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled}
 
     def _parts(self, indices: np.ndarray, turns: np.ndarray) -> tuple[int, list[_Part]]:
         """(the bucket, the batch by shards); `turns` in [0, 1) say which caption a sample shows."""
@@ -562,14 +562,14 @@ def _open_encoded(
         check(str(path), arrays, stored, samples * views)
         return arrays
     joins = dict.fromkeys(("offsets", "caption_rows", "sample_offsets"), _INDEX)
-    check(str(path), arrays, {**stored, **joins})
+    tokens.check_tokens(str(path), arrays, stored[tokens.TOKENS])
+    others = {name: field for name, field in stored.items() if name != tokens.TOKENS}
+    check(str(path), arrays, {**others, **joins})
     rows, texts = arrays["caption_rows"], len(arrays["pooled"])
     whole = len(arrays["offsets"]) == texts + 1 and len(arrays["sample_offsets"]) == samples + 1
-    for name, into in (("offsets", "tokens"), ("sample_offsets", "caption_rows")):
+    for name, last in (("offsets", tokens.count(arrays)), ("sample_offsets", len(rows))):
         ends = arrays[name]
-        whole = (
-            whole and ends[0] == 0 and ends[-1] == len(arrays[into]) and (np.diff(ends) > 0).all()
-        )
+        whole = whole and ends[0] == 0 and ends[-1] == last and (np.diff(ends) > 0).all()
     if not whole or rows.min() < 0 or rows.max() >= texts:
         raise ValueError(
             f"{path}: its offsets do not join tokens, captions and {samples} samples; "
@@ -624,14 +624,14 @@ def text_storage(manifest: Manifest, encoding: Encoding, padded_to: int) -> Text
     if encoding.kind != "text":
         raise ValueError(f"encoding {encoding.name}: {encoding.kind}s have no captions to pad")
     fields = _stored(encoding).fields
-    captions = stored = tokens = size = cut = 0
+    captions = stored = read = size = cut = 0
     for shard in manifest.split():
         path = storage.local_copy(encoding.arrays_url(shard.name))
         arrays = _open_encoded(path, encoding, fields, shard.samples)
         captions += len(arrays["caption_rows"])
         stored += len(arrays["pooled"])
-        tokens += len(arrays["tokens"])
+        read += tokens.count(arrays)
         size += path.stat().st_size
         cut += int(arrays[CUT][arrays["caption_rows"]].sum()) if CUT in arrays else 0
     row = fields["tokens"].empty(1).nbytes
-    return TextStorage(captions, stored, tokens, cut, size, captions * padded_to * row)
+    return TextStorage(captions, stored, read, cut, size, captions * padded_to * row)

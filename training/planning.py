@@ -342,8 +342,11 @@ class Captions:
         return self.tokens(shape, 2 * self.words)
 
     def stored_bytes(self, shape: Shape) -> int:
-        """Of one caption: its tokens, unpadded, and the pooled vector, float16; an offset."""
-        return 2 * self.tokens(shape) * shape.width + 2 * shape.pooled + 8
+        """Of one caption: its tokens, unpadded, and the pooled vector, float16; an offset. Where a
+        part of a token repeats with its word: which word it is, and not the words themselves, which
+        all captions of a shard share."""
+        each = 2 * (shape.width - shape.repeats) + (4 if shape.repeats else 0)
+        return self.tokens(shape) * each + 2 * shape.pooled + 8
 
 
 def informed(config: Any, shapes: Mapping[str, Shape]) -> Any:

@@ -17,15 +17,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from pipeline import manifest, storage
+from pipeline import manifest, storage, tokens
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
-from pipeline.load import _KEPT, Loader, mapped
+from pipeline.load import _KEPT, Loader, mapped, text_storage
 from pipeline.schema import EncoderSpec, check
 from pipeline.shards import ShardSample, write_shard
 
 IMAGES = EncoderSpec("codes", "image", "codes01", side=4)
 CHARACTERS = EncoderSpec("chars", "text", "chars01")
+ONCE = EncoderSpec("once", "text", "once01")
 WORDS = EncoderSpec("words", "text", "words01")
 BUCKETS = ((4, 8), (4, 4), (8, 4))
 BUCKETED = replace(IMAGES, fingerprint="codes02", buckets=BUCKETS)
@@ -41,13 +42,22 @@ def characters(texts):
     return tokens, np.array([[len(text)] for text in texts], np.float16)
 
 
+class Once:
+    """`characters`, which says that a token's first number is of its character alone."""
+
+    repeats = 1
+
+    def __call__(self, texts):
+        return characters(texts)
+
+
 def words(texts):
     tokens = [np.array([[len(w)] for w in text.split()], np.float16) for text in texts]
     return tokens, np.array([[len(t), 1, 2] for t in tokens], np.float16)
 
 
 def build(spec):
-    return {"codes": codes, "chars": characters, "words": words}[spec.name]
+    return {"codes": codes, "chars": characters, "once": Once(), "words": words}[spec.name]
 
 
 def square(n):
@@ -574,6 +584,66 @@ def test_files_that_do_not_fit_are_refused(data, encodings, number, change, mess
         rewrite(Path(encodings[number].url, f"{shard.name}.safetensors"), change)
     with pytest.raises(ValueError, match=message):
         Loader(data, encodings, global_batch=13, seed=0).batch(0)
+
+
+def named(batch):
+    """Without the encoder's name."""
+    return {name.removeprefix("chars_").removeprefix("once_"): it for name, it in batch.items()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_are_those_of_tokens_as_they_are(data, workers):
+    whole, once = encode(data, [CHARACTERS, ONCE], build, LOCAL).values()
+    for step in range(3):
+        for worker in range(workers):
+            share = {"global_batch": 8, "seed": 1, "worker": worker, "workers": workers}
+            equal(*(named(Loader(data, [it], **share).batch(step)) for it in (whole, once)))
+    file = Path(once.arrays_url(data.shards[0].name))
+    stored = mapped(file)[0]
+    assert "tokens" not in stored
+    captions = {f"number {n}" + " again" * k for n in range(7) for k in range(1 + n % 3)}
+    assert len(stored["words"]) == len(set("".join(captions)))
+    assert stored["states"].shape == (sum(map(len, captions)), 1)
+    counted = [text_storage(data, it, 77) for it in (whole, once)]
+    assert counted[0].tokens == counted[1].tokens
+    assert counted[0].padded_bytes == counted[1].padded_bytes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.pop("states"),
+        lambda a: a.update(words=a["words"].astype("f4")),
+        lambda a: a.update(words=a["words"][:1].copy()),
+        lambda a: a.update(word_rows=a["word_rows"] - 1),
+        lambda a: a.update(word_rows=a["word_rows"][1:].copy()),
+        lambda a: a.update(states=np.repeat(a["states"], 2, 1)),
+    ],
+    ids=["no states", "another dtype", "too few words", "before them", "too few rows", "too wide"],
+)
+def test_files_that_do_not_make_tokens_are_refused(data, change):
+    once = encode(data, [ONCE], build, LOCAL)["once"]
+    for shard in data.shards:
+        rewrite(Path(once.url, f"{shard.name}.safetensors"), change)
+    with pytest.raises(ValueError, match=r"do not make tokens float16\[rows, 2\]"):
+        Loader(data, [once], global_batch=8, seed=0).batch(0)
+
+
+def test_a_directory_may_hold_shards_of_both_kinds(data):
+    """What was encoded before words were stored once stays, and is read beside the new."""
+    whole, once = encode(data, [CHARACTERS, ONCE], build, LOCAL).values()
+    wanted = Loader(data, [whole], global_batch=13, seed=0).batch(0)
+    shard = data.shards[0].name
+
+    def as_before(arrays):
+        tokens_of = tokens.empty(arrays, tokens.count(arrays))
+        tokens.copy(arrays, 0, len(tokens_of), tokens_of)
+        for name in ("words", "word_rows", "states"):
+            del arrays[name]
+        arrays["tokens"] = tokens_of
+
+    rewrite(Path(once.url, f"{shard}.safetensors"), as_before)
+    equal(named(Loader(data, [once], global_batch=13, seed=0).batch(0)), named(wanted))
 
 
 def test_another_table_is_noticed(data, encodings, tmp_path):

@@ -48,10 +48,16 @@ def texts(spec):
         width = np.array([len(caption) for caption in captions], np.float32)
         return [np.full((3, 4), n, np.float16) for n in width], width[:, None]
 
+    if spec.name == "once":
+        encoder.repeats = 2  # columns that are stored once for each word
     return encoder
 
 
-SPECS = [pixels_spec(8), EncoderSpec("words", "text", "words1")]
+SPECS = [
+    pixels_spec(8),
+    EncoderSpec("words", "text", "words1"),
+    EncoderSpec("once", "text", "once1"),
+]
 BUCKETED = [pixels_spec(16, buckets=[(16, 16), (24, 16), (16, 24)], flip=True)]
 
 

@@ -364,6 +364,8 @@ def test_captions_are_cut_into_tokens_and_stored_unpadded():
     assert Captions(200).tokens(clip) == 77
     assert twenty.tokens(pieces) == 100
     assert twenty.stored_bytes(clip) == 2 * 28 * 32 + 2 * 8 + 8
+    words_once = replace(clip, repeats=16)
+    assert twenty.stored_bytes(words_once) == 28 * (2 * 16 + 4) + 2 * 8 + 8
 
 
 def test_the_tokens_of_real_captions_are_about_as_many(line):

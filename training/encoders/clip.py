@@ -131,4 +131,5 @@ def text_encoder(
         words = F.layer_norm(words, words.shape[-1:])
         return torch.cat([words, x], dim=-1), F.normalize(pooled, dim=-1)
 
-    return TextEncoder(cut, run, tower.context_length, torch.device(device), precision)
+    width = tower.token_embedding.embedding_dim
+    return TextEncoder(cut, run, tower.context_length, torch.device(device), precision, width)

@@ -30,13 +30,15 @@ class Shape:
     """Pixels per latent position, along a side."""
     posterior: bool = True
     """Whether mean and log-variance are stored, or the latent alone."""
+    repeats: int = 0
+    """How much of a token's width depends on the word alone; it is stored once for each word."""
     patches: int = 0
     """Of a CLIP: channels of its image tower's features."""
     known: Literal["by config", "as published", "assumed"] = "by config"
 
 
 def _clip(width: int, patches: int) -> Shape:
-    return Shape(2 * width, width, "pairs", 77, patches=patches)
+    return Shape(2 * width, width, "pairs", limit=77, repeats=width, patches=patches)
 
 
 def _t5(width: int) -> Shape:
@@ -72,8 +74,15 @@ def foreseen(name: str, config: Any, pretrained: str | None) -> Shape:
             return Shape(config.network.latent_channels, factor=config.network.factor)
         if name == "clip":
             patches = _tower_width(asdict(config.image))
-            read = config.text.context
-            return Shape(2 * config.text.width, config.embed, "pairs", read, patches=patches)
+            text = config.text
+            return Shape(
+                2 * text.width,
+                config.embed,
+                "pairs",
+                repeats=text.width,
+                limit=text.context,
+                patches=patches,
+            )
         read = "pairs" if config.vocabulary else "bytes"
         return Shape(config.width, config.width, read, config.limit)
     found = here(pretrained)
@@ -88,11 +97,11 @@ def foreseen(name: str, config: Any, pretrained: str | None) -> Shape:
         return foreseen(name, config_of(source.family, source.config()), None)
     if name != "autoencoder":
         width, pooled = text_widths(str(found), name)
-        patches = 0
+        patches, repeats = 0, width // 2 if name == "clip" else 0
         if name == "clip":
             with suppress(ValueError):  # which only alignment needs to know
                 patches = patch_width(source)
-        return replace(USUAL[name], width=width, pooled=pooled, patches=patches)
+        return replace(USUAL[name], width=width, pooled=pooled, repeats=repeats, patches=patches)
     described = _json(found, "config.json")
     blocks = described.get("block_out_channels") or described.get("encoder_block_out_channels")
     return Shape(

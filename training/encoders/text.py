@@ -33,6 +33,8 @@ class TextEncoder:
     device: torch.device
     precision: str = "fp32"
     """bf16: most products are taken in bfloat16."""
+    repeats: int = 0
+    """The first columns of a token that depend on its id alone: stored once for each id."""
 
     def __call__(
         self, texts: Sequence[str]

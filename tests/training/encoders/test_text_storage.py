@@ -126,7 +126,8 @@ def test_the_storybooks_text_takes_a_fourth_of_padded_text(clip, real_data, tmp_
     assert times("clip", "t5") > 4
     assert times("t5") > 4
     assert times("t5_bytes") > 4
-    assert times("clip") > 2.2  # its captions have 32 tokens of 77: more cannot be left out
+    # Its captions have 32 tokens of 77, and of these the words' own half is stored once a word.
+    assert times("clip") > 4
 
 
 def grey(texts: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
