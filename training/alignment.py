@@ -35,7 +35,7 @@ class AlignmentConfig:
     """0: the likeness is measured, and nothing learns by it."""
     block: int = 8
     """The network's block after which states are aligned: a DiT's, counted from 1; of a U-Net those
-    on the way down and the middle's two."""
+    on the way down and the middle's two; of an Efficient U-Net a level on the way down."""
     hidden: int = 2048
     """Width of the projector's hidden layers."""
     tower: str = ""

@@ -46,7 +46,6 @@ from .networks import (
     Context,
     ContextConfig,
     DenoiserConfig,
-    DiTConfig,
     PriorConfig,
     Standard,
     Tap,
@@ -122,10 +121,10 @@ class BaseStageConfig:
                 f"listens: a prior draws {PICTURE_EMBEDDING} and cannot be told it; leave it out"
             )
         if self.alignment:
-            if not isinstance(self.network, DiTConfig | UNetConfig):
+            if isinstance(self.network, PriorConfig):
                 raise ValueError(
-                    f"alignment: network.kind {self.network.kind!r} shows no states of its blocks; "
-                    "wanted 'dit' or 'unet'"
+                    f"alignment: network.kind {self.network.kind!r} has no states of places: "
+                    "leave it out"
                 )
             try:
                 self.network.state_width(self.alignment.block)
@@ -203,7 +202,7 @@ class BaseStage(Stage):
         self.config: BaseStageConfig
         self.network = build_network(config.network)
         self.alignment: Alignment | None = None
-        if config.alignment and isinstance(config.network, DiTConfig | UNetConfig):
+        if config.alignment and not isinstance(config.network, PriorConfig):
             states = config.network.state_width(config.alignment.block)
             tower = config.alignment.tower or self.inputs.get("clip", "")
             self.alignment = Alignment(config.alignment, states, tower)

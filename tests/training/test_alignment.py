@@ -19,7 +19,7 @@ from training.encoders.perceptual import patches
 from training.encoders.sources import Source
 from training.job import Job, run
 from training.loop import TrainingConfig, train
-from training.networks import DiTConfig, Tap, UNetConfig, build
+from training.networks import DiTConfig, EfficientUNetConfig, Tap, UNetConfig, build
 
 SIDE = 16
 CLIP: dict[str, Any] = {
@@ -28,6 +28,10 @@ CLIP: dict[str, Any] = {
     "text": {"vocabulary": 600, "context": 16, "width": 16, "layers": 1, "heads": 2},
 }
 DIT = DiTConfig(in_channels=3, width=32, depth=4, head_width=16, patch=2)
+EFFICIENT = EfficientUNetConfig(
+    in_channels=3, channels=16, channel_mult=(1, 2), blocks=(1, 1), attention=(0, 1),
+    head_width=16, low_channels=0,
+)  # fmt: skip
 UNET = UNetConfig(in_channels=3, channels=16, channel_mult=(1, 2), attention=(0, 0), head_width=16)
 
 
@@ -79,7 +83,7 @@ def test_equal_directions_are_1_and_opposite_ones_minus_1(tower):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("network", "block"), [(DIT, 2), (UNET, 3), (UNET, 6)])
+@pytest.mark.parametrize(("network", "block"), [(DIT, 2), (UNET, 3), (UNET, 6), (EFFICIENT, 1)])
 def test_blocks_before_learn_by_it_and_blocks_after_do_not(tower, network, block, recompute):
     """With all weights off their zeros, through which nothing would pass."""
     network = replace(network, recompute=recompute)
@@ -95,6 +99,9 @@ def test_blocks_before_learn_by_it_and_blocks_after_do_not(tower, network, block
     alignment(tap.states, x).sum().backward()
     if isinstance(network, DiTConfig):
         blocks = list(made.blocks)
+    elif isinstance(network, EfficientUNetConfig):
+        blocks = list(made.down)
+        assert all(p.grad is None for p in made.up.parameters())
     else:
         blocks = [it for level in made.down.levels for it in level] + list(made.down.middle)
         assert all(p.grad is None for p in made.up.parameters())
@@ -119,7 +126,7 @@ def test_a_weight_of_0_trains_bit_for_bit_as_without_it(tower, scenes):
     assert aligned.exported().keys() == plain.exported().keys()
 
 
-@pytest.mark.parametrize("network", [DIT, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize("network", [DIT, UNET, EFFICIENT], ids=lambda it: it.kind)
 def test_alignment_rises_and_the_picture_is_learnt(tower, scenes, network):
     stage = base(tower, network, weight=0.5)
     config = replace(TRAINING, images=8 * 30, learning_rate=3e-3, max_grad_norm=1.0)
@@ -153,8 +160,8 @@ def test_what_is_looked_at_is_the_loss_without_it(tower, scenes):
             {"network": {"kind": "unet", "blocks": 2}},
             "alignment.block: there is no block 8.*1 to 6",
         ),
-        ({"network": {"kind": "efficient_unet"}}, "'efficient_unet' shows no states.*'dit' or"),
-        ({"network": {"kind": "prior"}, "data": "embedding"}, "alignment: .*'prior' shows no"),
+        ({"network": {"kind": "efficient_unet"}}, "alignment.block: there is no block 8.*1 to 4"),
+        ({"network": {"kind": "prior"}, "data": "embedding"}, "alignment: .*'prior' has no"),
     ],
 )
 def test_networks_that_show_no_such_states_are_refused(config, told):

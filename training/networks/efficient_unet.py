@@ -30,10 +30,12 @@ from .layers import (
     Labels,
     ResBlock,
     SpatialTransformer,
+    Tap,
     Upsample,
     conv3,
     freeze,
     group_norm,
+    no_such_block,
     run,
     zeroed,
 )
@@ -100,6 +102,13 @@ class EfficientUNetConfig:
     def widths(self) -> tuple[int, ...]:
         return tuple(self.channels * m for m in self.channel_mult)
 
+    def state_width(self, block: int) -> int:
+        """Channels of what a Tap takes after all blocks of a level on the way down. ValueError
+        where there is none."""
+        if block > len(self.widths):
+            raise no_such_block(block, len(self.widths))
+        return self.widths[block - 1]
+
 
 class Level(nn.Module):
     """The residual blocks of one level and the transformers after them."""
@@ -162,17 +171,21 @@ class EfficientUNet(nn.Module):
         self.norm = group_norm(2 * widths[0])
         self.out = zeroed(conv3(2 * widths[0], out))
 
-    def forward(self, x: Image, label: Labels, cond: Cond | None = None) -> Image:
+    def forward(
+        self, x: Image, label: Labels, cond: Cond | None = None, tap: Tap | None = None
+    ) -> Image:
         cond = cond or {}
         told = self.conditioning(label, cond)
         x = join_low(x, cond, self.config.low_channels)
         h = stem = self.stem(x.contiguous(memory_format=torch.channels_last))
         sizes: list[torch.Size] = []
         skips: list[Tensor] = []
-        for shrink, level in zip(self.shrink, self.down, strict=True):
+        for number, (shrink, level) in enumerate(zip(self.shrink, self.down, strict=True), 1):
             sizes.append(h.shape[-2:])
             h = level(shrink(h), told)
             skips.append(h)
+            if tap and tap.block == number:
+                tap.states = h
         skips.pop()  # the last level goes on upwards from where it is
         for i, (level, grow) in enumerate(zip(self.up, self.grow, strict=True)):
             if i:
