@@ -247,6 +247,7 @@ def of_process_group(
         world,
         wrap=partial(sharding.shard, device=device),
         alone=lambda module: nullcontext(),
+        average=sharding.average,
         sharded=True,
     )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -195,11 +195,6 @@ class TrainingConfig:
                 f"{kind}: its loss compares the rows of a batch, so micro-batches would change it: "
                 f"set micro_batch to 0 (it is {self.micro_batch})"
             )
-        if self.fsdp and self.workers > 1:
-            raise ValueError(
-                f"{kind}: it compares by a temperature, a single number that cannot be dealt to "
-                "workers: set fsdp to false"
-            )
         for workers in range(self.min_workers or self.workers, self.workers + 1):
             if self.batch % workers:
                 raise ValueError(
@@ -239,6 +234,8 @@ class World:
     alone: Callable[[nn.Module], AbstractContextManager[Any]] = lambda module: nullcontext()
     """Inside, forward and backward of a wrapped module leave the gradients with their worker."""
     sharded: bool = False
+    average: Callable[[Iterable[nn.Parameter]], None] = lambda parameters: None
+    """Averages the gradients over the workers that backward has left to each."""
     sum: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """The sum of a tensor over the workers."""
     gather: Callable[[Any], list[Any]] = lambda value: [value]
@@ -347,6 +344,7 @@ def train(
                 if turn.counts:
                     share.add(batch.get("key", []), losses.detach(), outputs)
 
+            world.average(optimizer.parameters.values())
             loss, metrics = share.global_mean(config, world)
             norm = gradient_norm(optimizer.parameters)
             try:

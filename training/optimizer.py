@@ -124,14 +124,21 @@ class Optimizer:
 def gradient_norm(parameters: dict[str, nn.Parameter]) -> Tensor:
     """The 2-norm of all gradients together, over the workers where they are sharded; a scalar on
     their device, NaN or Inf where one of them is."""
-    gradients = [local(p.grad) for p in parameters.values() if p.grad is not None]
-    if not gradients:
+    given = [p for p in parameters.values() if p.grad is not None]
+    if not given:
         raise ValueError(
             "no parameter has a gradient: forward's loss depends on nothing that is trained"
         )
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    sharded = any(map(is_sharded, parameters.values()))
-    return over_workers(norm.square()).sqrt() if sharded else norm
+
+    def norm(parameters: list[nn.Parameter]) -> Tensor:
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+    if not (sharded := [p for p in given if is_sharded(p)]):
+        return norm(given)
+    squares = over_workers(norm(sharded).square())
+    whole = [p for p in given if not is_sharded(p)]  # the same on each worker, and counted once
+    return (squares + norm(whole).square() if whole else squares).sqrt()
 
 
 class _Rule:

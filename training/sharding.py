@@ -10,7 +10,7 @@ something is sharded.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any
 
@@ -23,8 +23,9 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
     """Leave each worker its rows of the trained parameters, in place, and return the module.
 
     Rank 0's parameters and buffers are everybody's first ones. Whole parameters come back for as
-    long as a block (see `blocks`) or, for those of no block, an update needs them. Frozen ones and
-    buffers stay whole. Gradients of micro-batches add up sharded.
+    long as a block (see `blocks`) or, for those of no block, an update needs them. Frozen ones,
+    buffers and single numbers stay whole; of the last, `average` sees to the gradients. Those of
+    micro-batches add up sharded.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -34,23 +35,30 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
             f"fsdp: torch {torch.__version__} cannot shard parameters that some of a worker's rows "
             "leave unused: install a newer one, or set training.fsdp to false"
         )
-    if scalars := [n for n, p in module.named_parameters() if p.requires_grad and not p.ndim]:
-        raise ValueError(
-            f"fsdp: {', '.join(scalars)} is a single number, which cannot be dealt to workers: "
-            "set training.fsdp to false for this stage"
-        )
     with torch.no_grad():
         for tensor in itertools.chain(module.parameters(), module.buffers()):
             torch.distributed.broadcast(tensor, 0)
     group = torch.distributed.group.WORLD
     assert group is not None
     mesh = DeviceMesh.from_group(group, device.type)
-    frozen = {p for p in module.parameters() if not p.requires_grad}
+    kept = {p for p in module.parameters() if not p.requires_grad or not p.ndim}
     for part in (*blocks(module), module):
-        fully_shard(part, mesh=mesh, ignored_params=frozen)
+        fully_shard(part, mesh=mesh, ignored_params=kept)
     assert isinstance(module, FSDPModule)
     module.set_reduce_scatter_unused_params(True)  # a condition may be absent from all of its rows
     return module
+
+
+@torch.no_grad()
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of the trained parameters that every worker has whole; one that a
+    worker's rows left unused counts as 0."""
+    for parameter in parameters:
+        if not is_sharded(parameter):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= torch.distributed.get_world_size()
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -357,8 +357,6 @@ def test_what_compares_rows_is_not_cut():
         next(train(Comparing(), Rows(), elastic))
     assert elastic.micro_batches(2, compares_rows=True) == 2
     replace(elastic, batch=24).check_comparing("comparing")
-    with pytest.raises(ValueError, match="comparing: .*a single number.*set fsdp to false"):
-        replace(elastic, batch=24, fsdp=True).check_comparing("comparing")
 
 
 def test_who_is_lost_leaves_the_others_no_larger_micro_batches():
