@@ -3,6 +3,7 @@ again."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,8 +110,9 @@ class _Carried:
         spans = [arrays["offsets"][number : number + 2].tolist() for arrays, number in found]
         offsets = np.cumsum([0, *(last - first for first, last in spans)])
         whole = tokens.empty(found[0][0], int(offsets[-1]))
-        for (arrays, _), span, at in zip(found, spans, offsets[:-1].tolist(), strict=True):
-            tokens.copy(arrays, *span, whole[at : at + span[1] - span[0]])
+        places = itertools.pairwise(offsets.tolist())
+        for (arrays, _), (first, last), place in zip(found, spans, places, strict=True):
+            tokens.copy(arrays, first, last, whole[slice(*place)])
         pooled = np.stack([arrays["pooled"][number] for arrays, number in found])
         joins = {
             "offsets": offsets,
