@@ -52,7 +52,7 @@ def package(
     commit: str | None = None,
     code_root: str | Path | None = None,
 ) -> str:
-    """Package what `training.generator.assemble` wrote; returns the package's folder, below
+    """Package what `training.assembling.assemble` wrote; returns the package's folder, below
     `out_dir`.
 
     The folder is named after the package's identity and appears whole, so packaging the same again
@@ -63,7 +63,7 @@ def package(
     generator = Path(generator_dir)
     if not (generator / "generator.json").is_file():
         raise ValueError(
-            f"{generator}: no generator.json; package what training.generator.assemble wrote"
+            f"{generator}: no generator.json; package what training.assembling.assemble wrote"
         )
     sources, imported = code(Path(code_root) if code_root else _HERE.parent)
     described = storage.read_json(str(generator / "generator.json"))

@@ -17,7 +17,8 @@ from .page import image
 from .sample import Pictures
 
 if TYPE_CHECKING:
-    from training.generator import Generator, Known
+    from training.generator import Generator
+    from training.request import Known
 
     from .editing import Edits
 
@@ -288,7 +289,7 @@ def interpolation(
 
 def inpainting(generator: Generator, pictures: Pictures, seed: int) -> Technique:
     """The right half is drawn anew; no caption says what is there."""
-    from training.generator import Known
+    from training.request import Known
 
     side = generator.resolution
     mask = np.ones((len(pictures), side, side), bool)
@@ -309,7 +310,7 @@ def inpainting(generator: Generator, pictures: Pictures, seed: int) -> Technique
 
 def super_resolution(generator: Generator, pictures: Pictures, seed: int) -> Technique:
     """A copy of 1/FACTOR the side is known; no caption says what it shows."""
-    from training.generator import Known
+    from training.request import Known
 
     small = _shrunk(pictures)
     held = _held(generator, Known(small.astype(np.uint8), factor=FACTOR), len(pictures), seed)

@@ -132,7 +132,8 @@ def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
         return storage.read_json(str(record)), True
     from evaluation.packaging import package
     from evaluation.sample import png
-    from training.generator import Generator, assemble
+    from training.assembling import assemble
+    from training.generator import Generator
 
     started = time.monotonic()
     sources = {name: line.source(name, data) for name in line.recipe.stages}

@@ -14,8 +14,6 @@ words are padded to a length that no neighbour changes.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,35 +22,35 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, normalize
+from torch.nn.functional import normalize
 
 from pipeline.schema import PICTURE_EMBEDDING
 
 from .accelerators import native_precision
 from .diffusion import Cond, SamplerConfig, classifier, normal
-from .diffusion.guidance import Guide, clip_log_prob, linear_inverse, reconstruction
-from .diffusion.path import Path as NoisePath
+from .diffusion.guidance import Guide, clip_log_prob, reconstruction
 from .diffusion.samplers import slerp
+from .request import (
+    BATCH,
+    Embeddings,
+    Known,
+    Labels,
+    Maps,
+    Pictures,
+    Request,
+    check_labels,
+    check_low,
+    check_map,
+)
 from .stage import to_tensors
 
-GENERATOR, MODEL = "generator.json", "model"
+GENERATOR = "generator.json"
 FORMAT = 1
-BATCH = 32
-"""Pictures drawn at once: a bound on memory."""
-
 PRIOR, BASE, ENLARGING = "prior", "base", ("sr1", "sr2")
 DENOISING = (PRIOR, BASE, *ENLARGING)
 """The stages that draw, in their order."""
-
-Pictures = UInt8[np.ndarray, "picture height width 3"]
-Labels = Sequence[Mapping[str, str] | None]
-"""Of each picture, attribute -> answer; None or {}: of any class."""
-Maps = UInt8[np.ndarray, "picture height width"]
-"""The index of each pixel's class."""
-Embeddings = Float[Tensor, "picture width"]
-"""Of pictures by CLIP, of length 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,35 +79,6 @@ class StageSampler(BaseSampler):
         super().__post_init__()
         if self.candidates < 1:
             raise ValueError(f"candidates: got {self.candidates}, wanted at least 1")
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of pictures before they are drawn: some of their pixels, or smaller copies."""
-
-    pictures: Pictures
-    """With a `factor`, of 1/factor the generator's side: each pixel is the mean of a square."""
-    mask: Bool[np.ndarray, "picture height width"] | None = None
-    """True where a pixel is known; None: everywhere."""
-    factor: int = 1
-    noise_std: float = 0.02
-    """How exactly it is known, in units of half the pixels' range."""
-    data_std: float = 0.5
-    """Of all pixels, in the same units."""
-
-    def guide(self, rows: slice, path: NoisePath, device: torch.device) -> Guide:
-        measured = torch.from_numpy(self.pictures[rows]).to(device).permute(0, 3, 1, 2) / 127.5 - 1
-        known = torch.ones((), device=device)
-        if self.mask is not None:
-            known = torch.from_numpy(self.mask[rows]).to(measured)[:, None]
-
-        def operator(x: Tensor) -> Tensor:
-            return known * avg_pool2d(x, self.factor)
-
-        return linear_inverse(
-            path, operator, known * measured, self.noise_std,
-            gram=self.factor**-2, data_std=self.data_std,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,6 +125,7 @@ class Generator:
         `precision` is "bf16" or "fp32"; by default bf16 (about 0.5 % off in a network call) where
         the device computes in it. ValueError when the directory holds no generator.
         """
+        from .assembling import open_stages
         from .stages import reconstruct
 
         path = Path(directory, GENERATOR)
@@ -168,10 +138,10 @@ class Generator:
             )
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         sampler = reconstruct(BaseSampler, described["defaults"], "defaults")
-        samplers = _stage_samplers(described.get("samplers", {}))
+        samplers = stage_samplers(described.get("samplers", {}))
         sources = {name: Path(directory, name) for name in described["stages"]}
         shape = tuple(described.get("latent_shape", ()))
-        return _open(
+        return open_stages(
             sources, sampler, samplers, device, precision or native_precision(device), shape
         )
 
@@ -499,7 +469,7 @@ class Generator:
                 raise ValueError(f"{name}: no stage {stage!r} that draws; this generator has {has}")
             samplers[stage] = _replaced(samplers[stage], {key: value}, stage)
         sampler = _replaced(self.sampler, mine)
-        _check_levels(self.base, sampler, self.enlarging, samplers)
+        check_levels(self.base, sampler, self.enlarging, samplers)
         return sampler, samplers
 
     def _asked(
@@ -511,77 +481,19 @@ class Generator:
         low: Pictures | None = None,
         embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
         map: Maps | None = None,
-    ) -> _Asked:
+    ) -> Request:
         """What a call asks for. ValueError where the stages cannot be told it."""
-        low, map = (None if it is None else np.asarray(it) for it in (low, map))
-        asked = _Asked.of(prompts, negative, seed, labels, embeddings, low, map)
-        self._check_labels(labels)
-        self._check_map(map, len(prompts))
-        side = self.low_side
-        if low is None:
-            if side and len(prompts):
-                raise ValueError(
-                    f"low: this generator enlarges pictures, and none was given; give uint8 "
-                    f"[{len(prompts)}, {side}, {side}, 3], one for each prompt"
-                )
-        elif not side:
-            raise ValueError("low: this generator enlarges no picture that a call gives")
-        elif low.dtype != np.uint8 or low.shape[1:] != (side, side, 3):
-            raise ValueError(
-                f"low: got {low.dtype} {list(low.shape)}, wanted uint8 [{len(prompts)}, {side}, "
-                f"{side}, 3]"
-            )
-        return asked
-
-    def _check_map(self, map: Maps | None, count: int) -> None:
-        names, side = self.map_classes, self.resolution
-        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        wanted = f"uint8 [{count}, {side}, {side}], indices of {len(names)} classes ({listed})"
-        if map is None:
-            if names and count:
-                raise ValueError(
-                    "map: this generator draws by label maps, and none was given; give "
-                    f"{wanted}, one for each prompt"
-                )
-        elif not names:
-            raise ValueError("map: this generator is told no label maps")
-        elif map.dtype != np.uint8 or map.shape[1:] != (side, side):
-            raise ValueError(f"map: got {map.dtype} {list(map.shape)}, wanted {wanted}")
-        elif len(rows := np.flatnonzero((map >= len(names)).any((1, 2)))):
-            raise ValueError(
-                f"map[{rows[0]}]: got index {map[rows[0]].max()}, wanted 0 to {len(names) - 1}: "
-                f"{listed}"
-            )
-
-    def _check_labels(self, labels: Labels | None) -> None:
-        if labels is None:
-            return
-        known = self.answers
-        if not known:
-            raise ValueError("labels: no stage of this generator is told classes")
-        for row, label in enumerate(labels):
-            for name, answer in (label or {}).items():
-                if name not in known:
-                    raise ValueError(
-                        f"labels[{row}]: no attribute {name!r}; there are {', '.join(known)}"
-                    )
-                if answer not in known[name]:
-                    raise ValueError(
-                        f"labels[{row}]: {name} {answer!r} is none of {', '.join(known[name])}"
-                    )
-            for stage in self._drawing:
-                names = [it.name for it in stage.config.attributes]
-                said = [name for name in names if name in (label or {})]
-                if said and said != names:
-                    raise ValueError(
-                        f"labels[{row}]: a class is {' and '.join(names)} together, got "
-                        f"{' and '.join(said)} alone"
-                    )
+        request = Request.of(prompts, negative, seed, labels, low, embeddings, map)
+        together = [[it.name for it in stage.config.attributes] for stage in self._drawing]
+        check_labels(labels, self.answers, together)
+        check_map(request.map, len(prompts), self.map_classes, self.resolution)
+        check_low(request.low, len(prompts), self.low_side)
+        return request
 
     @torch.no_grad()
     def _stages(
         self,
-        asked: _Asked,
+        asked: Request,
         chosen: Mapping[str, Any],
         guides: Sequence[Guide] = (),
         eps: Tensor | None = None,
@@ -604,7 +516,7 @@ class Generator:
 
     def _latents(
         self,
-        asked: _Asked,
+        asked: Request,
         told: _Told,
         z: Embeddings | None,
         sampler: BaseSampler,
@@ -631,7 +543,7 @@ class Generator:
         return x if self.base is None else self.base.unscaled(x)
 
     def _damaged(
-        self, name: str, stage: Any, asked: _Asked, small: Tensor, level: float
+        self, name: str, stage: Any, asked: Request, small: Tensor, level: float
     ) -> dict[str, Tensor]:
         """What a stage is told of the pictures that it enlarges."""
         strength = torch.full((len(small),), level, device=small.device)
@@ -639,7 +551,7 @@ class Generator:
         side = stage.latent_shape.tolist()[-1]
         return stage.config.low.told(small, strength, stage.model, noise, side)
 
-    def _more(self, stage: Any, asked: _Asked, z: Embeddings | None) -> dict[str, Tensor]:
+    def _more(self, stage: Any, asked: Request, z: Embeddings | None) -> dict[str, Tensor]:
         """What a stage is told beside the texts: its classes, the embedding of what is drawn."""
         more: dict[str, Tensor] = {}
         if stage.config.attributes:
@@ -650,7 +562,7 @@ class Generator:
         return more
 
     def _embeddings(
-        self, asked: _Asked, told: _Told, samplers: Mapping[str, StageSampler]
+        self, asked: Request, told: _Told, samplers: Mapping[str, StageSampler]
     ) -> Embeddings | None:
         """What stages are told of the pictures to come; None where they are told nothing."""
         wanted = asked.embeddings
@@ -761,7 +673,7 @@ class Generator:
             )
         return fields
 
-    def _read(self, asked: _Asked) -> _Told:
+    def _read(self, asked: Request) -> _Told:
         negatives = asked.negatives
         return _Told(
             self._encoded(asked.prompts), None if negatives is None else self._encoded(negatives)
@@ -771,7 +683,7 @@ class Generator:
         self,
         name: str,
         stage: Any,
-        asked: _Asked,
+        asked: Request,
         told: _Told,
         sampler: SamplerConfig,
         more: Mapping[str, Tensor] | None = None,
@@ -808,62 +720,6 @@ class Generator:
         shape = tuple(shape)
         origin = torch.zeros(1, dtype=torch.int64, device=self._device)
         return torch.cat([normal(seed, purpose, origin, shape) for seed in seeds])
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What pictures are asked for: lists of one length."""
-
-    prompts: Sequence[str]
-    negatives: Sequence[str] | None
-    seeds: Sequence[int]
-    labels: Labels | None = None
-    embeddings: Embeddings | Literal["prior", "text", "none"] = "prior"
-    low: Pictures | None = None
-    map: Maps | None = None
-
-    @classmethod
-    def of(
-        cls,
-        prompts: Sequence[str],
-        negative: str | Sequence[str] | None,
-        seed: int | Sequence[int],
-        labels: Labels | None = None,
-        embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
-        low: Pictures | None = None,
-        map: Maps | None = None,
-    ) -> _Asked:
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts: wanted a list of texts, got one text: {prompts!r:.80}")
-        count = len(prompts)
-        seeds = (
-            [seed + i for i in range(count)] if isinstance(seed, int) else [int(it) for it in seed]
-        )
-        negatives = [negative] * count if isinstance(negative, str) else negative
-        given = {"seed": seeds, "negative": negatives, "labels": labels, "low": low, "map": map}
-        given["embeddings"] = embeddings if isinstance(embeddings, Tensor) else None
-        for name, values in given.items():
-            if values is not None and len(values) != count:
-                raise ValueError(f"{name}: got {len(values)} for {count} prompts")
-        if isinstance(embeddings, str) and embeddings not in ("prior", "text", "none"):
-            raise ValueError(
-                f"embeddings: got {embeddings!r}, wanted 'prior', 'text', 'none' or a tensor"
-            )
-        return cls(prompts, negatives, seeds, labels, embeddings, low, map)
-
-    def batches(self) -> list[slice]:
-        return [slice(start, start + BATCH) for start in range(0, len(self.prompts), BATCH)]
-
-    def rows(self, rows: slice) -> _Asked:
-        return _Asked(
-            self.prompts[rows],
-            None if self.negatives is None else self.negatives[rows],
-            self.seeds[rows],
-            None if self.labels is None else self.labels[rows],
-            self.embeddings[rows] if isinstance(self.embeddings, Tensor) else self.embeddings,
-            None if self.low is None else self.low[rows],
-            None if self.map is None else self.map[rows],
-        )
 
 
 @dataclass(frozen=True)
@@ -920,7 +776,7 @@ def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
     return reconstruct(type(sampler), asdict(sampler) | dict(chosen), where or "sampler")
 
 
-def _check_levels(
+def check_levels(
     base: Any,
     sampler: BaseSampler,
     enlarging: Mapping[str, Any],
@@ -939,209 +795,8 @@ def _numpy(pixels: Tensor) -> Pictures:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _stage_samplers(samplers: Mapping[str, Mapping[str, Any]]) -> dict[str, StageSampler]:
+def stage_samplers(samplers: Mapping[str, Mapping[str, Any]]) -> dict[str, StageSampler]:
+    """How the stages beside the base draw, from JSON."""
     from .stages import reconstruct
 
     return {name: reconstruct(StageSampler, dict(it), name) for name, it in samplers.items()}
-
-
-def assemble(
-    directory: str | Path,
-    stages: Mapping[str, Any],
-    defaults: Mapping[str, Any] | None = None,
-    samplers: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
-    """Make a self-contained generator of trained stages.
-
-    `stages` maps "base", "prior", "sr1", "sr2", "autoencoder" and the names of the text encoders to
-    stage directories, or to pretrained models (folder or hub id), whose files are copied. Without
-    a base the autoencoder, a stage of the line's, is the generator.
-    `defaults` are fields of BaseSampler (guidance, steps, ...), `samplers` those of StageSampler
-    for the other stages that draw. What was in the directory is replaced. ValueError when a stage
-    is missing or not the one that another was trained with.
-    """
-    from .encoders.sources import files, open_source
-    from .results import CONFIG, WEIGHTS, committed
-    from .stages import reconstruct
-
-    target = Path(directory)
-    sources = {name: open_source(where, name) for name, where in stages.items()}
-    if BASE in sources and sources[BASE].family != BASE:
-        raise ValueError(f"{target}: the base is no base stage but a {sources[BASE].family}")
-    shape = () if BASE in sources else _prior_shape(sources.get("autoencoder"), target)
-    sampler = reconstruct(BaseSampler, dict(defaults or {}), "defaults")
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        origins = {}
-        for name, source in sources.items():
-            origin, place = source.directory(), draft / name
-            place.mkdir()
-            origins[name] = {"pretrained": source.where, "weights_sha256": source.weights_sha256()}
-            if source.pretrained:
-                for file in files(origin):
-                    copied = place / MODEL / file.relative_to(origin)
-                    copied.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, copied)
-                described = {"kind": "pretrained", "config": {"family": source.family}}
-                _write(place / CONFIG, described)
-            else:
-                for file in (CONFIG, WEIGHTS):
-                    shutil.copyfile(origin / file, place / file)
-                done = committed(origin) or {}
-                origins[name] |= {"pretrained": None, "fingerprint": done.get("fingerprint")}
-        places = {name: draft / name for name in sources}
-        beside = _stage_samplers(samplers or {})
-        generator = _open(places, sampler, beside, "cpu", "fp32", shape)
-        for name in DENOISING:
-            if name in sources:
-                done = committed(sources[name].directory())
-                _same_encoders(name, done, sources, generator.resolution)
-        described = {
-            "format": FORMAT,
-            "stages": origins,
-            "resolution": generator.resolution,
-            "defaults": generator.defaults,
-        }
-        if shape:
-            described["latent_shape"] = shape
-        if generator.samplers:
-            described["samplers"] = {name: asdict(it) for name, it in generator.samplers.items()}
-        if given := generator.given:
-            described["given"] = given
-        _write(draft / GENERATOR, described)
-        draft.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _prior_shape(autoencoder: Any, target: Path) -> tuple[int, ...]:
-    """Of the latents of an autoencoder that draws alone. ValueError where its latents are held to
-    no N(0, I)."""
-    from .results import committed
-
-    done = (
-        None
-        if autoencoder is None or autoencoder.pretrained
-        else committed(autoencoder.directory())
-    )
-    if not done:
-        raise ValueError(
-            f"{target}: a generator needs a base stage, or an autoencoder stage of the line's that "
-            "draws alone"
-        )
-    if done["config"].get("network", {}).get("codebook"):
-        raise ValueError(
-            f"{target}: the autoencoder's latents are vectors of a codebook, which no Gaussian "
-            "draws: give a base stage too"
-        )
-    return tuple(done["measured"]["latent_shape"])
-
-
-def _open(
-    directories: Mapping[str, Path],
-    sampler: BaseSampler,
-    samplers: Mapping[str, StageSampler],
-    device: torch.device | str,
-    precision: str,
-    latent_shape: tuple[int, ...] = (),
-) -> Generator:
-    """The generator of these stage folders; `latent_shape` is that of one without a base.
-    ValueError when a stage needs another one."""
-    from .encoders import LOADERS
-    from .encoders.autoencoder import open_codec
-    from .encoders.sources import open_source
-    from .stages import load
-
-    if precision not in ("bf16", "fp32"):
-        raise ValueError(f"precision: got {precision!r}, wanted 'bf16' or 'fp32'")
-    drawing: dict[str, Any] = {
-        n: load(directories[n]).to(device) for n in DENOISING if n in directories
-    }
-    base: Any = drawing.get(BASE)
-    texts: list[str] = []
-    wanted = ["autoencoder"] if base is None or base.config.data == "moments" else []
-    for name, stage in drawing.items():
-        needed = [*stage.config.texts, *(["clip"] if stage.config.hears_embedding else [])]
-        texts += (it for it in needed if it not in texts)
-        first = wanted if name == BASE else []
-        if missing := [it for it in (*first, *needed) if it not in directories]:
-            raise ValueError(
-                f"the {name} stage needs {', '.join(missing)} too (given: {', '.join(directories)})"
-            )
-    wanted += texts
-    sources = {name: open_source(directories[name], name) for name in wanted}
-    codec = open_codec(sources["autoencoder"], device) if "autoencoder" in sources else None
-    encoders = {name: LOADERS[sources[name].family](sources[name], device) for name in texts}
-    judge, noisy, editor = (
-        load(directories[name]).to(device) if name in directories else None
-        for name in ("classifier", "noisy_clip", "edit")
-    )
-    towers = directories.get("clip") if "clip" in sources else None
-    if towers is not None and sources["clip"].pretrained:
-        towers = None
-    shape = tuple(latent_shape if base is None else base.latent_shape.tolist())
-    side = shape[-1]
-    if codec is not None:
-        with torch.no_grad():
-            side = codec.decode(torch.zeros(1, *shape, device=device)).shape[-1]
-    enlarging = {name: drawing[name] for name in ENLARGING if name in drawing}
-    for name, stage in enlarging.items():
-        if stage.config.map:
-            raise ValueError(
-                f"{name}.config.map: the base alone is told label maps; set it to null"
-            )
-        low = stage.config.low
-        if low is None or low.side != side:
-            raise ValueError(
-                f"{name} enlarges pictures of {low.side if low else 0} px, and those before it are "
-                f"of {side} px: set {name}.config.low.side={side}"
-            )
-        side = stage.latent_shape.tolist()[-1]
-    beside = {name: samplers.get(name, StageSampler()) for name in drawing if name != BASE}
-    _check_levels(base, sampler, enlarging, beside)
-    return Generator(
-        base=base,
-        codec=codec,
-        encoders=encoders,
-        sampler=sampler,
-        resolution=side,
-        precision=precision,
-        classifier=judge,
-        clip=towers,
-        noisy_clip=noisy,
-        editor=editor,
-        prior=drawing.get(PRIOR),
-        enlarging=enlarging,
-        samplers=beside,
-        latent_shape=shape,
-    )
-
-
-def _same_encoders(
-    stage: str, done: Mapping[str, Any] | None, sources: Mapping[str, Any], resolution: int
-) -> None:
-    """ValueError when an encoder is not the one whose numbers a stage learned from."""
-    from .encoders import spec_of
-
-    for encoding in (done or {}).get("encodings", ()):
-        name = encoding["name"]
-        if (source := "clip" if name == PICTURE_EMBEDDING else name) in sources:
-            side = encoding.get("side", resolution) if encoding["kind"] == "image" else None
-            shown = {key: encoding[key] for key in ("buckets", "flip") if key in encoding}
-            precision = encoding.get("precision", "fp32")
-            given = spec_of(sources[source], name, side, **shown, precision=precision).fingerprint
-            if given != encoding["fingerprint"]:
-                raise ValueError(
-                    f"{source} at {sources[source].where} is encoder {given}, the {stage} was "
-                    f"trained with {encoding['fingerprint']}: give that one, or train the {stage} "
-                    "anew"
-                )
-
-
-def _write(path: Path, described: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")

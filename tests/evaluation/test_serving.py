@@ -264,7 +264,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def real(tmp_path_factory) -> Path:
     """A generator of real stages with untrained weights: it is the code that is tested."""
-    from training.generator import assemble
+    from training.assembling import assemble
 
     root = tmp_path_factory.mktemp("real")
     done = untrained(root, NETWORKS, (3, 8, 8))

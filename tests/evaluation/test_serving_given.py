@@ -56,7 +56,7 @@ def opened(package: Path) -> serving.PackagedGenerator:
 def packaged(tmp_path_factory) -> Path:
     """Real stages with random weights: a base that is told a text, a class and a picture."""
     from evaluation.packaging import package
-    from training.generator import assemble
+    from training.assembling import assemble
 
     root = tmp_path_factory.mktemp("given")
     done = untrained(root, {"clip": CLIP, "base": BASE}, (3, 16, 16), loud)
@@ -74,7 +74,7 @@ def model(packaged):
 def synthesis(tmp_path_factory) -> Path:
     """A base that is told a label map and nothing else."""
     from evaluation.packaging import package
-    from training.generator import assemble
+    from training.assembling import assemble
 
     root = tmp_path_factory.mktemp("maps")
     done = untrained(root, {"base": SYNTHESIS}, (3, 16, 16), loud)

@@ -19,9 +19,10 @@ from pipeline.load import Loader
 from pipeline.schema import Encoding
 from tests.training.test_job import CLOCKS
 from training import checkpoint, encoders, results, stages
+from training.assembling import assemble
 from training.encoders.autoencoder import open_codec
 from training.encoders.sources import open_source
-from training.generator import Generator, assemble
+from training.generator import Generator
 from training.job import Job, World, run, warm_start
 from training.networks import perplexity
 from training.supervision import Stopped

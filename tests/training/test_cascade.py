@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from training import encoders, stages
+from training.assembling import assemble
 from training.autoencoding import to_unit
 from training.denoising import BaseStage, BaseStageConfig
 from training.enlarging import shrunk
-from training.generator import Generator, _Asked, _cond, assemble
+from training.generator import Generator, _cond
+from training.request import Request
 from training.stage import to_tensors
 
 SIDE = 16
@@ -155,7 +157,7 @@ def test_the_nearest_of_a_prior_s_candidates_is_taken(generator):
     texts = generator.embed_texts(PROMPTS)
 
     def nearness(candidates: int) -> torch.Tensor:
-        asked = _Asked.of(PROMPTS, None, 2)
+        asked = Request.of(PROMPTS, None, 2)
         _, samplers = generator._samplers({"prior.candidates": candidates})
         with torch.no_grad():
             z = generator._embeddings(asked, generator._read(asked), samplers)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from training import stages
+from training.assembling import assemble
 from training.autoencoding import to_unit
 from training.diffusion import normal
-from training.generator import Generator, Known, assemble
+from training.generator import Generator
+from training.request import Known
 from training.stage import to_tensors
 
 PROMPTS = [

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from training.assembling import assemble
 from training.autoencoding import to_unit
 from training.diffusion import normal
-from training.generator import Generator, assemble
+from training.generator import Generator
 
 SIDE, LOW = 16, 8
 PROMPTS = ["a red circle", "a small blue square", "one green ring"]

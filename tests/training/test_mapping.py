@@ -12,10 +12,11 @@ import torch.nn.functional as F
 
 from pipeline import shapes
 from training import checkpoint, encoders, results, stages
+from training.assembling import assemble
 from training.autoencoding import to_unit
 from training.diffusion import uniform
 from training.enlarging import enlarged, shrunk
-from training.generator import Generator, assemble
+from training.generator import Generator
 from training.mapping import MapConfig, Mapper, nearest, shares
 from training.stage import to_tensors
 

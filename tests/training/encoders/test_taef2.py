@@ -131,7 +131,8 @@ def test_what_is_no_dict_of_tensors_is_refused(published, tmp_path):
 def test_a_base_learns_from_its_latents(line, small, tmp_path):
     from pipeline.encode import encode
     from pipeline.execute import Executor
-    from training.generator import Generator, assemble
+    from training.assembling import assemble
+    from training.generator import Generator
     from training.job import Job, run
 
     spec = spec_of(small, "autoencoder", side=16)
