@@ -474,8 +474,16 @@ def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
         assert losses[0] == (losses[1] and pytest.approx(losses[1], rel=1e-5))
         one, other = (load_file(stage / results.WEIGHTS) for stage in (sharded, wanted))
         for name, tensor in one.items():
-            off = (tensor.double() - other[name].double()).norm()
-            assert off <= 1e-3 * other[name].double().norm().clamp(min=1e-2), (kind, name)
+            found, expected = tensor.double(), other[name].double()
+            if name.endswith(("in_proj_bias", "kv.bias")):
+                # That of the keys moves no weight of attention: Adam makes steps of its rounding.
+                parts = 2 if name.endswith(".kv.bias") else 3
+                found, expected = (
+                    torch.cat([*it.chunk(parts)[:-2], it.chunk(parts)[-1]])
+                    for it in (found, expected)
+                )
+            off = (found - expected).norm()
+            assert off <= 1e-3 * expected.norm().clamp(min=1e-2), (kind, name)
         assert (sharded / results.PREVIEW).exists() == (wanted / results.PREVIEW).exists()
 
 
