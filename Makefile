@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/darkroom run shapes $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=20
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not services"
+	$(BIN)/python -m pytest -q --durations=20 -m "slow and not gpu and not services"
 
 # The same tests with many more rounds (kills, races, fuzzed files); hours.
 soak: $(READY)

@@ -196,7 +196,8 @@ class Generator:
             *self._clip_guide(prompts, clip_guidance),
             *self._known_guide(prompts, known),
         ]
-        asked = self._asked(prompts, negative, seed, labels, low, embeddings, map)
+        asked = Request.of(prompts, negative, seed, labels, low, embeddings, map)
+        self._check(asked)
         pictures = [
             list(self._stages(asked.rows(rows), chosen, [make(rows) for make in guides]))[-1][1]
             for rows in asked.batches()
@@ -218,7 +219,8 @@ class Generator:
     ) -> dict[str, Pictures]:
         """What each stage that draws pictures drew, by its name, the last of them what a call
         returns; `options` are fields of BaseSampler, as there."""
-        asked = self._asked(prompts, negative, seed, labels, low, embeddings, map)
+        asked = Request.of(prompts, negative, seed, labels, low, embeddings, map)
+        self._check(asked)
         parts = [dict(self._stages(asked.rows(rows), options)) for rows in asked.batches()]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -288,7 +290,7 @@ class Generator:
         eps = torch.cat([slerp(first, last, share) for share in shares])
         # All else, as what the prior or the enlarging stages draw, is the first seed's.
         count = len(shares)
-        asked = self._asked(
+        asked = Request.of(
             [prompt] * count,
             None,
             [seeds[0]] * count,
@@ -296,6 +298,7 @@ class Generator:
             None if low is None else np.stack([low] * count),
             map=None if map is None else np.stack([map] * count),
         )
+        self._check(asked)
         chosen = {"kind": "ddim", "eta": 0.0, "corrections": 0, **options}
         return list(self._stages(asked, chosen, eps=eps))[-1][1]
 
@@ -313,7 +316,8 @@ class Generator:
         **options: Any,
     ) -> Float[Tensor, "picture channel height width"]:
         """What a call decodes, still shifted and scaled; `options` are fields of BaseSampler."""
-        asked = self._asked(prompts, negative, seed, labels, low, embeddings, map)
+        asked = Request.of(prompts, negative, seed, labels, low, embeddings, map)
+        self._check(asked)
         sampler, samplers = self._samplers(options)
         return torch.cat(
             [
@@ -472,23 +476,13 @@ class Generator:
         check_levels(self.base, sampler, self.enlarging, samplers)
         return sampler, samplers
 
-    def _asked(
-        self,
-        prompts: Sequence[str],
-        negative: str | Sequence[str] | None,
-        seed: int | Sequence[int],
-        labels: Labels | None = None,
-        low: Pictures | None = None,
-        embeddings: Embeddings | Literal["prior", "text", "none"] = "prior",
-        map: Maps | None = None,
-    ) -> Request:
-        """What a call asks for. ValueError where the stages cannot be told it."""
-        request = Request.of(prompts, negative, seed, labels, low, embeddings, map)
+    def _check(self, asked: Request) -> None:
+        """ValueError where the stages cannot be told what is asked."""
+        count = len(asked.prompts)
         together = [[it.name for it in stage.config.attributes] for stage in self._drawing]
-        check_labels(labels, self.answers, together)
-        check_map(request.map, len(prompts), self.map_classes, self.resolution)
-        check_low(request.low, len(prompts), self.low_side)
-        return request
+        check_labels(asked.labels, self.answers, together)
+        check_map(asked.map, count, self.map_classes, self.resolution)
+        check_low(asked.low, count, self.low_side)
 
     @torch.no_grad()
     def _stages(

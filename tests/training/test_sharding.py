@@ -440,28 +440,36 @@ def test_rays_workers_share_a_model_even_when_one_dies(alone, tmp_path, ray):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
-    """Real networks and data; held-out losses, measurements and pictures of the averages."""
-    kinds = ("autoencoder", "t5", "base", "classifier", "clip", "noisy_clip")
+    """Real networks and data; held-out losses, measurements and pictures of the averages. Also with
+    states that are drawn to a frozen tower's, and with a codebook whose dead vectors begin anew."""
+    plain = ("autoencoder", "t5", "base", "classifier", "clip", "noisy_clip")
+    codebook = {"codebook": {"codes": 32, "revive_images": 16}}
+    made = {kind: (kind, dict[str, Any]()) for kind in plain} | {
+        "aligned": ("base", {"alignment": {"block": 1, "hidden": 32}}),
+        "revived": ("autoencoder", {"network": codebook}),
+    }
     jobs = []
-    for kind in kinds:
+    for name, (kind, more) in made.items():
         asked = json.loads(Path(line.stages[kind], results.JOB).read_bytes())
+        network = asked["config"].get("network", {}) | more.get("network", {})
+        asked["config"] |= more | ({"network": network} if network else {})
         asked["training"] |= {
             "images": 96,
             # CLIP compares the rows of a batch.
             "micro_batch": 0 if "clip" in kind else 4,
             "log_images": 32,
             "checkpoint_images": 48,
-            "heldout_pictures": 16 if kind == "base" else 0,
+            "heldout_pictures": 16 if name == "base" else 0,
             "preview_images": 48,
             "workers": 2,
             "threads": 1,
         }
         for fsdp in (False, True):
-            output = str(tmp_path / f"{kind}-{'fsdp' if fsdp else 'ddp'}")
+            output = str(tmp_path / f"{name}-{'fsdp' if fsdp else 'ddp'}")
             jobs.append(asked | {"output": output, "training": asked["training"] | {"fsdp": fsdp}})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     script(tmp_path, tmp_path / "jobs.json")
-    for kind in kinds:
+    for kind in made:
         sharded, wanted = (tmp_path / f"{kind}-{how}" for how in ("fsdp", "ddp"))
         for a, b in zip(history(sharded), history(wanted), strict=True):
             assert a == pytest.approx(b, rel=1e-5), kind
