@@ -23,6 +23,7 @@ from training.denoising_text import (
 )
 from training.diffusion import uniform
 from training.encoders import build, spec_of
+from training.encoders.shapes import Shape, foreseen, text_widths
 from training.results import committed
 
 TEXTS = [
@@ -66,7 +67,7 @@ def test_pieces_are_clips_with_an_end():
 
 
 def test_a_t5_over_pieces_learns_and_is_read(tmp_path, scenes):
-    """The encoder that comes from its directory gives the states of the pieces alone."""
+    """The encoder that comes from its directory gives the states of the pieces beside them."""
     _, captions = scenes
     stage = stages.create("t5", {**PIECES, "width": 32, "layers": 1, "corrupted": 0.3})
     batch = {"caption": captions[:32], "position": torch.arange(32)}
@@ -89,8 +90,14 @@ def test_a_t5_over_pieces_learns_and_is_read(tmp_path, scenes):
     assert [len(it) for it in tokens] == [int(lengths[0]), 12]
     with torch.no_grad():
         wanted = stage.eval().model.encoder(input_ids=ids).last_hidden_state[0].numpy()
-    np.testing.assert_allclose(tokens[0], wanted[: lengths[0]], atol=2e-3, rtol=2e-3)
+        own = stage.model.shared(ids)[0]
+    words, states = np.split(tokens[0], 2, axis=1)
+    np.testing.assert_allclose(states, wanted, atol=2e-3, rtol=2e-3)
     np.testing.assert_allclose(pooled[0], wanted.mean(0), atol=2e-3, rtol=2e-3)
+    own = torch.nn.functional.layer_norm(own, own.shape[-1:]).numpy()
+    np.testing.assert_allclose(words, own, atol=2e-3, rtol=2e-3)
+    assert encode.repeats == 32 and text_widths(str(tmp_path), "t5") == (64, 32)
+    assert foreseen("t5", stage.config, None) == Shape(64, 32, "pairs", 12, repeats=32)
     assert encode.truncated(texts).tolist() == [False, True]
 
 

@@ -83,8 +83,10 @@ def foreseen(name: str, config: Any, pretrained: str | None) -> Shape:
                 limit=text.context,
                 patches=patches,
             )
-        read = "pairs" if config.vocabulary else "bytes"
-        return Shape(config.width, config.width, read, config.limit)
+        width, limit = config.width, config.limit
+        if config.vocabulary:
+            return Shape(2 * width, width, "pairs", limit, repeats=width)
+        return Shape(width, width, "bytes", limit)
     found = here(pretrained)
     if found is None:
         if pretrained in PUBLISHED:
@@ -129,12 +131,12 @@ def text_widths(where: str, name: str) -> tuple[int, int]:
         described = _model_cfg(source)
         return 2 * described["text_cfg"]["width"], described["embed_dim"]
     if source.family == "t5":
-        width = (
-            source.config()["width"]
-            if not source.pretrained
-            else _json(source.directory(), "config.json")["d_model"]
-        )
-        return width, width
+        if source.pretrained:
+            width = _json(source.directory(), "config.json")["d_model"]
+            return width, width
+        config = source.config()
+        width = config["width"]
+        return 2 * width if config.get("vocabulary") else width, width
     raise ValueError(f"{where}: a {source.family} is no text encoder; wanted clip or t5")
 
 

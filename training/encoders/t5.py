@@ -1,6 +1,8 @@
 """T5's encoder: its last hidden states up to the end token, and their mean.
 
-Ours and a pretrained one are both transformers' T5EncoderModel; only the tokenizers differ.
+Ours and a pretrained one are both transformers' T5EncoderModel; only the tokenizers differ. One of
+ours that reads pieces of words is small, and its states say little of what they are states of: each
+stands beside its word, as CLIP's do.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..denoising_text import T5StageConfig, tokens_of
@@ -34,7 +37,9 @@ def load(
 
     stage = load_stage(source.where)
     model = encoder_of(stage.model)
-    return _encoder(model, _tokenizer(stage.config), stage.config.limit, device, precision)
+    config = stage.config
+    words = config.vocabulary > 0
+    return _encoder(model, _tokenizer(config), config.limit, device, precision, words=words)
 
 
 def encoder_of(model: Any) -> Any:
@@ -48,7 +53,13 @@ def encoder_of(model: Any) -> Any:
 
 
 def _encoder(
-    model: Any, tokenize: Tokenize, limit: int, device: torch.device | str, precision: str
+    model: Any,
+    tokenize: Tokenize,
+    limit: int,
+    device: torch.device | str,
+    precision: str,
+    *,
+    words: bool = False,
 ) -> TextEncoder:
     model = model.to(device).eval().requires_grad_(False)
 
@@ -56,11 +67,17 @@ def _encoder(
         given = None if mask is None else mask.long()
         states = model(input_ids=ids, attention_mask=given).last_hidden_state
         if mask is None:
-            return states, states.mean(1)
-        weight = mask[:, :, None].to(states.dtype)
-        return states, (states * weight).sum(1) / weight.sum(1)
+            pooled = states.mean(1)
+        else:
+            weight = mask[:, :, None].to(states.dtype)
+            pooled = (states * weight).sum(1) / weight.sum(1)
+        if words:
+            own = model.shared(ids)
+            states = torch.cat([F.layer_norm(own, own.shape[-1:]), states], dim=-1)
+        return states, pooled
 
-    return TextEncoder(tokenize, run, limit, torch.device(device), precision)
+    repeats = model.config.d_model if words else 0
+    return TextEncoder(tokenize, run, limit, torch.device(device), precision, repeats)
 
 
 def _tokenizer(config: T5StageConfig) -> Tokenize:
