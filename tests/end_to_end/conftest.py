@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -142,5 +143,29 @@ def kill_tree(root: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def darkroom(tmp_path_factory) -> Darkroom:
-    return Darkroom(tmp_path_factory.mktemp("home"))
+def prefect_api(tmp_path_factory) -> Iterator[str]:
+    """The address of a Prefect server for all commands: one of its own takes each of them 20 s to
+    start. That it starts one where none is named, other tests and the demo show."""
+    folder, port = tmp_path_factory.mktemp("prefect"), Darkroom.free_port()
+    api, log = f"http://127.0.0.1:{port}/api", folder / "server.log"
+    environment = os.environ | {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": api,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    words = [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)]
+
+    def healthy() -> bool:
+        with urllib.request.urlopen(f"{api}/health", timeout=5) as answer:
+            return answer.status == 200
+
+    with Darkroom.beside(words, environment, log):
+        Darkroom.until(healthy, 120, log)
+        yield api
+
+
+@pytest.fixture(scope="session")
+def darkroom(tmp_path_factory, prefect_api) -> Darkroom:
+    made = Darkroom(tmp_path_factory.mktemp("home"))
+    made.environment["PREFECT_API_URL"] = prefect_api
+    return made
