@@ -8,6 +8,7 @@ the jobs in a file, `test_sharding.py DIRECTORY JOBS`, or kills some while they 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -448,9 +449,14 @@ def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
         "aligned": ("base", {"alignment": {"block": 1, "hidden": 32}}),
         "revived": ("autoencoder", {"network": codebook}),
     }
-    jobs = []
+    jobs, asked_of = (
+        [],
+        {kind: json.loads(Path(line.stages[kind], results.JOB).read_bytes()) for kind in plain},
+    )
     for name, (kind, more) in made.items():
-        asked = json.loads(Path(line.stages[kind], results.JOB).read_bytes())
+        asked = copy.deepcopy(asked_of[kind])
+        if name == "aligned":  # the tower sees the pictures
+            asked["encodings"] += asked_of["autoencoder"]["encodings"]
         network = asked["config"].get("network", {}) | more.get("network", {})
         asked["config"] |= more | ({"network": network} if network else {})
         asked["training"] |= {
