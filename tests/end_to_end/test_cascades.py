@@ -75,10 +75,11 @@ def test_a_published_system_goes_through_the_line(darkroom, name, tmp_path, emoj
         words += (f"data.dataset=few-{sides[-1]}",)
     made = darkroom("run", *words)
     assert made["verdict"]["promote"], made["verdict"]
-    again = darkroom("run", *words)
-    assert "scores" in again["reused"]
-    drawn = darkroom("sample", name, "a red circle", "--out", str(tmp_path), "--count", "2")
-    assert len(drawn["files"]) == 2
+    if name == "shapes-unclip":  # has most of stages; what a stage is, makes no difference to this
+        again = darkroom("run", *words)
+        assert "scores" in again["reused"]
+        drawn = darkroom("sample", name, "a red circle", "--out", str(tmp_path), "--count", "2")
+        assert len(drawn["files"]) == 2
 
     generator = Generator.load(Path(made["package"]).parents[1] / "generator")
     shown = generator.stages(["a red circle", "a blue ring"])
