@@ -170,8 +170,8 @@ class Context(nn.Module):
             # What the words say by being there is learnt long before cross-attention finds them
             # (Imagen, Saharia et al. 2022, appendix B.2 adds the text's mean as well).
             counted = mask.sum(1, keepdim=True)
-            # Of states that are told apart at all a layer for each reads more than one of their sum
-            # (deep sets, Zaheer et al. 2017): what a word says depends on those around it.
+            # A layer for each state before the mean reads what their mean no longer tells (deep
+            # sets, Zaheer et al. 2017). Others stay as they were: trained networks depend on it.
             heard = self.tokens[0](tokens)
             heard = self.mean[:-1](heard) if config.standardized else heard
             heard = (heard * mask[:, :, None]).sum(1) / counted.clamp(min=1)
