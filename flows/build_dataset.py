@@ -18,6 +18,7 @@ from .cluster import ray_session
 from .line import Line
 from .progress import meter
 from .recipe import scorers
+from .settings import leaving_without_goodbyes
 
 
 def ingest_sources(line: Line) -> IngestResult:
@@ -94,6 +95,7 @@ def encode_task(line: Line, data: Manifest, stages: Sequence[str] | None = None)
 
 
 @flow(name="build-dataset", flow_run_name="data of {name}")
+@leaving_without_goodbyes()
 def build_dataset(line: dict[str, Any], name: str) -> dict[str, Any]:
     """Bring the data set up to date with its sources; leaves a table of what became of each row."""
     it = Line.from_json(line)

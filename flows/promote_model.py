@@ -25,6 +25,7 @@ from .score_model import (
     pictured,
     score_candidate,
 )
+from .settings import leaving_without_goodbyes
 
 if TYPE_CHECKING:
     from evaluation.gate import Verdict
@@ -165,6 +166,7 @@ def write_report(
 
 
 @flow(name="promote-model", flow_run_name="promote {name}")
+@leaving_without_goodbyes()
 def promote_model(
     line: dict[str, Any],
     name: str,

@@ -23,7 +23,7 @@ from .progress import say, seconds
 from .promote_model import promote_model
 from .recipe import FROZEN
 from .score_model import GALLERY, SWEEP, score_model
-from .settings import end_with_us, prepare_environment
+from .settings import end_with_us, leaving_without_goodbyes, prepare_environment
 from .train_stage import train_stage
 
 RUN_RECORD = 1
@@ -62,6 +62,7 @@ def finished(line: Line) -> dict[str, Any] | None:
 
 
 @flow(name="retrain", flow_run_name="retrain {recipe}", log_prints=False)
+@leaving_without_goodbyes()
 def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[str, Any]:
     """Bring a recipe's model up to date with its sources, and promote it if the gate lets it
     through.

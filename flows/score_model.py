@@ -21,6 +21,7 @@ from pipeline.schema import EncoderSpec, Encoding
 
 from .line import Line
 from .progress import meter
+from .settings import leaving_without_goodbyes
 from .train_stage import encodings
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def lineage(line: Line, data: Manifest) -> dict[str, Any]:
 
 
 @flow(name="score-model", flow_run_name="score {name}")
+@leaving_without_goodbyes()
 def score_model(line: dict[str, Any], name: str) -> dict[str, Any]:
     """Score and package the line's newest model; leaves numbers and pictures as artifacts."""
     it = Line.from_json(line)

@@ -10,7 +10,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,25 @@ def end_on_sigterm() -> None:
     """
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+@contextmanager
+def leaving_without_goodbyes() -> Iterator[None]:
+    """For the body of a flow, as a decorator below `@flow`: who was told to end tells Prefect so
+    once, and does not ask again.
+
+    Where a supervisor ends a whole group of processes, Prefect's server has ended too; what Prefect
+    has to say at the end, five times over and longer apart each time, took two minutes and a half.
+    """
+    from prefect.settings import get_current_settings
+
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM as Prefect or we put it
+        get_current_settings().client.max_retries = 0
+        raise
 
 
 _GUARD = """

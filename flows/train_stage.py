@@ -21,6 +21,7 @@ from .cluster import ray_session
 from .line import Line
 from .progress import meter
 from .recipe import DENOISING, kind_of, learning
+from .settings import leaving_without_goodbyes
 
 
 def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
@@ -134,6 +135,7 @@ def _log_previews(run: Any, stage_dir: str) -> None:
 
 
 @flow(name="train-stage", flow_run_name="train {name}")
+@leaving_without_goodbyes()
 def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) -> dict[str, Any]:
     """Train one stage of a recipe, or find it trained; leaves what was measured and a preview as
     artifacts.

@@ -83,3 +83,47 @@ def test_who_ends_by_itself_has_ended_what_it_started_or_meant_to_leave_it():
         it.communicate("end\n", timeout=60)
         assert it.returncode == 0
         assert not ends(child, 1)
+
+
+FLOW = """
+import sys, time
+from flows.settings import end_on_sigterm, leaving_without_goodbyes, prepare_environment
+
+prepare_environment()
+end_on_sigterm()
+from prefect import flow
+from prefect.server.api.server import SubprocessASGIServer
+
+
+@flow
+@leaving_without_goodbyes()
+def line():
+    print(SubprocessASGIServer().server_process.pid, flush=True)
+    time.sleep(600)
+
+
+line()
+"""
+
+
+@pytest.mark.slow
+def test_who_is_ended_together_with_prefects_server_does_not_wait_for_it(tmp_path):
+    """As a service's supervisor ends it; Prefect alone takes 140 s."""
+    home = {"DARKROOM_HOME": str(tmp_path / "home"), "PREFECT_HOME": str(tmp_path / "prefect")}
+    named = {name: it for name, it in os.environ.items() if name != "PREFECT_API_URL"}
+    command = [sys.executable, "-c", FLOW]
+    with subprocess.Popen(
+        command, env=named | home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as it:
+        assert it.stdout
+        server = int(it.stdout.readline())
+        try:
+            os.kill(server, signal.SIGTERM)
+            it.send_signal(signal.SIGTERM)
+            _, said = it.communicate(timeout=60)
+        finally:
+            it.kill()
+            with suppress(ProcessLookupError):
+                os.kill(server, signal.SIGKILL)
+        assert it.returncode == 128 + signal.SIGTERM, said
+        assert not lives(server)
