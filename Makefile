@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 ARGS ?=
+# Two files at a time, on the two cores that this is measured on; each file's tests share what they set up.
+PYTEST := $(BIN)/python -m pytest -q --durations=20 -n 2 --dist loadfile
 
 .PHONY: demo test lint check slow soak bench lock clean
 
@@ -11,7 +13,7 @@ demo: $(READY)
 	$(BIN)/darkroom run shapes $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -q --durations=20
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,7 +22,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 slow: $(READY)
-	$(BIN)/python -m pytest -q --durations=20 -m "slow and not gpu and not services"
+	$(PYTEST) -m "slow and not gpu and not services"
 
 # The same tests with many more rounds (kills, races, fuzzed files); hours.
 soak: $(READY)
