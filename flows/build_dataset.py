@@ -95,11 +95,10 @@ def encode_task(line: Line, data: Manifest, stages: Sequence[str] | None = None)
 
 
 @flow(name="build-dataset", flow_run_name="data of {name}")
-@leaving_without_goodbyes()
 def build_dataset(line: dict[str, Any], name: str) -> dict[str, Any]:
     """Bring the data set up to date with its sources; leaves a table of what became of each row."""
     it = Line.from_json(line)
-    with _ray(it):
+    with leaving_without_goodbyes(), _ray(it):
         result = ingest_task(it)
         decode_task(it, result.manifest)
     rows = [{"outcome": what, "rows": count} for what, count in sorted(result.counts.items())]

@@ -166,7 +166,6 @@ def write_report(
 
 
 @flow(name="promote-model", flow_run_name="promote {name}")
-@leaving_without_goodbyes()
 def promote_model(
     line: dict[str, Any],
     name: str,
@@ -178,13 +177,14 @@ def promote_model(
     """
     it = Line.from_json(line)
     data = it.manifest()
-    candidate = register_candidate(it, data, run_id)
-    known = decided_before(it, candidate)
-    if known is None:
-        entry, decision = settle(it, data, candidate)
-        write_report(it, data, candidate, decision, seconds or {})
-    else:
-        entry = known
+    with leaving_without_goodbyes():
+        candidate = register_candidate(it, data, run_id)
+        known = decided_before(it, candidate)
+        if known is None:
+            entry, decision = settle(it, data, candidate)
+            write_report(it, data, candidate, decision, seconds or {})
+        else:
+            entry = known
     create_markdown_artifact(_story(entry), key=f"{it.slug}-verdict")
     return {
         "model": f"models:/{candidate}",

@@ -62,7 +62,6 @@ def finished(line: Line) -> dict[str, Any] | None:
 
 
 @flow(name="retrain", flow_run_name="retrain {recipe}", log_prints=False)
-@leaving_without_goodbyes()
 def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[str, Any]:
     """Bring a recipe's model up to date with its sources, and promote it if the gate lets it
     through.
@@ -75,7 +74,8 @@ def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[
     if done := finished(line):
         say(NOTHING_TO_DO)
         return done
-    return run_line(line)
+    with leaving_without_goodbyes():
+        return run_line(line)
 
 
 def run_line(line: Line) -> dict[str, Any]:

@@ -176,12 +176,12 @@ def lineage(line: Line, data: Manifest) -> dict[str, Any]:
 
 
 @flow(name="score-model", flow_run_name="score {name}")
-@leaving_without_goodbyes()
 def score_model(line: dict[str, Any], name: str) -> dict[str, Any]:
     """Score and package the line's newest model; leaves numbers and pictures as artifacts."""
     it = Line.from_json(line)
     data = it.manifest()
-    result, reused = score_candidate(it, data)
+    with leaving_without_goodbyes():
+        result, reused = score_candidate(it, data)
     rows = [{"metric": k, "value": round(v, 4)} for k, v in result["scorecard"].items()]
     create_table_artifact(
         rows, key=f"{it.slug}-scorecard", description=f"guidance {result['scale']:g}"

@@ -96,8 +96,8 @@ def end_on_sigterm() -> None:
 
 @contextmanager
 def leaving_without_goodbyes() -> Iterator[None]:
-    """For the body of a flow, as a decorator below `@flow`: who was told to end tells Prefect so
-    once, and does not ask again.
+    """Around what takes long in a flow: who was told to end tells Prefect so once, and does not ask
+    again. Not as a decorator: Prefect finds a flow again by the file of what it decorates.
 
     Where a supervisor ends a whole group of processes, Prefect's server has ended too; what Prefect
     has to say at the end, five times over and longer apart each time, took two minutes and a half.

@@ -135,14 +135,14 @@ def _log_previews(run: Any, stage_dir: str) -> None:
 
 
 @flow(name="train-stage", flow_run_name="train {name}")
-@leaving_without_goodbyes()
 def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) -> dict[str, Any]:
     """Train one stage of a recipe, or find it trained; leaves what was measured and a preview as
     artifacts.
     """
     it = Line.from_json(line)
     data = it.manifest()
-    stage, reused = train(it, name, data, parent_run)
+    with leaving_without_goodbyes():
+        stage, reused = train(it, name, data, parent_run)
     told, slug = f"{name} of {it.recipe.name}", name.replace("_", "-")
     create_markdown_artifact(
         _summary(name, stage, reused), key=f"{it.slug}-{slug}", description=told

@@ -96,10 +96,10 @@ from prefect.server.api.server import SubprocessASGIServer
 
 
 @flow
-@leaving_without_goodbyes()
 def line():
-    print(SubprocessASGIServer().server_process.pid, flush=True)
-    time.sleep(600)
+    with leaving_without_goodbyes():
+        print(SubprocessASGIServer().server_process.pid, flush=True)
+        time.sleep(600)
 
 
 line()
