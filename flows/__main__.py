@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_environment()
     end_on_sigterm()
     with _stdout_kept() as answer:
-        code, result = _outcome(run, options)
+        code, result = outcome(run, options)
         if as_json:
             answer(json.dumps(result, default=str))
         elif "text" in result:
@@ -243,22 +244,39 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _outcome(run: Callable[..., dict[str, Any]], options: dict[str, Any]):
+def outcome(
+    run: Callable[..., dict[str, Any]], options: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """(exit code, result) of a command; {"error": ...} where there is none."""
     from .recipe import RecipeError
 
     try:
         result = run(**options)
     except (RecipeError, commands.UsageError) as error:
         return USAGE, {"error": str(error)}
-    except KeyboardInterrupt:
-        return 130, {"error": "interrupted; the same command goes on from here"}
-    except SystemExit as stop:
-        return int(stop.code or 0), {"error": "stopped; the same command goes on from here"}
-    except Exception as error:
+    except BaseException as error:
+        if (code := _told_to_end(error)) is not None:
+            said = "interrupted" if code == 128 + signal.SIGINT else "stopped"
+            return code, {"error": f"{said}; the same command goes on from here"}
         if os.environ.get("DARKROOM_DEBUG"):
             raise
         return FAILED, {"error": f"{type(error).__name__}: {error}"}
     return (REFUSED if result.get("refused") else DONE), result
+
+
+def _told_to_end(error: BaseException | None) -> int | None:
+    """The exit code, where what went wrong did so because we were ending: a Prefect server that
+    has ended too cannot be told of it, and that error is what comes out.
+    """
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        if isinstance(error, SystemExit):
+            return int(error.code or 0)
+        if type(error).__name__ == "TerminationSignal":  # Prefect's, which need not be imported
+            return 128 + signal.SIGTERM
+        error = error.__context__
+    return None
 
 
 class _stdout_kept:

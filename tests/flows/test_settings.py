@@ -87,6 +87,7 @@ def test_who_ends_by_itself_has_ended_what_it_started_or_meant_to_leave_it():
 
 FLOW = """
 import sys, time
+from flows.__main__ import outcome
 from flows.settings import end_on_sigterm, leaving_without_goodbyes, prepare_environment
 
 prepare_environment()
@@ -102,7 +103,7 @@ def line():
         time.sleep(600)
 
 
-line()
+sys.exit(outcome(line, {})[0])
 """
 
 
