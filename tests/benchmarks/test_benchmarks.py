@@ -159,7 +159,7 @@ def test_a_bare_update_moves_the_network_that_ours_moves(small):
 
 
 def test_what_checkpoints_cost_is_measured_on_checkpoints_that_load(small, tmp_path):
-    took = checkpoints.blocks(small, tmp_path / "saved", pairs=2, every=2)
+    took = checkpoints.blocks(small, tmp_path / "saved", pairs=2, length=2)
     assert len(took["with"]) == len(took["without"]) == 2
     newest = checkpoint.newest(tmp_path / "saved")
     assert newest is not None and newest.step == 3 + 4
