@@ -64,14 +64,21 @@ def parser() -> argparse.ArgumentParser:
     it = verb("ingest", "read sources into a data set's shards", data_commands.ingest)
     it.add_argument("sources", nargs="+", metavar="SOURCE")
     it.add_argument("--dataset", required=True, metavar="URL")
-    it.add_argument("--side", type=int, default=512, help="largest stored side in pixels")
+    it.add_argument(
+        "--side",
+        type=int,
+        metavar="PIXELS",
+        help=f"largest stored side; default: as the data set has it, {data_commands.NEW_SIDE} "
+        "for a new one",
+    )
     it.add_argument(
         "--rule",
         dest="rules",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="as in data.ingest of a recipe, e.g. min_side=64 or near_duplicates=drop",
+        help="as in data.ingest of a recipe, e.g. min_side=64 or near_duplicates=drop; what is not "
+        "said is as the data set has it",
     )
 
     it = verb("explain", "what became of an input of a data set, and why", data_commands.explain)
@@ -89,6 +96,12 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("dataset", metavar="DATASET")
     it.add_argument("--version", type=int, default=None, metavar="N", help="default: the newest")
     it.add_argument("--into", required=True, metavar="URL", help="a data set that is not there yet")
+    it.add_argument(
+        "--scorers",
+        default="[]",
+        metavar="JSON",
+        help="where it was chosen by scores: data.scorers of the recipe that made it",
+    )
 
     it = verb("remove", "take pictures out of all versions, for good", data_commands.remove)
     it.add_argument("dataset", metavar="DATASET")
@@ -222,11 +235,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(known)
     late = [word for word in extra if "=" in word and not word.startswith("-")]
     if late != extra or (late and "overrides" not in options):
-        parser().error(f"unrecognised: {' '.join(word for word in extra if word not in late)}")
+        odd = [word for word in extra if word not in late] or late
+        parser().error(f"unrecognised: {' '.join(odd)}")
     if late:  # overrides that stand behind an option
         options["overrides"] = [*options["overrides"], *late]
     run, as_json = options.pop("run"), options.pop("json")
-    options.pop("command")
+    if options.pop("command") != "deploy" and not os.environ.get("DARKROOM_DEBUG"):
+        # Prefect shows an error with its stack, once for each flow around it; here a line will do.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     if options.get("recipe") and "=" in options["recipe"]:
         # `darkroom run key=value`: the first override stands where the recipe may stand.
         options["overrides"] = [options["recipe"], *options["overrides"]]
@@ -260,7 +276,8 @@ def outcome(
             return code, {"error": f"{said}; the same command goes on from here"}
         if os.environ.get("DARKROOM_DEBUG"):
             raise
-        return FAILED, {"error": f"{type(error).__name__}: {error}"}
+        where = "" if isinstance(error, ValueError | OSError) else " (DARKROOM_DEBUG=1 shows where)"
+        return FAILED, {"error": f"{type(error).__name__}: {error}{where}"}
     return (REFUSED if result.get("refused") else DONE), result
 
 

@@ -23,15 +23,9 @@ from .settings import leaving_without_goodbyes
 
 def ingest_sources(line: Line) -> IngestResult:
     """Read what is new in the recipe's sources; nothing is read twice."""
-    sources = line.recipe.data.source_urls(line.recipe.seed)
-    if not sources:
-        raise ValueError(
-            f"recipe {line.recipe.name} has no data: set data.sources to folders, tables or tars, "
-            "e.g. data.sources='[\"my-pictures\"]', or data.scenes to a number of drawn scenes"
-        )
     with _ray(line), meter("ingest") as progress:
         return ingest(
-            sources,
+            line.sources,
             line.dataset,
             line.rules,
             line.recipe.executor,
@@ -79,17 +73,30 @@ def encoder_specs(line: Line, data: Manifest, stage: str = "base") -> list[Encod
     return specs
 
 
-@task(name="ingest", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)
+def _may_pass(task: Any, run: Any, state: Any) -> bool:
+    """Whether trying again may help: not where a file, a rule or a recipe was refused."""
+    return not isinstance(state.data, ValueError)
+
+
+_RETRIED: dict[str, Any] = {
+    "retries": 2,
+    "retry_delay_seconds": 5,
+    "retry_condition_fn": _may_pass,
+    "cache_policy": NO_CACHE,
+}
+
+
+@task(name="ingest", **_RETRIED)
 def ingest_task(line: Line) -> IngestResult:
     return ingest_sources(line)
 
 
-@task(name="decode", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)
+@task(name="decode", **_RETRIED)
 def decode_task(line: Line, data: Manifest) -> None:
     encode_pixels(line, data)
 
 
-@task(name="encode", retries=2, retry_delay_seconds=5, cache_policy=NO_CACHE)
+@task(name="encode", **_RETRIED)
 def encode_task(line: Line, data: Manifest, stages: Sequence[str] | None = None) -> None:
     encode_stages(line, data, stages)
 

@@ -474,6 +474,7 @@ def _check(line: Line) -> None:
     """What hours of work would find out."""
     recipes.check_stages(line.recipe)
     try:
+        _ = line.sources
         line.check_warm_starts()
     except ValueError as error:
         raise UsageError(str(error)) from None

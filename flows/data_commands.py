@@ -15,20 +15,39 @@ if TYPE_CHECKING:
     from pipeline.manifest import Manifest
 
 
-def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dict[str, Any]:
+NEW_SIDE = 512
+"""The largest side in pixels that is stored in a new data set, unless it is said."""
+
+
+def ingest(sources: list[str], dataset: str, side: int | None, rules: list[str]) -> dict[str, Any]:
+    from pipeline import manifest
     from pipeline.execute import Executor
+    from pipeline.ingest import described, left_behind
     from pipeline.ingest import ingest as read
+    from pipeline.reproduce import rules_of
 
     from .cluster import ray_session
     from .recipe import check_places, ingest_rules
 
     executor = Executor(kind="auto")
-    chosen = ingest_rules([f"max_side={side}", *rules])
-    dataset = place(dataset)
+    dataset, urls = place(dataset), [_url(source) for source in sources]
     check_places(executor, dataset, *sources)
+    there = manifest.latest(dataset)
+    if side is None and there is None:
+        side = NEW_SIDE
+    sides = [] if side is None else [f"max_side={side}"]
+    chosen = ingest_rules([*sides, *rules], rules_of(there) if there else None)
+    if there and (lost := left_behind(there, urls, chosen)):
+        new, old = described(chosen), there.rules
+        differ = [f"{k} {old[k]} -> {new[k]}" for k in old if old[k] != new.get(k, old[k])]
+        raise ValueError(
+            f"{dataset}: other rules ({', '.join(differ)}) store all pictures anew, and version "
+            f"{there.version} has some from {', '.join(lost)}; name these sources too, or leave "
+            "the rules as they are"
+        )
     with ray_session(executor.chosen == "ray"), meter("ingest") as progress:
         result = read(
-            [_url(source) for source in sources],
+            urls,
             dataset,
             chosen,
             executor,
@@ -46,20 +65,22 @@ def ingest(sources: list[str], dataset: str, side: int, rules: list[str]) -> dic
     }
 
 
-def reproduce(dataset: str, version: int | None, into: str) -> dict[str, Any]:
+def reproduce(dataset: str, version: int | None, into: str, scorers: str = "[]") -> dict[str, Any]:
     from pipeline import manifest
     from pipeline.execute import Executor
     from pipeline.reproduce import reproduce as make_again
 
+    from . import recipe as recipes
     from .cluster import ray_session
     from .recipe import check_places
 
+    models = recipes.scorers(recipes.load("pictures", [f"data.scorers={scorers}"]))
     executor, into = Executor(kind="auto"), place(into)
     wanted = _version(dataset, version)
     check_places(executor, into)
     with ray_session(executor.chosen == "ray"), meter("reproduce") as progress:
         made = make_again(
-            wanted, into, executor, lambda stage, done, total: progress(done, total, stage)
+            wanted, into, executor, lambda stage, done, total: progress(done, total, stage), models
         )
     steps = len(manifest.versions(made.dataset))
     return {
@@ -114,7 +135,7 @@ def remove(dataset: str, keys: list[str], files: list[str], reason: str) -> dict
         f"from {len(removed.held)} versions and blocked"
     ]
     if removed.absent:
-        lines.append(f"{len(removed.absent)} keys were in no version; they are blocked too")
+        lines.append(f"keys that were in no version, blocked too: {len(removed.absent)}")
     lines += [f"  {model} saw them ({', '.join(stages)})" for model, stages in models.items()]
     if models:
         lines.append("`darkroom run RECIPE --fresh` trains without what these models have learnt")

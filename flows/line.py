@@ -21,7 +21,7 @@ from pipeline import manifest as manifests
 from pipeline.manifest import Manifest, fingerprint
 from training import results
 
-from .recipe import DENOISING, FROZEN, Recipe, learning
+from .recipe import DENOISING, FROZEN, Recipe, RecipeError, learning
 from .settings import Settings
 
 CODE_VERSION = 1
@@ -58,6 +58,18 @@ class Line:
         """The recipe's, storing no picture larger than what is learnt from it."""
         rules = self.recipe.data.ingest
         return replace(rules, max_side=rules.max_side or self.recipe.data.side)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What the data set is made of. RecipeError where the recipe names nothing."""
+        found = self.recipe.data.source_urls(self.recipe.seed)
+        if not found:
+            raise RecipeError(
+                f"recipe {self.recipe.name} has no data: set data.sources to folders, tables or "
+                "tars, e.g. data.sources='[\"my-pictures\"]', or data.scenes to a number of drawn "
+                "scenes"
+            )
+        return found
 
     @cached_property
     def dataset(self) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -288,9 +289,11 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
     return parse(body)
 
 
-def ingest_rules(overrides: Iterable[str]) -> IngestRules:
-    """The usual rules of an ingest with `key=value` of theirs."""
+def ingest_rules(overrides: Iterable[str], known: IngestRules | None = None) -> IngestRules:
+    """Those of a data set that is there, or the usual ones, with `key=value` of theirs."""
     body = Recipe().model_dump(mode="json")
+    if known:
+        body["data"]["ingest"] = asdict(known)
     _override(body, (f"data.ingest.{override}" for override in overrides))
     return parse(body).data.ingest
 

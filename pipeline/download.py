@@ -366,7 +366,11 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
 
     def allowed(host: str, address: str) -> None:
         if host not in private_hosts and not is_public(address):
-            raise Rejected("private_address", f"{host} is {address}")
+            raise Rejected(
+                "private_address",
+                f"{host} is {address}, of a private network; if it is yours, name it in "
+                "data.ingest.download.private_hosts",
+            )
 
     return Guarded()
 

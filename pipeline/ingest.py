@@ -164,6 +164,16 @@ def unchanged(
     return parent if _is_done(parent, prints, rules, scorers or NO_SCORERS) else None
 
 
+def left_behind(version: Manifest, sources: Sequence[str], rules: IngestRules) -> tuple[str, ...]:
+    """The sources of a version that the next one would be without: built anew from `sources`, as
+    its rules of storage are others.
+    """
+    if _same_rules(version, rules):
+        return ()
+    named = {open_source(url, options=rules.options).url for url in sources}
+    return tuple(sorted(version.sources.keys() - named))
+
+
 def described(rules: IngestRules) -> dict[str, Any]:
     """The rules as a version states them."""
     stated = json.loads(json.dumps(asdict(rules)))

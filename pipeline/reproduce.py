@@ -45,6 +45,11 @@ def reproduce(
         steps.insert(0, read(version.dataset, steps[0].parent))
     for step in steps:
         where = f"{version.dataset} version {step.version}"
+        if step.redacted.get("expired"):
+            raise ValueError(
+                f"{where}: `darkroom gc --keep` let it expire, and with it what version "
+                f"{version.version} came from; it cannot be made again"
+            )
         if step.redacted:
             raise ValueError(f"{where}: pictures were taken out of it; it cannot be made again")
         if step.rules["code"] != CODE:
@@ -55,7 +60,7 @@ def reproduce(
         if step.rules["scorers"] != scorers.fingerprints:
             raise ValueError(
                 f"{where}: its scorers were {step.rules['scorers']}, these are "
-                f"{scorers.fingerprints}; name its own"
+                f"{scorers.fingerprints}; name its own (`darkroom reproduce --scorers`)"
             )
     before: Manifest | None = None
     made: Manifest | None = None

@@ -79,3 +79,9 @@ def test_what_cannot_be_made_again_says_why(grown, tmp_path):
     versions.remove(grown, [read_outcomes(key)[0]["key"]])
     with pytest.raises(ValueError, match="pictures were taken out of it"):
         reproduce(manifest.read(grown, 2), str(tmp_path / "third"))
+
+
+def test_what_came_from_a_version_that_expired_says_so(grown, tmp_path):
+    versions.gc(grown, keep=1)
+    with pytest.raises(ValueError, match=r"version 1: .*let it expire.* what version 2 came from"):
+        reproduce(manifest.read(grown, 2), str(tmp_path / "again"))
