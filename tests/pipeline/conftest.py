@@ -1,4 +1,4 @@
-"""One Ray session for the tests here that need it, and the real pictures where they are."""
+"""One Ray session for all tests here that need it, and the real pictures where they are."""
 
 from __future__ import annotations
 
@@ -13,32 +13,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def _ray_at_most_until_the_end():
-    yield
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
-
-
-@pytest.fixture(scope="module")
-def ray_session(_ray_at_most_until_the_end):
-    """The session of the tests here that ran before, where those of other folders left it."""
+def ray_session():
     # Unset, a local session turns token authentication on and every later client fails.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if str(ROOT) not in known:
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), *known]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )
     import ray
 
-    if not ray.is_initialized():
-        ray.init(
-            "local",
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=100 << 20,
-            log_to_driver=False,
-            configure_logging=False,
-        )
-    return ray
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield ray
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
