@@ -25,9 +25,11 @@ lint: $(READY)
 slow: $(READY)
 	$(PYTEST) -m "slow and not gpu and not services"
 
-# The same tests with many more rounds (kills, races, fuzzed files); hours.
+# The tests that repeat something at random, with all of their rounds (kills of workers, drivers, whole trees, and
+# around saving), and growth up to a million samples.
 soak: $(READY)
-	DARKROOM_SOAK=1 $(BIN)/python -m pytest -q -m "slow and not gpu" --timeout=0
+	DARKROOM_SOAK=1 $(BIN)/python -m pytest -q -m soak --durations=0 --timeout=0
+	DARKROOM_SOAK=1 $(BIN)/python -m tests.benchmarks.growth
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks

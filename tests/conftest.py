@@ -50,10 +50,14 @@ def rounds():
     return lambda few, all: all if SOAK else few
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A mark's time limit is for few rounds, and goes before `--timeout=0`."""
-    for item in items if SOAK else ():
-        item.add_marker(pytest.mark.timeout(0), append=False)
+    """Marks what repeats. A mark's time limit is for few rounds, and goes before `--timeout=0`."""
+    for item in items:
+        if "rounds" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.soak)
+            if SOAK:
+                item.add_marker(pytest.mark.timeout(0), append=False)
 
 
 class Gallery(http.server.ThreadingHTTPServer):

@@ -417,8 +417,8 @@ def test_a_kill_while_saving_shows_no_part(tmp_path):
 
 
 @pytest.mark.slow
-def test_many_kills_while_saving_show_no_part(tmp_path):
-    kills = 500 if "DARKROOM_SOAK" in os.environ else 60
+def test_many_kills_while_saving_show_no_part(tmp_path, rounds):
+    kills = rounds(60, 500)
     assert int(script(tmp_path, kills)) >= kills
 
 
