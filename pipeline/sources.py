@@ -239,10 +239,7 @@ def fetch_image(image: str, max_bytes: int = 1 << 30) -> bytes:
         return data
     if is_remote(image):
         raise ValueError(f"{image}: pictures from the web come through pipeline.download")
-    with storage.open_read(image) as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        data = file.read(min(size, max_bytes) + 1)  # room is made for all that is asked for
+    data = storage.read_at_most(image, max_bytes)
     if len(data) > max_bytes:
         raise OverLong(f"more than the allowed {max_bytes} bytes")
     return data

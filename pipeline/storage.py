@@ -37,6 +37,7 @@ _TRIES = 8
 _LONGEST_WAIT = 32.0
 _CONNECT_SECONDS, _STALL_SECONDS = 5, 15
 _SLOWEST_UPLOAD = 1 << 18  # bytes per second
+_BUFFER = 1 << 20
 
 
 class NoRoom(OSError):
@@ -115,6 +116,18 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         return Path(local_path(url)).read_bytes()
     return _ask(url, lambda files, path: files.cat_file(path))
+
+
+def read_at_most(url: str, most: int) -> bytes:
+    """The whole content, or `most` + 1 bytes or more of what is longer."""
+    if not is_local(url):
+        with open_read(url) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            return file.read(min(size, most) + 1)  # room is made for all that is asked for
+    with open(local_path(url), "rb", 0) as file:
+        size = os.fstat(file.fileno()).st_size
+        return file.readall() if size <= most else file.read(most + 1)
 
 
 def open_read(url: str) -> IO[bytes]:
@@ -239,7 +252,7 @@ def draft(folder: str, durable: bool = True) -> Generator[tuple[IO[bytes], Calla
             own = tempfile.mkdtemp(prefix="darkroom-")
         after.callback(shutil.rmtree, own, ignore_errors=True)
         hidden = os.path.join(own, "draft")
-        with open(hidden, "wb") as file:
+        with open(hidden, "wb", _BUFFER) as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
 
             def publish(url: str) -> None:

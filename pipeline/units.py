@@ -63,7 +63,8 @@ def reader(
         answers: Iterator[bytes | Rejected],
         stage: Callable[[bytes], int],
         found: dict[str, Any],
-    ) -> None:
+    ) -> bytes:
+        """Its thumbnail, by which the whole unit's looks are told at once."""
         url, _, problem, sha256 = row
         if problem:
             raise Rejected(problem, url)
@@ -91,9 +92,9 @@ def reader(
                 "original_width": width,
                 "original_height": height,
                 "aspect": round(max(width, height) / min(width, height), 4),
-                "look": dedup.look(image),
             },
         }
+        return dedup.thumbnail(image)
 
     def work(unit: dict[str, Any]) -> dict[str, Any]:
         rows = list(read_lines(lines, unit["offset"], unit["length"]))
@@ -117,12 +118,16 @@ def reader(
                 offset, end = end, end + file.write(data)
                 return offset
 
+            seen: list[tuple[dict[str, Any], bytes]] = []
             for row in rows:
                 results.append(found := {})
                 try:
-                    read(row, answers, stage, found)
+                    seen.append((found, read(row, answers, stage, found)))
                 except Rejected as rejected:
                     found |= {"reason": rejected.reason, "detail": rejected.detail}
+            looks = dedup.looks([thumbnail for _, thumbnail in seen])
+            for (found, _), look in zip(seen, looks, strict=True):
+                found["scores"]["look"] = look
         text = "".join(json.dumps(found) + "\n" for found in results)
         url = result_url(dataset, unit["unit"], "jsonl")
         storage.publish_bytes(url, text.encode(), durable=False)

@@ -21,14 +21,19 @@ def test_key_is_the_hash_of_the_file():
     assert len(dedup.key(b"")) == 32
 
 
+def look(*pictures):
+    return dedup.looks([dedup.thumbnail(picture) for picture in pictures])
+
+
 def test_a_flat_picture_has_its_colour_and_no_signs():
-    assert dedup.look(Image.new("RGB", (40, 30), (1, 2, 255))) == "0" * 16 + "0102ff"
+    assert look(Image.new("RGB", (40, 30), (1, 2, 255))) == ["0" * 16 + "0102ff"]
+    assert look() == []
 
 
 def test_signs_follow_the_brightness():
     rising = np.tile(np.linspace(0, 255, 90, dtype=np.uint8)[None, :, None], (80, 1, 3))
-    assert dedup.look(Image.fromarray(rising))[:16] == "f" * 16
-    assert dedup.look(Image.fromarray(rising[:, ::-1].copy()))[:16] == "0" * 16
+    up, down = look(Image.fromarray(rising), Image.fromarray(rising[:, ::-1].copy()))
+    assert (up[:16], down[:16]) == ("f" * 16, "0" * 16)
 
 
 def looks(*texts):
@@ -48,23 +53,23 @@ def test_versions_of_a_picture_are_found_and_others_are_not():
         out = io.BytesIO()
         picture.resize((50, 50)).save(out, "JPEG", quality=80)
         again.append(Image.open(out))
-    neighbours = dedup.Neighbours(looks(*map(dedup.look, [*pictures, *again])))
+    neighbours = dedup.Neighbours(looks(*look(*pictures, *again)))
     assert all(like(neighbours, row) <= {row + 60} for row in range(60))
     assert sum(like(neighbours, row) == {row + 60} for row in range(60)) >= 55
 
 
 def test_pictures_within_three_bits_and_ten_levels_look_alike():
     signs = 0x00FF00FF00FF00FF
-    look = lambda bits, red=100: f"{signs ^ bits:016x}{red:02x}6464"
+    of = lambda bits, red=100: f"{signs ^ bits:016x}{red:02x}6464"
     spread = 1 | 1 << 20 | 1 << 40
-    some = [look(0), look(0b111), look(0b1111), look(0, 120), look(0, 110), look(spread)]
+    some = [of(0), of(0b111), of(0b1111), of(0, 120), of(0, 110), of(spread)]
     found = like(dedup.Neighbours(looks(*some)), 0)
     assert found == {1, 4, 5}
     assert dedup.alike(looks(some[0]), looks(*some)).tolist() == [1, 1, 0, 0, 1, 1]
 
 
 def test_flat_pictures_are_never_near_duplicates():
-    flat = dedup.look(Image.new("RGB", (32, 32), "white"))
+    (flat,) = look(Image.new("RGB", (32, 32), "white"))
     assert dedup.Neighbours(looks(flat, flat)).of.tolist() == [-1, -1]
     assert not dedup.alike(looks(flat), looks(flat)).any()
     assert len(dedup.Neighbours(looks())) == 0

@@ -381,7 +381,7 @@ def test_real_malformed_files(real_data):
         "    try:\n"
         "        image, info = images.decode(data, images.DecodePolicy(draft_side=64))\n"
         "        image, stored, ext = images.store(image, data, info, 64)\n"
-        "        again, _ = images.decode(stored); dedup.look(image)\n"
+        "        again, _ = images.decode(stored); dedup.looks([dedup.thumbnail(image)])\n"
         "        assert again.mode == image.mode == 'RGB' and again.size == image.size\n"
         "        out[path.name] = 'kept'\n"
         "    except images.Rejected as rejected:\n"
