@@ -36,8 +36,18 @@ _WHOLE = {
     "kid": ("KID x 1000", 1000.0, ""),
     "saturation": ("Saturated", 100.0, "%"),
     "legible": ("Shows a scene at all", 100.0, "%"),
+    "psnr": ("PSNR to the picture", 1.0, "dB"),
+    "consistency": ("Consistency with what was given", 1.0, "dB"),
+    "map_agreement": ("Keeps to the map", 100.0, "%"),
+    "reconstruction_psnr": ("Through the autoencoder", 1.0, "dB"),
 }
 """Measure -> its heading, by what it is multiplied, its unit."""
+CLAIM = 512
+"""Prompts that a claim wants."""
+RECONSTRUCTED = 256
+"""Real pictures that go through each autoencoder."""
+SIDE_BY_SIDE = 6
+"""Of which so many are shown."""
 APART = 4
 """Prompts of which what each stage drew is shown."""
 _GUIDES = ("classifier_guidance", "clip_guidance")
@@ -77,25 +87,8 @@ class Drawn:
     """As the contender's."""
     apart: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])
     """Stage -> what it drew of the first prompts; empty where one stage draws all."""
-    map_agreement: float | None = None
-    """Share of pixels that have the class of the map that it was given; None where it was given
-    none."""
-
-    @property
-    def psnr(self) -> float | None:
-        """To the real pictures; None for what enlarges none."""
-        low, real = self.given.low, self.given.real
-        if low is None or real is None:
-            return None
-        return float(metrics.psnr(self.pictures, real).mean())
-
-    @property
-    def consistency(self) -> float | None:
-        """PSNR of the pictures, shrunk again, to those that were given."""
-        low = self.given.low
-        if low is None:
-            return None
-        return float(metrics.psnr(shrunk(self.pictures, low.shape[1]), low).mean())
+    again: Pictures | None = None
+    """Real pictures through its autoencoder; None for a model without."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +101,15 @@ class Measure:
     @property
     def mean(self) -> float:
         return float(self.values.mean())
+
+    def interval(self, blocks: int = 16) -> metrics.Interval | None:
+        """Of the mean; None of fewer than two values, or where one has no bound (as of equal
+        pictures)."""
+        if len(self.values) < 2 or not np.isfinite(self.values).all():
+            return None
+        if np.isin(self.values, (0, 1)).all():
+            return metrics.proportion(self.values)
+        return metrics.mean_interval(self.values, min(blocks, len(self.values)))
 
 
 def compare(
@@ -164,23 +166,16 @@ def compare(
         right = judged(pictures, prompts, clip, attributes)
         gained = metrics.paired_difference(right, found[0].right, blocks) if found else None
         spent, each = counted() / len(prompts), seconds / len(prompts)
-        whole = _whole(pictures, prompts, clip, real)
-        first = found[0].measures if found else {}
-        measures: dict[str, Measure] = {}
-        for name, values in whole.items():
-            by, against = None if name == "kid" else min(blocks, len(values)), None
-            if name in first and len(values) > 1:
-                against = metrics.paired_difference(values, first[name].values, by)
-            measures[name] = Measure(values, against)
+        again = _again(it.generator, reference, pictures.shape[1])
+        whole = _whole(pictures, prompts, clip, real) | _of_given(it.generator, pictures, given)
+        if again is not None and reference is not None:
+            whole["reconstruction_psnr"] = metrics.psnr(again, reference[: len(again)])
+        measures = _paired(whole, found[0].measures if found else {}, blocks)
         shown = prompts[:APART]
         apart = stages_apart(it, shown, seed, {**it.options, **given.options(slice(APART))})
-        agreement = None
-        if given.map is not None:
-            agreement = float((it.generator.mapped(pictures) == given.map).mean())
         made = Drawn(
-            it.name, pictures, right, spent, each, gained, measures, given, it.stages, apart,
-            agreement,
-        )  # fmt: skip
+            it.name, pictures, right, spent, each, gained, measures, given, it.stages, apart, again
+        )
         found.append(made)
     return found
 
@@ -222,6 +217,44 @@ def _whole(
         "kid": metrics.kid(features, real, block=block),
         **found,
     }
+
+
+def _of_given(generator: Any, pictures: Pictures, given: Given) -> dict[str, ndarray]:
+    """How near each picture is to what it was told beside its prompt."""
+    found: dict[str, ndarray] = {}
+    if given.low is not None:
+        found["consistency"] = metrics.psnr(shrunk(pictures, given.low.shape[1]), given.low)
+        if given.real is not None:
+            found["psnr"] = metrics.psnr(pictures, given.real)
+    if given.map is not None:
+        found["map_agreement"] = (generator.mapped(pictures) == given.map).mean((1, 2))
+    return found
+
+
+def _again(generator: Any, reference: Pictures | None, side: int) -> Pictures | None:
+    """The first real pictures through the generator's autoencoder, where it has one."""
+    if reference is None or getattr(generator, "codec", None) is None:
+        return None
+    some = reference[:RECONSTRUCTED]
+    if some.shape[1] != side:
+        return None
+    again = generator.decode(generator.encode(some))
+    return again if again.shape == some.shape else None
+
+
+def _paired(
+    values: Mapping[str, ndarray], first: Mapping[str, Measure], blocks: int
+) -> dict[str, Measure]:
+    """Each beside the first contender's, where that has it too, of as many pictures."""
+    found: dict[str, Measure] = {}
+    for name, these in values.items():
+        against = None
+        those = first[name].values if name in first else these[:0]
+        if len(those) == len(these) > 1 and np.isfinite(these).all() and np.isfinite(those).all():
+            by = None if name == "kid" else min(blocks, len(these))
+            against = metrics.paired_difference(these, those, by)
+        found[name] = Measure(these, against)
+    return found
 
 
 def _asked_of_all(contenders: Sequence[Contender]) -> tuple[str, ...]:
@@ -278,9 +311,11 @@ def write(
     drawn: Sequence[Drawn],
     prompts: Sequence[Prompt],
     shown: Sequence[Technique] = (),
+    reference: Pictures | None = None,
 ) -> None:
     """Publish the comparison as one self-contained page at a path or URL."""
-    storage.publish_bytes(str(path), render(title, drawn, prompts, shown).encode())
+    page = render(title, drawn, prompts, shown, reference=reference)
+    storage.publish_bytes(str(path), page.encode())
 
 
 def render(
@@ -289,9 +324,10 @@ def render(
     prompts: Sequence[Prompt],
     shown: Sequence[Technique] = (),
     rows: int = 16,
+    reference: Pictures | None = None,
 ) -> str:
-    """The page as HTML: a table of all contenders, the first `rows` prompts drawn by each, and what
-    else the first one does.
+    """The page as HTML: a table of all contenders, the first `rows` prompts drawn by each, what
+    their autoencoders leave of the `reference` of `compare`, and what else the first one does.
     """
     table = []
     for it in drawn:
@@ -303,25 +339,12 @@ def render(
                 "between": f"{100 * share.low:.1f} to {100 * share.high:.1f} %",
                 "evaluations": "" if np.isnan(it.evaluations) else f"{it.evaluations:.0f}",
                 "milliseconds": f"{1000 * it.seconds:.0f} ms",
-                "psnr": _decibels(it.psnr),
-                "consistency": _decibels(it.consistency),
-                "agreement": "" if it.map_agreement is None else f"{100 * it.map_agreement:.1f} %",
                 "against": _signed(it.against_first),
             }
         )
-    named = [name for name in _WHOLE if name in drawn[0].measures]
+    named = [name for name in _WHOLE if any(name in it.measures for it in drawn)]
     whole = [
-        {
-            "name": it.name,
-            "cells": [
-                {
-                    "value": f"{factor * it.measures[name].mean:.2f}{unit and f' {unit}'}",
-                    "against": _signed(it.measures[name].against_first, factor),
-                }
-                for name in named
-                for _, factor, unit in [_WHOLE[name]]
-            ],
-        }
+        {"name": it.name, "cells": [_cell(name, it.measures.get(name)) for name in named]}
         for it in drawn
     ]
     given = next((it.given for it in drawn if it.given.real is not None), Given())
@@ -342,11 +365,10 @@ def render(
     return page(
         TEMPLATE, title=title, side=side, pixelated=side <= PIXELATED,
         table=table, rows=pictures, count=len(prompts), given=told is not None,
-        enlarges=any(it.psnr is not None for it in drawn),
-        mapped=any(it.map_agreement is not None for it in drawn),
         whole=whole, measures=[_WHOLE[name][0] for name in named],
         names=[it.name for it in drawn],
-        techniques=[described(it) for it in shown],
+        techniques=[described(it) for it in shown], enough=len(prompts) >= CLAIM, claim=CLAIM,
+        again=[described(it) for it in _autoencoders(drawn, reference)],
         stages=_stages(drawn),
         apart=[described(_apart(it, prompts)) for it in apart],
         judge="every attribute that all are asked for is read from the pixels" if _scenes(prompts)
@@ -383,12 +405,38 @@ def _scenes(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
     return truths if len(truths) == len(prompts) else []
 
 
-def _decibels(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} dB"
+def _autoencoders(drawn: Sequence[Drawn], reference: Pictures | None) -> list[Technique]:
+    """Real pictures through each of several autoencoders."""
+    several = {it.stages.get("autoencoder", it.name): it for it in drawn if it.again is not None}
+    if reference is None or len(several) < 2:
+        return []
+    columns = [reference, *(it.again for it in several.values() if it.again is not None)]
+    return [
+        Technique(
+            "Through the autoencoders",
+            "Real held-out pictures, and what is left of them.",
+            ["The picture", *(it.name for it in several.values())],
+            list(np.stack([them[:SIDE_BY_SIDE] for them in columns], axis=1)),
+            [""] * min(SIDE_BY_SIDE, len(reference)),
+        )
+    ]
 
 
-def _signed(difference: metrics.Interval | None, factor: float = 100.0) -> str:
+def _cell(name: str, measure: Measure | None) -> dict[str, str]:
+    _, factor, unit = _WHOLE[name]
+    if measure is None:
+        return {"value": "", "between": "", "against": ""}
+    own = measure.interval()
+    return {
+        "value": f"{factor * measure.mean:.2f}{unit and f' {unit}'}",
+        "between": "" if own is None else f"{factor * own.low:.2f} to {factor * own.high:.2f}",
+        "against": _signed(measure.against_first, factor, 2 if unit == "dB" else 1),
+    }
+
+
+def _signed(difference: metrics.Interval | None, factor: float = 100.0, digits: int = 1) -> str:
     if difference is None:
         return ""
-    mean, low, high = (factor * x for x in (difference.mean, difference.low, difference.high))
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    of = (factor * x for x in (difference.mean, difference.low, difference.high))
+    mean, low, high = (f"{x:+.{digits}f}" for x in of)
+    return f"{mean} ({low} to {high})"

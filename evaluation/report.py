@@ -504,9 +504,10 @@ class _Page:
         }
 
     def _cost(self) -> dict[str, Any] | None:
-        spent = {stage.name: stage.seconds for stage in self.inputs.stages} | dict(
-            self.inputs.seconds
-        )
+        # A stage knows what all of its sittings took, wherever it was trained.
+        spent = dict(self.inputs.seconds) | {
+            stage.name: stage.seconds for stage in self.inputs.stages if stage.seconds
+        }
         spent = {name: seconds for name, seconds in spent.items() if seconds > 0}
         if not spent:
             return None

@@ -316,7 +316,7 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
     heldout = question.heldout
     if heldout is not None and (edited := edits(contenders[0].generator, heldout)):
         shown.append(editing(edited))
-    comparison.write(out, title or " · ".join(loaded), drawn, asked, shown)
+    comparison.write(out, title or " · ".join(loaded), drawn, asked, shown, question.reference)
     rows = [
         {
             "model": it.name,
@@ -329,13 +329,11 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
             "measures": {
                 name: {
                     "mean": measure.mean,
+                    "interval": (own := measure.interval()) and asdict(own),
                     "against_first": measure.against_first and asdict(measure.against_first),
                 }
                 for name, measure in it.measures.items()
             },
-            "psnr": it.psnr,
-            "consistency": it.consistency,
-            "map_agreement": it.map_agreement,
         }
         for it in drawn
     ]

@@ -235,6 +235,22 @@ def shapes_ldm() -> Recipe:
     )
 
 
+def shapes_ldm_vq() -> Recipe:
+    """shapes-ldm with a codebook of 512 vectors in the place of the divergence (VQ-reg., Rombach et
+    al. 2022, section 3.1); for `compare` with it, which pairs what both autoencoders leave.
+    """
+    like = shapes_ldm()
+    before = like.autoencoder.config
+    network = {**before["network"], "codebook": {"codes": 512, "revive_images": 6_000}}
+    config = {**before, "network": network}
+    return like.model_copy(
+        update={
+            "name": "shapes-ldm-vq",
+            "autoencoder": like.autoencoder.model_copy(update={"config": config}),
+        }
+    )
+
+
 def shapes_vae() -> Recipe:
     """VAE (Kingma & Welling 2014) as a generator: each scene is 10 numbers that are held to
     N(0, 1), and pictures are drawn from there. It hears no caption, so that nothing but luck shows
@@ -259,6 +275,8 @@ def shapes_vae() -> Recipe:
                 training=_training(images=120_000, batch=64, learning_rate=2e-3),
             ),
             "base": None,
+            # It hears nothing that guidance could lead to.
+            "evaluation": EvaluationConfig(kind="shapes", guidance_scales=(1.0,)),
             "gate": GatePolicy.model_validate(
                 {"absolute": {"legible": 0.2}, "non_inferior": {"legible": 0.02}}
             ),
@@ -413,10 +431,13 @@ def _of_pictures(name: str, like: Recipe, *, images: int) -> Recipe:
             "training": _training(images=images, batch=64, learning_rate=1.5e-3),
         }
     )
-    taken = ("data", "clip", "evaluation", "gate")
+    taken = ("data", "clip", "evaluation")
+    # Of 100 captions; by luck it is .01.
+    gate = own.gate.model_copy(update={"absolute": {"retrieval": 0.2}})
     t5 = own.stage("t5").model_copy(update={"config": like.stage("t5").config})
     return like.model_copy(
-        update={"name": name, "base": base, "t5": t5} | {key: getattr(own, key) for key in taken}
+        update={"name": name, "base": base, "t5": t5, "gate": gate}
+        | {key: getattr(own, key) for key in taken}
     )
 
 
@@ -653,6 +674,7 @@ PRESETS: Mapping[str, Callable[[], Recipe]] = {
     "shapes-imagen": shapes_imagen,
     "shapes-unclip": shapes_unclip,
     "shapes-ldm": shapes_ldm,
+    "shapes-ldm-vq": shapes_ldm_vq,
     "shapes-vae": shapes_vae,
     "shapes-autoencoder": shapes_autoencoder,
     "shapes-ldm-class": shapes_ldm_class,

@@ -34,12 +34,17 @@ SYSTEMS = {
     "shapes-ldm": (
         "autoencoder.config.network.channels=16", "autoencoder.training.images=192",
     ),
+    "shapes-ldm-vq": (
+        "autoencoder.config.network.channels=16", "autoencoder.training.images=192",
+        "autoencoder.config.network.codebook.codes=32",
+        "autoencoder.config.network.codebook.revive_images=64",
+    ),
     "emoji-imagen": (*SMALL_SR, *FEW),
     "emoji-unclip": (*SMALL_SR, *PRIOR, *FEW),
 }  # fmt: skip
 SIDES = {
     "shapes-glide": [16, 32], "shapes-cdm": [16, 32, 64], "shapes-imagen": [16, 64],
-    "shapes-unclip": [16, 32], "shapes-ldm": [32], "emoji-imagen": [16, 64],
+    "shapes-unclip": [16, 32], "shapes-ldm": [32], "shapes-ldm-vq": [32], "emoji-imagen": [16, 64],
     "emoji-unclip": [16, 64],
 }  # fmt: skip
 

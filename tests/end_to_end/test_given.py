@@ -161,5 +161,6 @@ def test_ldm_is_told_a_label_map(darkroom, home, tmp_path):
     rows = commands.compare(
         ["shapes-ldm-map", "shapes-ldm-map?steps=1"], str(tmp_path / "compared.html"), 12, None
     )["rows"]
-    assert all(0 < it["map_agreement"] <= 1 for it in rows)
-    assert rows[0]["psnr"] is None
+    assert all(0 < it["measures"]["map_agreement"]["mean"] <= 1 for it in rows)
+    assert rows[1]["measures"]["reconstruction_psnr"]["against_first"]["mean"] == 0
+    assert "psnr" not in rows[0]["measures"]

@@ -91,6 +91,58 @@ def test_all_pictures_together_are_held_against_real_ones():
     assert "KID" in html
 
 
+class Coder(Painter):
+    """Its autoencoder darkens pictures by some levels; what it draws is told no other way."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.codec, self.levels = object(), levels
+
+    def encode(self, pictures):
+        return pictures
+
+    def decode(self, z):
+        return (z.astype(np.int16) - self.levels).clip(0, 255).astype(np.uint8)
+
+
+def test_what_autoencoders_leave_of_pictures_is_paired_and_shown(parsed):
+    real = np.random.default_rng(0).integers(64, 256, (300, 32, 32, 3), np.uint8)
+    made = [{"autoencoder": name} for name in ("kl", "vq", "vq")]
+    drawn = compare(
+        [
+            Contender("fine", Coder(2), {}, made[0]),
+            Contender("coarse", Coder(20), {}, made[1]),
+            Contender("again", Coder(20), {"steps": 2}, made[2]),
+            Contender("none", Painter()),
+        ],
+        PROMPTS[:5],
+        seed=0,
+        blocks=4,
+        reference=real,
+    )
+    fine, coarse, again, none = (it.measures.get("reconstruction_psnr") for it in drawn)
+    assert none is None
+    assert fine is not None
+    assert coarse is not None
+    assert again is not None
+    assert len(fine.values) == 256
+    assert fine.mean == pytest.approx(20 * np.log10(255 / 2))
+    own, lost = coarse.interval(), coarse.against_first
+    assert own is not None
+    assert own.low == pytest.approx(20 * np.log10(255 / 20)) == own.high
+    assert lost is not None
+    assert lost.mean == pytest.approx(-20) == lost.low
+    html = render("three", drawn, PROMPTS[:5], rows=1, reference=real)
+    assert "No claim is made of fewer than 512" in html
+    rows = [row for section in parsed(html).rows.values() for row in section]
+    heads = "".join(f'<th scope="col">{it}</th>' for it in ("The picture", "fine", "coarse"))
+    assert html.count(heads) == 1
+    assert html.count("data:image/png;base64,") == 4 + 6 * 3
+    assert any("-20.00 (-20.00 to -20.00)" in cell for row in rows for cell in row)
+    one = parsed(render("one", drawn[1:3], PROMPTS[:5], rows=1, reference=real))
+    assert "Through the autoencoders" not in " ".join(one.text)
+
+
 def test_a_classifier_is_told_what_the_prompts_ask_for():
     plain, guided = Painter(), Painter()
     compare(

@@ -233,14 +233,17 @@ def test_maps_are_compared_and_shown():
 
     contenders = [Contender(it, Synthesis(it)) for it in ("colours", "red")]
     drawn = compare(contenders, PROMPTS, seed=0, pictured=pictured)
-    assert drawn[0].map_agreement == 1.0
-    assert drawn[0].psnr is None
+    assert drawn[0].measures["map_agreement"].mean == 1.0
+    assert "psnr" not in drawn[0].measures
     maps = Synthesis().mapped(pictured(PROMPTS))
-    assert drawn[1].map_agreement == pytest.approx((maps == 0).mean())
+    other = drawn[1].measures["map_agreement"]
+    assert other.mean == pytest.approx((maps == 0).mean())
+    assert other.against_first is not None
+    assert other.against_first.mean == pytest.approx(other.mean - 1)
     page = compared("maps", drawn, PROMPTS)
     assert '<th scope="col">Given</th>' in page
     assert '<th scope="col">Keeps to the map</th>' in page
-    assert '<th scope="col">PSNR</th>' not in page
+    assert "PSNR" not in page
 
 
 def test_of_a_model_that_is_told_classes_alone_nothing_else_is_asked():

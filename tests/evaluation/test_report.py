@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from evaluation.gate import GatePolicy, decide
+from evaluation.page import duration
 from evaluation.prompts import Prompt
 from evaluation.report import DataStory, ReportInputs, StageStory, render, write
 from evaluation.sample import png
@@ -133,6 +134,13 @@ def inputs(**more):
         created=datetime(2026, 3, 4, 5, 6, tzinfo=UTC),
         **more,
     )
+
+
+def test_what_a_stage_took_is_told_by_the_stage_itself(parsed):
+    """It was found done in a moment; it had been trained over two sittings."""
+    told = replace(inputs(), seconds={"autoencoder": 0.1, "scoring": 60.0})
+    assert sum(it.seconds for it in told.stages) == 93
+    assert f"{duration(93 + 60)} of work in all" in " ".join(parsed(render(told)).text)
 
 
 @pytest.mark.parametrize("kind", ["shapes", "captions"])
