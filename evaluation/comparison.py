@@ -23,7 +23,7 @@ from .features import Extractor
 from .given import Given, Pictured, asked_of, shrunk, truths_of
 from .page import PIXELATED, image, page
 from .prompts import Prompt
-from .sample import Pictures, Progress
+from .sample import Pictures, Progress, png, sheet
 from .techniques import Technique, described, enlarged
 
 TEMPLATE = "comparison.html.jinja"
@@ -376,6 +376,18 @@ def render(
     )  # fmt: skip
 
 
+def gallery(drawn: Sequence[Drawn], columns: int = 12, side: int = 64) -> bytes:
+    """A PNG of the first prompts' pictures, a row a contender, small ones enlarged towards
+    `side`."""
+    rows = [enlarged(it.pictures[:columns], max(1, side // it.pictures.shape[1])) for it in drawn]
+    widest = max(row.shape[1] for row in rows)
+    rows = [enlarged(row, widest // row.shape[1]) for row in rows]
+    if len({row.shape for row in rows}) > 1:
+        sides = ", ".join(f"{it.name} {it.pictures.shape[1]}" for it in drawn)
+        raise ValueError(f"pictures of these sides share no gallery: {sides}")
+    return png(sheet(np.concatenate(rows), len(rows[0]), gap=4))
+
+
 def _stages(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
     """A row a stage: what each model has there, and whether all have the same."""
     names = dict.fromkeys(name for it in drawn for name in it.stages)
@@ -407,15 +419,17 @@ def _scenes(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
 
 def _autoencoders(drawn: Sequence[Drawn], reference: Pictures | None) -> list[Technique]:
     """Real pictures through each of several autoencoders."""
-    several = {it.stages.get("autoencoder", it.name): it for it in drawn if it.again is not None}
+    having = [it for it in reversed(drawn) if it.again is not None]
+    several = {it.stages.get("autoencoder", it.name): it for it in having}  # the first of each
     if reference is None or len(several) < 2:
         return []
-    columns = [reference, *(it.again for it in several.values() if it.again is not None)]
+    shown = [it for it in drawn if any(it is one for one in several.values())]
+    columns = [reference, *(it.again for it in shown if it.again is not None)]
     return [
         Technique(
             "Through the autoencoders",
             "Real held-out pictures, and what is left of them.",
-            ["The picture", *(it.name for it in several.values())],
+            ["The picture", *(it.name for it in shown)],
             list(np.stack([them[:SIDE_BY_SIDE] for them in columns], axis=1)),
             [""] * min(SIDE_BY_SIDE, len(reference)),
         )

@@ -203,6 +203,7 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("--out", default="comparison.html", metavar="PAGE")
     it.add_argument("--prompts", type=int, default=64, metavar="N")
     it.add_argument("--title", default=None, metavar="TEXT")
+    it.add_argument("--gallery", default=None, metavar="PNG", help="a picture, a row a model")
 
     it = verb("promote", "put a registered version through the gate", commands.promote)
     it.add_argument("model", metavar="MODEL")

@@ -269,12 +269,15 @@ def serve(model: str, host: str, port: int) -> dict[str, Any]:
     return {"model": name, "text": f"{name}: stopped"}
 
 
-def compare(models: list[str], out: str, prompts: int, title: str | None) -> dict[str, Any]:
+def compare(
+    models: list[str], out: str, prompts: int, title: str | None, gallery: str | None = None
+) -> dict[str, Any]:
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
     from evaluation.editing import edits
     from evaluation.given import Given
     from evaluation.techniques import editing, techniques
+    from pipeline import storage
 
     from .score_model import ask
 
@@ -317,6 +320,8 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
     if heldout is not None and (edited := edits(contenders[0].generator, heldout)):
         shown.append(editing(edited))
     comparison.write(out, title or " · ".join(loaded), drawn, asked, shown, question.reference)
+    if gallery:
+        storage.publish_bytes(gallery, comparison.gallery(drawn))
     rows = [
         {
             "model": it.name,
@@ -342,7 +347,8 @@ def compare(models: list[str], out: str, prompts: int, title: str | None) -> dic
         + ("" if r["evaluations"] is None else f"  {r['evaluations']:6.0f} calls")
         for r in rows
     ]
-    return {"rows": rows, "page": out, "text": "\n".join([*lines, f"  {out}"])}
+    pages = [f"  {page}" for page in (out, gallery) if page]
+    return {"rows": rows, "page": out, "text": "\n".join([*lines, *pages])}
 
 
 def evaluate(model: str) -> dict[str, Any]:

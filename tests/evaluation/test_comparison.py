@@ -1,12 +1,15 @@
 """Side by side: the same prompts and seeds, and what is said of a difference is paired."""
 
+import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from evaluation.comparison import Contender, compare, render
+from evaluation.comparison import Contender, compare, gallery, render
 from evaluation.prompts import Prompt
 from evaluation.techniques import techniques
 from pipeline import shapes
@@ -164,6 +167,20 @@ def test_the_page_is_self_contained_and_escapes_captions():
     assert "&lt;i&gt;" in html
     assert "http" not in html.replace("http-equiv", "")
     assert html.count('class="wrong"') == 2  # pictures 0 and 3 of the second
+
+
+def test_a_gallery_has_a_row_for_each_at_one_size():
+    drawn = compare([Contender("a", Cascade()), Contender("b", Painter())], PROMPTS, seed=0)
+    small = replace(drawn[0], pictures=drawn[0].apart["base"])
+    picture = np.asarray(Image.open(io.BytesIO(gallery([drawn[1], small], columns=3))))
+    assert picture.shape == (2 * 68 + 4, 3 * 68 + 4, 3)
+    wanted = drawn[1].pictures[1].repeat(2, 0).repeat(2, 1)
+    np.testing.assert_array_equal(picture[4:68, 72:136], wanted)
+    wanted = small.pictures[2].repeat(4, 0).repeat(4, 1)
+    np.testing.assert_array_equal(picture[72:136, 140:204], wanted)
+    odd = replace(small, pictures=np.zeros((3, 24, 24, 3), np.uint8))
+    with pytest.raises(ValueError, match="a 24"):
+        gallery([drawn[1], odd])
 
 
 class Cascade(Painter):
