@@ -10,7 +10,7 @@ once. Every draw (latent, time, noise, dropout) is a function of (seed, purpose,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -94,8 +94,10 @@ class BaseStageConfig:
     """Of the samples' labels; their answers together are the class that the network is told."""
     caption_dropout: float = 0.1
     """Share of rows that are trained without any caption, which is what guidance needs."""
-    context_dropout: float = 0.0
-    """Share of rows that lose one encoder's words, for each on its own (unCLIP's decoder)."""
+    context_dropout: float | dict[str, float] = 0.0
+    """Share of rows that lose one encoder's words, for each on its own: the same for all, or by
+    encoder, where others lose none (unCLIP's decoder, Ramesh et al. 2022, section 2.1: a tenth the
+    picture's embedding, half the caption)."""
     alignment: AlignmentConfig | None = None
     """What the network's first blocks make of a noisy picture is drawn to what a frozen encoder
     sees in the clean one (REPA): batches hold the pictures too. None: it is not."""
@@ -107,9 +109,14 @@ class BaseStageConfig:
     """How previews are drawn."""
 
     def __post_init__(self):
-        for name in ("caption_dropout", "context_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        shares = {"caption_dropout": self.caption_dropout}
+        if isinstance(self.context_dropout, dict):
+            shares |= {f"context_dropout.{name}": it for name, it in self.context_dropout.items()}
+        else:
+            shares["context_dropout"] = self.context_dropout
+        for name, share in shares.items():
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {share}")
         prior = isinstance(self.network, PriorConfig)
         if prior != (self.data == "embedding"):
             raise ValueError(
@@ -157,6 +164,7 @@ class BaseStageConfig:
             )
         if self.listens is not None:
             object.__setattr__(self, "listens", tuple(self.listens))
+            _check_heard(self, self.listens)
         object.__setattr__(self, "standardized", tuple(self.standardized))
 
     @property
@@ -178,6 +186,15 @@ class BaseStageConfig:
     def hears_embedding(self) -> bool:
         """Whether it is told the embedding of the picture itself."""
         return PICTURE_EMBEDDING in self.heard
+
+    @property
+    def silences(self) -> dict[str, float]:
+        """Of each context, the share of rows that lose it alone."""
+        given = self.context_dropout
+        return {
+            context.name: given.get(context.name, 0.0) if isinstance(given, dict) else given
+            for context in self.network.contexts
+        }
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -257,10 +274,9 @@ class BaseStage(Stage):
         if config.map and config.map.dropout:
             kept = uniform(self.seed, "keep/map", position) >= config.map.dropout
             cond = self.without_map(cond, kept)
-        if config.context_dropout:
-            for context in config.network.contexts:
-                drawn = uniform(self.seed, f"keep/{context.name}", position)
-                cond[f"{context.name}_keep"] = drawn >= config.context_dropout
+        for name, share in config.silences.items():
+            if share:
+                cond[f"{name}_keep"] = uniform(self.seed, f"keep/{name}", position) >= share
         if self.alignment is None:
             return {"loss": self._loss(batch, cond, self.seed, "", self.uncertainty)}
         tap = Tap(self.alignment.config.block)
@@ -553,6 +569,8 @@ def resolved(config: BaseStageConfig, inputs: Mapping[str, str]) -> BaseStageCon
             f"standardized names {', '.join(sorted(missing))}, heard are "
             f"{', '.join(found) or 'none'}"
         )
+    if inputs:
+        _check_heard(config, found)
     for context in config.network.contexts:
         has = found.get(context.name)
         if has and (
@@ -609,6 +627,16 @@ def contexts_of(
             ContextConfig(PICTURE_EMBEDDING, pooled_width=embedding, pooled_tokens=EMBEDDING_TOKENS)
         )
     return tuple(replace(it, standardized=it.name in config.standardized) for it in found)
+
+
+def _check_heard(config: BaseStageConfig, heard: Collection[str]) -> None:
+    """ValueError where an encoder is to fall silent that nobody listens to."""
+    given = config.context_dropout
+    if isinstance(given, dict) and (missing := given.keys() - set(heard)):
+        raise ValueError(
+            f"context_dropout names {', '.join(sorted(missing))}, heard are "
+            f"{', '.join(heard) or 'none'}"
+        )
 
 
 def class_count(attributes: Sequence[AttributeConfig]) -> int:

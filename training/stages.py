@@ -124,6 +124,8 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         )
     if isinstance(hint, type) and is_dataclass(hint):
         return data if isinstance(data, hint) else _dataclass(hint, data, where)
+    if origin is dict and isinstance(data, Mapping):
+        return {key: _value(arguments[1], it, f"{where}.{key}") for key, it in data.items()}
     if origin is not None:  # Mapping[str, X] and the like
         hint = origin
     if hint is float and type(data) is int:
@@ -139,6 +141,9 @@ def _union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
         return None
     if isinstance(data, Mapping):
         configs = [c for c in choices if isinstance(c, type) and is_dataclass(c)]
+        if not configs:  # as the mapping that is among them, else as what is wanted in its place
+            wanted = [c for c in choices if get_origin(c) is dict]
+            return _value((wanted or choices)[0], data, where)
         kinds = {k: c for c in configs for k in _kinds(c)}
         if "kind" not in data:  # the first one is the usual one
             return _value(configs[0], data, where)

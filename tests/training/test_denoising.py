@@ -1,13 +1,14 @@
 """The base stage: what it is told, and when not; draws by position; latents of deviation 1."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
 from training import stages
-from training.diffusion import DiffusionConfig, SamplerConfig, uniform
+from training.diffusion import DiffusionConfig, SamplerConfig, classifier_free, uniform
 from training.networks import ContextConfig
 from training.results import committed
 from training.stage import to_tensors
@@ -234,6 +235,78 @@ def test_captions_are_dropped_row_by_row_as_often_as_asked(base, batch):
         )
     both = (cond["clip_keep"] & cond["t5_keep"]).float().mean().item()
     assert both == pytest.approx(0.64, abs=0.045), "the encoders are dropped independently"
+
+
+def test_each_encoder_falls_silent_as_often_as_is_asked_of_it(base, batch):
+    few = {
+        n: v[:1].expand(2000, *v.shape[1:]) for n, v in batch.items() if isinstance(v, torch.Tensor)
+    }
+    few["position"] = torch.arange(2000)
+    usual = base.config
+    try:
+        seen = []
+        for dropout in ({"clip": 0.1, "t5": 0.5}, {"t5": 0.5}, {"clip": 0.2, "t5": 0.2}, 0.2):
+            base.config = replace(usual, caption_dropout=0.0, context_dropout=dropout)
+            seen.append(told(base, few))
+    finally:
+        base.config = usual
+    unlike, alone, alike, one = seen
+    for name, share in {"clip": 0.1, "t5": 0.5}.items():
+        dropped = ~unlike[f"{name}_keep"]
+        assert torch.equal(dropped, uniform(0, f"keep/{name}", few["position"]) < share)
+        # Within four deviations of a binomial.
+        away = 4 * (share * (1 - share) / 2000) ** 0.5
+        assert dropped.float().mean().item() == pytest.approx(share, abs=away)
+    silent = (~unlike["clip_keep"] & ~unlike["t5_keep"]).float().mean().item()
+    assert silent == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / 2000) ** 0.5), "the product"
+    assert "clip_keep" not in alone, "who is not named loses nothing"
+    assert torch.equal(alone["t5_keep"], unlike["t5_keep"])
+    for name in ("clip_keep", "t5_keep"):
+        assert torch.equal(alike[name], one[name]), "one number is the same for all"
+
+
+def test_a_row_that_lost_every_encoder_is_what_guidance_leads_away_from(base, batch):
+    cond, x, t = base.cond(batch), torch.randn(16, 3, 4, 4), torch.full((16,), 0.5)
+    gone = torch.zeros(16, dtype=torch.bool)
+    silent = {**cond, "clip_keep": gone, "t5_keep": gone}
+    with torch.no_grad():
+        away = classifier_free(0.0)(base.model)(x, t, cond)
+        assert torch.equal(base.model(x, t, silent), away)
+        half = base.model(x, t, {**cond, "t5_keep": gone})
+    assert (half - away).abs().max() > 1e-4
+    assert (half - base.model(x, t, cond)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context_dropout": 1.0}, r"base: context_dropout must lie in \[0, 1\), got 1.0"),
+        (
+            {"context_dropout": {"t5": 0.5, "clip": -0.1}},
+            r"base: context_dropout.clip must lie in \[0, 1\), got -0.1",
+        ),
+        ({"context_dropout": {"t5": "half"}}, r"base.context_dropout.t5: got 'half', wanted float"),
+        ({"context_dropout": "half"}, r"base.context_dropout: got 'half', wanted float"),
+        (
+            {"context_dropout": {"t5": 0.5, "glove": 0.5}, "listens": ["clip", "t5"]},
+            "context_dropout names glove, heard are clip, t5",
+        ),
+        ({"context_dropout": {"t5": 0.5}, "listens": []}, "names t5, heard are none"),
+    ],
+)
+def test_what_cannot_fall_silent_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        stages.config_of("base", change)
+
+
+def test_who_falls_silent_must_be_heard(line):
+    inputs = {n: line.stages[n] for n in FIELDS}
+    made = stages.create("base", {"network": TINY, "context_dropout": {"t5": 0.5}}, inputs)
+    assert made.config.silences == {"clip": 0.0, "t5": 0.5}
+    described = json.loads(json.dumps(asdict(made.config)))
+    assert stages.config_of("base", described) == made.config
+    with pytest.raises(ValueError, match="context_dropout names glove, heard are clip, t5"):
+        stages.create("base", {"network": TINY, "context_dropout": {"glove": 0.5}}, inputs)
 
 
 def test_without_dropout_nothing_is_dropped_on_fixed_triples(base, batch):

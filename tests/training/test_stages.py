@@ -37,6 +37,7 @@ class Drawing:
     place: tuple[float, float] = (0.0, 0.0)
     note: str | None = None
     filled: bool = True
+    weight: float | dict[str, float] = 1.0
 
 
 FULL = {
@@ -58,6 +59,8 @@ def test_nested_json_becomes_dataclasses():
     assert reconstruct(Drawing, {"name": "y"}) == Drawing("y")
     usual = reconstruct(Drawing, {"name": "z", "shape": {"radius": 2}}).shape
     assert usual == Round(radius=2.0), "without a kind, the first of the union"
+    weights = [reconstruct(Drawing, {"name": "w", "weight": it}).weight for it in (2, {"red": 2})]
+    assert weights == [2.0, {"red": 2.0}] and type(weights[1]["red"]) is float
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,8 @@ def test_nested_json_becomes_dataclasses():
         ({"filled": 1}, r"drawing.filled: got 1, wanted bool"),
         ({"place": [True, 1]}, r"drawing.place\[0\]: got True, wanted float"),
         ({"note": 3}, r"drawing.note: got 3, wanted str"),
+        ({"note": {"a": 3}}, r"drawing.note: got \{'a': 3\}, wanted str"),
+        ({"weight": {"red": "x"}}, r"drawing.weight.red: got 'x', wanted float"),
     ],
 )
 def test_what_is_wrong_is_named(change, message):
