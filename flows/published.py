@@ -1,5 +1,6 @@
 """Published systems at full width, by name in `presets`: nobody has trained them here. The figures
-of cost in a docstring are what `plan` says.
+of cost in a docstring are what `plan` says. A docstring names its sources and what is other than
+there; what it calls not published is a choice of ours, or as everywhere here.
 """
 
 from __future__ import annotations
@@ -73,9 +74,12 @@ def latent_dit_512() -> Recipe:
 
 
 def sd_512() -> Recipe:
-    """Stable Diffusion 1 at 512 px as published (Rombach et al. 2022; its model cards): noise is
-    predicted, 1000 scaled-linear betas, a tenth of the captions dropped; set data.sources. The
-    194,000 and 515,000 updates of versions 1.1 and 1.2 at this side in one. Not trained here.
+    """Stable Diffusion 1 at 512 px as published (Rombach et al. 2022; CompVis/stable-diffusion, its
+    model card and config): noise is predicted, 1000 scaled-linear betas, 50 DDIM steps at guidance
+    7.5; set data.sources. The 194,000 and 515,000 updates of versions 1.1 and 1.2 at this side in
+    one. Other than there: it begins from nothing, not from 256 px, and a tenth of the captions is
+    dropped throughout, which 1.3 alone has; heads 64 wide, not 8 of them; a VAE tuned since;
+    OpenCLIP's L/14, whose words and pooled vector are heard too. Not trained here.
     By `plan` on 64 H100s: base 868 M parameters, 2,560 device-hours.
     """
     batch = 2048
@@ -84,94 +88,146 @@ def sd_512() -> Recipe:
         side=512,
         network=latent_unet_256().stage("base").config["network"],
         listens=["clip"],
-        diffusion={"path": "ddpm_scaled_linear", "prediction": "eps", "times": "discrete"},
+        diffusion={**_DDPM, "path": "ddpm_scaled_linear"},
         training=_published(
             images=709_000 * batch, batch=batch, warmup_images=10_000 * batch, weight_decay=0.01
         ),
     )
-    return recipe.model_copy(update={"sampler": {"kind": "ddim", "steps": 50, "guidance": 7.5}})
+    # The config's uniform DDIM grid begins short of pure noise.
+    sampler = {"kind": "ddim", "steps": 50, "grid": "leading", "guidance": 7.5}
+    return recipe.model_copy(update={"sampler": sampler})
 
 
 def glide_64_256() -> Recipe:
-    """GLIDE (Nichol et al. 2022, section 4): ADM's U-Net, 512 channels, at 64 px, batches of 2048
-    for 2.5 million updates, then one of 384 channels to 256 px, 512 for 1.6 million; a fifth of the
-    captions dropped. It reads T5's text instead of a transformer of its own. Not trained here.
-    By `plan` on 64 H100s: base 2,513 M parameters, 22,734 device-hours; sr1 1,417 M parameters,
-    9,958 device-hours.
+    """GLIDE (Nichol et al. 2022, section 4 and appendix B.2; openai/glide-text2im): ADM's U-Net,
+    512 channels, at 64 px, batches of 2048 for 2.5 million updates, then one of 384 to 256 px, 512
+    for 1.6 million; noise and its variance are learnt, cosine betas for the base, linear ones for
+    sr1; 250 ancestral steps, then 27 of DDIM without guidance. Other than there: T5's text, not a
+    transformer's of its own, which is attended to apart from the picture; a fifth of the captions
+    is dropped throughout, not in a fine-tuning; strided convolutions between levels; the 27 steps
+    are even, not 10, 10, 3, 2 and 2 a fifth of the times, and begin with the whole noise, not .997
+    of it. Rate and warm-up are not published. Not trained here.
+    By `plan` on 64 H100s: base 2,241 M parameters, 20,457 device-hours; sr1 1,244 M parameters,
+    9,733 device-hours.
     """
     return _pixels_at_scale(
         "glide-64-256",
         text="google/flan-t5-xl",
-        base=_adm(512, batch=2048, updates=2_500_000, caption_dropout=0.2),
+        sampler=_LEARNED,
+        base=_adm(
+            512, batch=2048, updates=2_500_000, dropout=0.1, learned_variance=True,
+            context_width=2048, caption_dropout=0.2,
+        ),
+        # Dropout is that of the public code, whose network is told of no damage.
         sr1=_adm(
             384, low=64, side=256, batch=512, updates=1_600_000, mult=(1, 1, 2, 2, 4, 4),
-            blocks=2, attention=(0, 0, 0, 1, 1, 1),
+            blocks=2, attention=(0, 0, 0, 1, 1, 1), dropout=0.1, learned_variance=True,
+            augment="none", path="ddpm_linear", caption_dropout=0.0,
         ),
     )  # fmt: skip
 
 
 def imagen_64_256_1024() -> Recipe:
-    """Imagen (Saharia et al. 2022, appendix F): T5-XXL, a U-Net of 512 channels at 64 px, Efficient
-    U-Nets of 128 to 256 and to 1024 px, all in batches of 2048 for 2.5 million updates at 1e-4.
-    Its last one was trained on crops; here it sees whole pictures. Not trained here.
-    By `plan` on 64 H100s: base 2,523 M parameters, 22,742 device-hours; sr1 468 M parameters, 6,700
+    """Imagen (Saharia et al. 2022, section 4.1, appendices A, D and F): T5-XXL, a U-Net of 512
+    channels at 64 px, Efficient U-Nets of 128 to 256 and to 1024 px, in batches of 2048 for 2.5
+    million updates at 1e-4; noise is predicted at continuous times, cosine, linear for sr2; dynamic
+    thresholds at 99.5 %, guidance 8 of sr1. Other than there: AdamW, not Adafactor, for the base;
+    FLAN's T5, whose mean is told, not what attention pools; text is attended to apart from the
+    picture; sr2 sees whole pictures, not crops, and attends to itself besides; strided convolutions
+    in the base; 468 M parameters twice, not 600 and 400 M. Numbers of steps, averaging and sr2's
+    guidance are not published. Not trained here.
+    By `plan` on 64 H100s: base 2,179 M parameters, 20,317 device-hours; sr1 468 M parameters, 6,700
     device-hours; sr2 468 M parameters, 106,418 device-hours, and does not fit in 32 rows.
     """
-    efficient = {"kind": "efficient_unet", "recompute": True}
-    common = {"batch": 2048, "updates": 2_500_000, "strongest": 1.0}
-    recipe = _pixels_at_scale(
+    common = {"batch": 2048, "updates": 2_500_000, "times": "uniform", "label": "noise"}
+    # 8 heads at 1024 channels.
+    efficient = {"kind": "efficient_unet", "head_width": 128, "recompute": True}
+    enlarging = {"network": efficient, "strongest": 1.0, **common}
+    dynamic = {"threshold": "dynamic", "threshold_quantile": 0.995}
+    # The listed decay is a cosine's, whose end_value is misprinted; for sr2 none is listed.
+    return _pixels_at_scale(
         "imagen-64-256-1024",
         text="google/flan-t5-xxl",
-        base=_adm(512, batch=2048, updates=2_500_000),
-        sr1=_adm(128, low=64, side=256, network=efficient, **common),
-        sr2=_adm(128, low=256, side=1024, network=efficient, **common),
-    )
-    dynamic = {"threshold": "dynamic", "threshold_quantile": 0.95}
-    return recipe.model_copy(update={"sampler": {**recipe.sampler, **dynamic}})
+        sampler={"kind": "ddim", "steps": 100, **dynamic},
+        guidance_scales=(1.35, 3.0, 6.0),
+        base=_adm(512, schedule="cosine", **common),
+        sr1=_adm(
+            128, low=64, side=256, schedule="cosine", sampler={**dynamic, "guidance": 8.0},
+            **enlarging,
+        ),
+        sr2=_adm(128, low=256, side=1024, path="ddpm_linear", sampler=dynamic, **enlarging),
+    )  # fmt: skip
 
 
 def unclip_64_256_1024() -> Recipe:
-    """unCLIP (Ramesh et al. 2022, table 3): a prior of width 2048 and depth 24, a decoder of 512
-    channels at 64 px, then 320 to 256 px (noise) and 192 to 1024 px (a blur), without attention and
-    without text. Each encoder is silent alone in a tenth, beside the tenth without all. Not trained
-    here. By `plan` on 64 H100s: prior 1,337 M parameters, 935 device-hours; base 2,540 M
-    parameters, 7,327 device-hours; sr1 696 M parameters, 19,496 device-hours; sr2 260 M parameters,
-    22,843 device-hours, and does not fit in 8 rows.
+    """unCLIP (Ramesh et al. 2022, section 2, appendix C and table 3): a prior of width 2048 and
+    depth 24, GLIDE's decoder at 64 px, which loses the embedding in a tenth and the caption in
+    half, then 320 channels to 256 px (blur) and 192 to 1024 px, without text; cosine betas, linear
+    for sr2; 64, 250, 27 and 15 steps. Other than there: OpenCLIP's H/14 and T5's text; DDIM for the
+    prior, not Analytic-DPM, no causal mask, vectors of length 32, not 17.2; the decoder as GLIDE's
+    here; sr1 and sr2 see whole pictures, not quarters, attend once in the middle, and are told the
+    blur, drawn up to .6 with 5 taps, not 3; sr2's is a blur too, where BSR also resizes, adds noise
+    and compresses, in random order. Warm-up, the prior's guidance, and that sr1 and sr2 predict
+    noise are not published. Not trained here. By `plan` on 64 H100s: prior 1,337 M parameters, 935
+    device-hours; base 2,255 M parameters, 6,555 device-hours; sr1 686 M parameters, 19,439
+    device-hours; sr2 256 M parameters, 22,833 device-hours, and does not fit in 8 rows.
     """
+    blurred = {"listens": [], "augment": "blur", "strongest": 0.6}
     return _pixels_at_scale(
         "unclip-64-256-1024",
         text="google/flan-t5-xl",
+        sampler=_LEARNED,
+        guidance_scales=(1.25, 3.0, 6.0),
         prior=StageRecipe(
             config={
                 "data": "embedding",
                 "listens": ["clip"],
                 "network": {"kind": "prior", "width": 2048, "depth": 24, "head_width": 64},
-                "diffusion": {"path": "cosine", "prediction": "x0", "times": "uniform"},
+                "diffusion": {**_DDPM, "prediction": "x0"},
             },
             training={
                 **_published(images=600_000 * 4096, batch=4096),
                 "learning_rate": 1.1e-4,
-                "optimizer": {"kind": "adamw", "beta2": 0.96, "weight_decay": 0.06},
+                "optimizer": {"kind": "adamw", "beta2": 0.96, "eps": 1e-6, "weight_decay": 0.06},
             },
-            sampler={"kind": "ddim", "steps": 64, "candidates": 2},
+            sampler={"kind": "ddim", "steps": 64, "grid": "trailing", "candidates": 2},
         ),
         base=_adm(
-            512, batch=2048, updates=800_000, rate=1.2e-4,
-            listens=["clip", "t5", "clip_image"], context_dropout=0.1,
+            512, batch=2048, updates=800_000, rate=1.2e-4, dropout=0.1, learned_variance=True,
+            context_width=2048, listens=["t5", "clip_image"], caption_dropout=0.0,
+            context_dropout={"t5": 0.5, "clip_image": 0.1},
         ),
         sr1=_adm(
-            320, low=64, side=256, batch=1024, updates=1_000_000, rate=1.2e-4,
-            attention=(0, 0, 0, 0), listens=[],
+            320, low=64, side=256, batch=1024, updates=1_000_000, rate=1.2e-4, dropout=0.1,
+            attention=(0,) * 4, **blurred,
         ),
         sr2=_adm(
             192, low=256, side=1024, batch=512, updates=1_000_000, mult=(1, 1, 2, 2, 4, 4),
-            blocks=2, attention=(0,) * 6, listens=[], augment="blur", strongest=0.6,
+            blocks=2, attention=(0,) * 6, path="ddpm_linear", sampler={"steps": 15}, **blurred,
         ),
     )  # fmt: skip
 
 
-def _pixels_at_scale(name: str, *, text: str, base: StageRecipe, **stages: StageRecipe) -> Recipe:
-    """Cascades in pixels, as published but for the text, which frozen encoders read."""
+_DDPM = {"path": "ddpm_cosine", "prediction": "eps", "times": "discrete", "label": "time"}
+"""iDDPM's table (Nichol & Dhariwal 2021), as ADM, GLIDE and unCLIP learn it."""
+_LEARNED = {
+    "kind": "ddim", "eta": 1.0, "steps": 250, "variance": "learned", "threshold": "static",
+}  # fmt: skip
+"""Every fourth state of 1000, as iDDPM draws; estimates clipped as in ADM's and GLIDE's code."""
+
+
+def _pixels_at_scale(
+    name: str,
+    *,
+    text: str,
+    sampler: dict[str, Any],
+    base: StageRecipe,
+    guidance_scales: tuple[float, ...] = (1.5, 3.0, 6.0),
+    **stages: StageRecipe,
+) -> Recipe:
+    """Cascades in pixels. The text is read by frozen encoders, gradients are scaled down to norm 1
+    and captions are dropped in a tenth unless a preset says other things; the first scale of
+    guidance is that of the published FID."""
     side = max(stage.config.get("side", 0) for stage in stages.values())
     return Recipe(
         name=name,
@@ -179,8 +235,8 @@ def _pixels_at_scale(name: str, *, text: str, base: StageRecipe, **stages: Stage
         clip=StageRecipe(pretrained="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
         t5=StageRecipe(pretrained=text),
         base=base,
-        sampler={"kind": "ddim", "steps": 100, "threshold": "static"},
-        evaluation=EvaluationConfig(kind="captions", guidance_scales=(1.5, 3.0, 6.0)),
+        sampler=sampler,
+        evaluation=EvaluationConfig(kind="captions", guidance_scales=guidance_scales),
         gate=GatePolicy.model_validate(
             {"absolute": {"retrieval": 0.05}, "non_inferior": {"retrieval": 0.05}}
         ),
@@ -195,17 +251,27 @@ def _adm(
     side: int = 64,
     low: int = 0,
     rate: float = 1e-4,
+    schedule: str = "constant",
     mult: tuple[int, ...] = (1, 2, 3, 4),
     blocks: int = 3,
     attention: tuple[int, ...] = (0, 1, 1, 1),
+    dropout: float = 0.0,
+    learned_variance: bool = False,
+    context_width: int = 1024,
     network: dict[str, Any] | None = None,
+    path: str = "ddpm_cosine",
+    times: str = "discrete",
+    label: str = "time",
     listens: list[str] | None = None,
     augment: str = "noise",
     strongest: float = 0.5,
+    sampler: dict[str, Any] | None = None,
     **more: Any,
 ) -> StageRecipe:
-    """ADM's U-Net (Dhariwal & Nichol 2021) in pixels, its insides computed twice."""
+    """ADM's U-Net (Dhariwal & Nichol 2021) in pixels, its insides computed twice. `sampler` is what
+    an enlarging stage does otherwise than by 27 DDIM steps."""
     enlarged = {"side": low, "augment": augment, "strongest": strongest}
+    drawn = {"kind": "ddim", "steps": 27, "grid": "trailing", "threshold": "static"}
     return StageRecipe(
         config={
             "data": "pixels",
@@ -219,18 +285,22 @@ def _adm(
                 "blocks": blocks,
                 "attention": list(attention),
                 "head_width": 64,
-                "context_width": 1024,
+                "feedforward": 0,
+                "dropout": dropout,
+                "learned_variance": learned_variance,
+                "context_width": context_width,
                 "recompute": True,
             },
             "listens": ["t5"] if listens is None else listens,
-            "diffusion": {"path": "cosine", "prediction": "v", "times": "uniform"},
+            "diffusion": {**_DDPM, "path": path, "times": times, "label": label},
             **more,
         },
         training={
             **_published(images=updates * batch, batch=batch, warmup_images=10_000 * batch),
             "learning_rate": rate,
+            "schedule": schedule,
         },
-        sampler={"kind": "ddim", "steps": 27, "threshold": "static"} if low else None,
+        sampler={**drawn, **(sampler or {})} if low else None,
     )
 
 

@@ -15,6 +15,8 @@ from flows.plan import encoder_shapes, plan
 from flows.presets import PRESETS
 from flows.recipe import RecipeError, load
 from training import planning, stages
+from training.generator import StageSampler
+from training.stages import reconstruct
 
 AT_SCALE = ("latent-unet-256", "latent-dit-256", "latent-dit-512")
 PUBLISHED = ("sd-512", "glide-64-256", "imagen-64-256-1024", "unclip-64-256-1024")
@@ -197,6 +199,27 @@ def test_presets_of_real_size_build_and_learn_on_the_meta_device(name):
             batch = planning.batch_of(config, 2, size, planning.Captions(), shapes)
         stage(batch)["loss"].sum().backward()
         assert all(p.grad is not None and p.grad.shape == p.shape for p in stage.parameters()), part
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_systems_are_asked_at_states_that_they_learn(name):
+    recipe = load(name)
+    for part in recipe.drawing:
+        diffusion = stages.config_of("base", recipe.stage(part).config).diffusion
+        given = recipe.sampler if part == "base" else recipe.samplers[part]
+        grid = reconstruct(StageSampler, given).build_grid(diffusion.build_path())
+        states = grid * diffusion.table_steps
+        if diffusion.times == "discrete":
+            torch.testing.assert_close(states, states.round(), atol=1e-9, rtol=0)
+        assert grid[0] > 0.95 and grid[-1] == 0
+
+
+def test_a_caption_is_heard_without_the_embedding_in_a_twentieth():
+    """Ramesh et al. 2022, section 5.1: so often unCLIP's decoder learns what GLIDE does."""
+    config = load("unclip-64-256-1024").stage("base").config
+    assert config["caption_dropout"] == 0
+    silences = config["context_dropout"]
+    assert silences["clip_image"] * (1 - silences["t5"]) == pytest.approx(0.05)
 
 
 @pytest.mark.slow
