@@ -106,7 +106,8 @@ def glide_64_256() -> Recipe:
     transformer's of its own, which is attended to apart from the picture; a fifth of the captions
     is dropped throughout, not in a fine-tuning; strided convolutions between levels; the 27 steps
     are even, not 10, 10, 3, 2 and 2 a fifth of the times, and begin with the whole noise, not .997
-    of it. Rate and warm-up are not published. Not trained here.
+    of it. Rate, warm-up and damage to what sr1 enlarges (none here) are not published. Not trained
+    here.
     By `plan` on 64 H100s: base 2,241 M parameters, 20,457 device-hours; sr1 1,244 M parameters,
     9,733 device-hours.
     """
