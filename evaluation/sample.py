@@ -56,20 +56,23 @@ class Sampler:
         self.given = given
 
     def __call__(
-        self, prompts: Sequence[str], guidance: float | None, first: int = 0
+        self,
+        prompts: Sequence[str],
+        guidance: float | None,
+        first: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[Pictures, float]:
-        """(pictures of prompts[first:], seconds). ValueError when the generator gives anything but
-        one uint8 picture each.
+        """(pictures of prompts[first:], seconds); `options` are further ones of a call. ValueError
+        when the generator gives anything but one uint8 picture each.
         """
+        how = {"guidance": guidance, "steps": self.steps, **(options or {})}
         parts, seconds = [], 0.0
         for start in range(first, len(prompts), self.batch):
             texts = list(prompts[start : start + self.batch])
             begun = time.perf_counter()
             seeds = [self.seed + start + k for k in range(len(texts))]
             told = self.given(slice(start, start + len(texts))) if self.given else {}
-            pictures = np.asarray(
-                self.generator(texts, guidance=guidance, steps=self.steps, seed=seeds, **told)
-            )
+            pictures = np.asarray(self.generator(texts, seed=seeds, **how, **told))
             seconds += time.perf_counter() - begun
             if (
                 pictures.dtype != np.uint8

@@ -1,10 +1,11 @@
 """A model's scores: each value names what it was measured with, and only values that name the same
 are compared.
 
-A scale is chosen on a sweep of few prompts; then all prompts are drawn at that scale, and unguided.
-Picture i depends on its own prompt and seed alone, so the sweep's pictures are the first of the
-full set, and two models scored with one config are paired prompt by prompt. Nothing here loads a
-network: the generator and the extractor are handed in.
+A scale is chosen on a sweep of few prompts, and then one value of each option that the config
+names; with these all prompts are drawn, and once more unguided. Picture i depends on its own prompt
+and seed alone, so the sweep's pictures are the first of the full set, and two models scored with
+one config are paired prompt by prompt. Nothing here loads a network: the generator and the
+extractor are handed in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline import storage
 
 from . import metrics, shapes_oracle
-from .config import EvaluationConfig
+from .config import EvaluationConfig, Setting
 from .editing import edits
 from .gate import Evidence
 from .given import Given, Pictured, asked_of, bicubic, shrunk, truths_of
@@ -34,7 +35,17 @@ if TYPE_CHECKING:
 
     from .features import Extractor
 
-__all__ = ["Basis", "EvaluationConfig", "Scale", "Scorecard", "Scored", "Value", "score"]
+__all__ = [
+    "Basis",
+    "EvaluationConfig",
+    "Option",
+    "Scale",
+    "Scorecard",
+    "Scored",
+    "Tried",
+    "Value",
+    "score",
+]
 
 UNGUIDED = 1.0
 NEIGHBOURS = 3
@@ -85,6 +96,25 @@ class Scale(_Record):
     """No other scale is at least as good in fidelity and in distribution, and better in one."""
 
 
+class Tried(_Record):
+    """The sweep's row of one value of an option."""
+
+    value: Setting
+    values: dict[str, float]
+    between: dict[str, tuple[float, float]]
+    """95 % intervals, of means over prompts."""
+
+
+class Option(_Record):
+    """The sweep of one option, with the guidance and the options that were chosen before it."""
+
+    name: str
+    metric: str
+    """What chose."""
+    chosen: Setting
+    tried: tuple[Tried, ...]
+
+
 class Scorecard(_Record):
     """All that is known of how good a model is, as JSON."""
 
@@ -103,6 +133,15 @@ class Scorecard(_Record):
     speed: dict[str, float]
     asked: tuple[str, ...] = ()
     """Of drawn scenes, the attributes that the model can be asked for; none: all of them."""
+    options: tuple[Option, ...] = ()
+    """In the order in which they were swept; what was measured beside `sweep`, was measured with
+    those chosen.
+    """
+
+    @property
+    def chosen(self) -> dict[str, Setting]:
+        """The options that the sweep chose, as a call of the generator takes them."""
+        return {it.name: it.chosen for it in self.options}
 
 
 @dataclass(frozen=True)
@@ -207,8 +246,8 @@ def score(
     memorisation), `pictured` the prompts' own ones, for a model that enlarges them.
 
     `heldout` is a loader of held-out encodings for the denoising loss of a generator that has
-    `denoising_loss`. `scale` skips the sweep: a champion scored anew keeps the scale it serves
-    with. ValueError when prompts, pictures and config do not fit.
+    `denoising_loss`. `scale` skips the sweep: a champion scored anew keeps the scale and the
+    options it serves with. ValueError when prompts, pictures and config do not fit.
     """
     return _Scoring(
         generator, config, prompts, clip, reference, train, heldout, scale, pictured, progress
@@ -248,12 +287,16 @@ class _Scoring:
         self.asked = asked_of(generator)
         self.first = min(config.sweep_prompts, len(self.prompts)) if scale is None else 0
         self.scales = sorted({UNGUIDED, *config.guidance_scales}) if scale is None else []
+        self.options = config.options if scale is None else {}
+        self.begun: dict[_Way, Pictures] = {}
+        """Pictures of the first prompts, by the way in which they were drawn."""
         self.sampler = Sampler(
             generator,
             steps=config.steps,
             seed=config.seed,
             batch=config.batch,
-            total=len(self.scales) * self.first + 2 * (len(self.prompts) - self.first),
+            total=(len(self.scales) + self._trials) * self.first
+            + 2 * (len(self.prompts) - self.first),
             progress=progress,
             given=self.given.options,
         )
@@ -266,14 +309,17 @@ class _Scoring:
         return "correct" if self.config.kind == "shapes" else "retrieval"
 
     def run(self) -> Scored:
-        sweep = {scale: self.sampler(self.texts[: self.first], scale)[0] for scale in self.scales}
+        sweep = {scale: self._first(scale) for scale in self.scales}
         rows, shown = self._sweep(sweep)
-        best = self.fixed if self.fixed is not None else self._best(rows, shown)
-        self.sampler.total = self.sampler.done + len({best, UNGUIDED}) * (
-            len(self.prompts) - self.first
+        best = self.fixed if self.fixed is not None else rows[_least(shown)].scale
+        options = self._sweep_options(best)
+        chosen = {it.name: it.chosen for it in options}
+        self.sampler.total = self.sampler.done + sum(
+            len(self.prompts) - len(self.begun.get(self._way(scale, chosen), ()))
+            for scale in {best, UNGUIDED}
         )
-        pictures, seconds = self._complete(sweep, best)
-        unguided = self._complete(sweep, UNGUIDED)[0] if best != UNGUIDED else pictures
+        pictures, seconds, drawn = self._complete(best, chosen)
+        unguided = self._complete(UNGUIDED, chosen)[0] if best != UNGUIDED else pictures
         found, plain = self._measure(pictures), self._measure(unguided)
         per_prompt = dict(found.per_prompt) | {f"{self.main}_unguided": plain.per_prompt[self.main]}
         values = dict(found.values) | {
@@ -305,7 +351,6 @@ class _Scoring:
         }
         headline[f"{self.main}_unguided"] = values[f"{self.main}_unguided"].value
         headline |= {f"{self.main}_{group}": row[self.main] for group, row in groups.items()}
-        drawn = len(pictures) - (self.first if best in sweep else 0)
         speed = {
             "pictures_per_second": drawn / seconds if seconds else 0.0,
             "peak_memory_bytes": float(_peak_memory()),
@@ -320,41 +365,47 @@ class _Scoring:
             attributes=self._attributes(found, plain),
             speed=speed,
             asked=self.asked if self.asked != shapes_oracle.ATTRIBUTES else (),
+            options=options,
         )
         return Scored(card, self.prompts, pictures, unguided, sweep or {best: pictures}, per_prompt)
 
-    def _complete(self, sweep: Mapping[float, Pictures], scale: float) -> tuple[Pictures, float]:
-        """All pictures at a scale; those the sweep drew are not drawn again."""
-        begun = sweep.get(scale)
-        rest, seconds = self.sampler(self.texts, scale, first=0 if begun is None else len(begun))
-        if begun is None:
-            return rest, seconds
-        return (np.concatenate([begun, rest]) if len(rest) else begun), seconds
+    def _way(self, scale: float, options: Mapping[str, Setting]) -> _Way:
+        """Names how pictures are drawn: an option that is the generator's own changes nothing."""
+        changed = (it for it in options.items() if _default(self.generator, it[0]) != it[1])
+        return scale, tuple(sorted(changed))
+
+    @property
+    def _trials(self) -> int:
+        """How often the first prompts are drawn to choose the options."""
+        return sum(
+            len({self._way(UNGUIDED, {name: it}) for it in values} - {(UNGUIDED, ())})
+            for name, values in self.options.items()
+        )
+
+    def _first(self, scale: float, options: Mapping[str, Setting] | None = None) -> Pictures:
+        """The first prompts, drawn unless they were."""
+        way = self._way(scale, options or {})
+        if way not in self.begun:
+            self.begun[way] = self.sampler(self.texts[: self.first], scale, options=options)[0]
+        return self.begun[way]
+
+    def _complete(
+        self, scale: float, options: Mapping[str, Setting]
+    ) -> tuple[Pictures, float, int]:
+        """(all pictures, the seconds and the number of those that the sweep had not drawn yet)."""
+        begun = self.begun.get(self._way(scale, options))
+        first = 0 if begun is None else len(begun)
+        rest, seconds = self.sampler(self.texts, scale, first=first, options=options)
+        if begun is not None:
+            rest = np.concatenate([begun, rest]) if len(rest) else begun
+        return rest, seconds, len(rest) - first
 
     def _sweep(self, sweep: Mapping[float, Pictures]) -> tuple[list[Scale], list[ndarray]]:
         """(cheap values at each scale, its main metric by prompt). The distribution's values are
         compared only with each other: they are of few pictures.
         """
-        rows: list[dict[str, float]] = []
-        shown: list[ndarray] = []
-        for pictures in sweep.values():
-            features = self.clip.images(pictures)
-            count = min(len(features), len(self.features))
-            precision, recall = metrics.precision_recall(
-                features[:count], self.features[:count], neighbours=NEIGHBOURS
-            )
-            shown.append(self._fidelity(pictures, features)[self.main])
-            rows.append(
-                {
-                    self.main: float(shown[-1].mean()),
-                    "clip_score": float(
-                        metrics.clip_score(features, self.text_features[: len(features)]).mean()
-                    ),
-                    "kid": float(metrics.kid(features, self.features, block=count)[0]),
-                    "precision": precision,
-                    "recall": recall,
-                }
-            )
+        found = [self._row(pictures) for pictures in sweep.values()]
+        rows, shown = [row for row, _ in found], [it[self.main] for _, it in found]
         points = [(row[self.main], -row["kid"]) for row in rows]
         pareto = [not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points) for p in points]
         scales = [
@@ -362,19 +413,57 @@ class _Scoring:
         ]
         return scales, shown
 
-    def _best(self, rows: Sequence[Scale], shown: Sequence[ndarray]) -> float:
-        """The least guidance whose pictures show what was asked as often as the best ones do, but
-        for one standard error of the paired difference (the rule of Breiman et al. 1984, sec.
-        3.4.3): what a scale wins by less on the sweep's few prompts is luck, and more guidance
-        varies less.
-        """
-        best = shown[int(np.argmax([it.mean() for it in shown]))]
-        behind = {row.scale: best - mine for row, mine in zip(rows, shown, strict=True)}
-        return min(
-            scale
-            for scale, miss in behind.items()
-            if miss.mean() <= miss.std(ddof=1) / np.sqrt(len(miss))
+    def _row(self, pictures: Pictures) -> tuple[dict[str, float], dict[str, ndarray]]:
+        """(cheap values of pictures of the first prompts, by prompt those that may choose)."""
+        features = self.clip.images(pictures)
+        count = min(len(features), len(self.features))
+        precision, recall = metrics.precision_recall(
+            features[:count], self.features[:count], neighbours=NEIGHBOURS
         )
+        shown = {self.main: self._fidelity(pictures, features)[self.main]}
+        shown |= {name: it for name, it in self._held_to(pictures).items() if name == "psnr"}
+        row = {name: float(it.mean()) for name, it in shown.items()} | {
+            "clip_score": float(
+                metrics.clip_score(features, self.text_features[: len(features)]).mean()
+            ),
+            "kid": float(metrics.kid(features, self.features, block=count)[0]),
+            "precision": precision,
+            "recall": recall,
+        }
+        return row, shown
+
+    def _sweep_options(self, scale: float) -> tuple[Option, ...]:
+        """Coordinate by coordinate: what is chosen stays while the next one is tried."""
+        found: list[Option] = []
+        chosen: dict[str, Setting] = {}
+        for name, values in self.options.items():
+            rows = [self._row(self._first(scale, {**chosen, name: value})) for value in values]
+            tried = tuple(
+                Tried(value=value, values=row, between=self._between(shown))
+                for value, (row, shown) in zip(values, rows, strict=True)
+            )
+            chosen[name] = values[_least([shown[self._chooser] for _, shown in rows])]
+            found.append(Option(name=name, metric=self._chooser, chosen=chosen[name], tried=tried))
+            kept = {self._way(scale, chosen), *((it, ()) for it in self.scales)}
+            self.begun = {way: it for way, it in self.begun.items() if way in kept}
+        return tuple(found)
+
+    @property
+    def _chooser(self) -> str:
+        """The metric that chooses options: where nothing but a small picture is told, even an
+        enlargement without a model shows all.
+        """
+        told = getattr(self.generator, "reads_text", True) or self.given.labels is not None
+        return self.main if told or self.given.low is None else "psnr"
+
+    def _between(self, shown: Mapping[str, ndarray]) -> dict[str, tuple[float, float]]:
+        found = {
+            name: metrics.proportion(it)
+            if name == self.main
+            else metrics.mean_interval(it, self.config.blocks)
+            for name, it in shown.items()
+        }
+        return {name: (it.low, it.high) for name, it in found.items()}
 
     def _fidelity(
         self, pictures: Pictures, features: ndarray, shift: int = 0
@@ -452,8 +541,8 @@ class _Scoring:
         if low is None or real is None:
             return {}
         return {
-            "psnr": metrics.psnr(pictures, real),
-            "consistency": metrics.psnr(shrunk(pictures, low.shape[1]), low),
+            "psnr": metrics.psnr(pictures, real[: len(pictures)]),
+            "consistency": metrics.psnr(shrunk(pictures, low.shape[1]), low[: len(pictures)]),
         }
 
     def _enlarged(self, found: _Measured, side: int) -> dict[str, Value]:
@@ -627,11 +716,38 @@ class _Scoring:
         return cache[id(pictures)]
 
 
+_Way = tuple[float, tuple[tuple[str, Setting], ...]]
+"""A guidance scale, and the options that are not the generator's own."""
+
+
 @dataclass(frozen=True)
 class _Measured:
     per_prompt: dict[str, ndarray]
     values: dict[str, Value]
     shuffled: dict[str, ndarray]
+
+
+def _least(shown: Sequence[ndarray]) -> int:
+    """The first of those whose pictures are as good, prompt by prompt, as the best ones are, but
+    for one standard error of the paired difference (the rule of Breiman et al. 1984, sec. 3.4.3):
+    what is won by less on the sweep's few prompts is luck, and what stands later has its price, as
+    more guidance has: it varies less.
+    """
+    best = shown[int(np.argmax([it.mean() for it in shown]))]
+    behind = [best - mine for mine in shown]
+    return next(
+        number
+        for number, miss in enumerate(behind)
+        if miss.mean() <= miss.std(ddof=1) / np.sqrt(len(miss))
+    )
+
+
+def _default(generator: Any, option: str) -> Any:
+    """What a call uses that does not name the option; None for a painter that does not say."""
+    stage, _, field = option.rpartition(".")
+    if stage:
+        return getattr(getattr(generator, "samplers", {}).get(stage), field, None)
+    return getattr(generator, "defaults", {}).get(field)
 
 
 def _named(keys: Sequence[Any]) -> str:

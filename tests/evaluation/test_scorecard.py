@@ -1,7 +1,8 @@
 """A painter of known skill gets the scores it deserves; only like is compared with like."""
 
 import dataclasses
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from evaluation.prompts import Prompt
 from evaluation.report import ReportInputs, render
 from evaluation.scorecard import EvaluationConfig, Scorecard, Scored, score
 from evaluation.shapes_oracle import ATTRIBUTES
-from pipeline import shapes
+from pipeline import shapes, storage
+from pipeline.manifest import fingerprint
 
 CONFIG = EvaluationConfig(
     kind="shapes",
@@ -133,6 +135,106 @@ def test_of_scales_that_a_few_prompts_cannot_tell_apart_the_least_is_chosen():
     ).scorecard
     assert card.sweep[1].values["correct"] < card.sweep[2].values["correct"] == 1.0
     assert card.scale == 2.0
+
+
+class Tuned(Painter):
+    """Like a generator of two stages: its own level is 0, its own steps are 8."""
+
+    defaults: ClassVar = {"guidance": 1.0, "steps": 8}
+    samplers: ClassVar = {"sr1": SimpleNamespace(level=0.0)}
+
+    def __call__(self, prompts, *, guidance=None, steps=None, seed: Any = 0, **options):
+        level, steps = options.get("sr1.level", 0.0), steps or 8
+        self.drawn += [(t, guidance, level, steps, s) for t, s in zip(prompts, seed, strict=True)]
+        slips = lambda i, guidance: self.slips(i, guidance, level, steps)
+        one = Painter(slips)
+        return np.stack([one.paint(t, guidance, s) for t, s in zip(prompts, seed, strict=True)])
+
+
+def slips(i, guidance, level, steps):
+    """At level 0 a quarter is wrong, and all of few steps; at .1 one prompt; at .2 none."""
+    unguided = guidance == 1.0 and i % 2 == 1
+    wrong = {0.0: i % 4 == 0 or steps < 8, 0.1: i == 5, 0.2: False}
+    return unguided or wrong[level]
+
+
+LEVEL, STEPS = ("sr1.level", (0.0, 0.1, 0.2)), ("steps", (2, 8))
+
+
+@pytest.mark.parametrize(
+    ("order", "chosen"),
+    [
+        ((LEVEL, STEPS), [("sr1.level", 0.1), ("steps", 2)]),
+        ((STEPS, LEVEL), [("steps", 8), ("sr1.level", 0.1)]),
+    ],
+)
+def test_options_are_chosen_one_after_the_other_with_what_was_chosen_before(order, chosen):
+    """Few steps are good enough at the level that is chosen, and not at the generator's own."""
+    painter, told = Tuned(slips), []
+    config = CONFIG.model_copy(update={"options": dict(order)})
+    found = scored(painter, config, progress=lambda done, total: told.append((done, total)))
+    card = found.scorecard
+    assert card.scale == 2.0
+    assert list(card.chosen.items()) == chosen
+    tried = {it.name: it for it in card.options}["sr1.level"]
+    assert [row.value for row in tried.tried] == [0.0, 0.1, 0.2]
+    assert [row.values["correct"] for row in tried.tried] == [0.75, 31 / 32, 1.0]
+    low, high = tried.tried[0].between["correct"]
+    assert 0.5 < low < 0.75 < high < 0.9
+    # With the chosen ones all prompts are drawn, and unguided; nothing is drawn twice.
+    assert card.headline["correct"] == 95 / 96
+    assert card.headline["correct_unguided"] == 0.5
+    assert len(painter.drawn) == len(set(painter.drawn)) == (3 + 2 + 1) * 32 + 64 + 96
+    assert told[-1] == (len(painter.drawn), len(painter.drawn))
+    assert Scorecard.model_validate_json(card.model_dump_json()) == card
+
+
+def test_what_is_the_generators_own_already_is_not_drawn_again():
+    painter = Tuned(slips)
+    config = CONFIG.model_copy(update={"options": {"sr1.level": (0.0,), "steps": (8,)}})
+    card = scored(painter, config).scorecard
+    assert card.chosen == {"sr1.level": 0.0, "steps": 8}
+    assert len(painter.drawn) == 3 * 32 + 2 * 64
+
+
+def test_a_model_that_serves_draws_as_it_does_whatever_is_swept():
+    painter = Tuned(slips)
+    config = CONFIG.model_copy(update={"options": dict((LEVEL, STEPS))})
+    card = scored(painter, config, scale=2.0).scorecard
+    assert (card.options, card.chosen) == ((), {})
+    assert {(level, steps) for _, _, level, steps, _ in painter.drawn} == {(0.0, 8)}
+
+
+def test_without_options_a_config_is_the_same_text_as_before_there_were_any():
+    plain = EvaluationConfig()
+    assert "options" not in plain.model_dump(mode="json")
+    assert fingerprint(plain.model_dump(mode="json")) == "6a5990f11b2365fb"
+
+
+def test_the_order_of_options_survives_json_that_is_sorted():
+    made = EvaluationConfig(options={"steps": (8, 16), "guidance_interval": ((0.0, 1.0), (0.2, 1))})
+    again = EvaluationConfig.model_validate_json(storage.json_bytes(made.model_dump(mode="json")))
+    assert again == made
+    assert [*again.options] == ["steps", "guidance_interval"]
+    turned = EvaluationConfig(options=dict(reversed(made.options.items())))
+    texts = {fingerprint(it.model_dump(mode="json")) for it in (made, turned)}
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"options": {"steps": 8}}, "steps: got 8, wanted a list of values"),
+        ({"options": {"steps": []}}, "wanted a list of values"),
+        ({"options": {"steps": [None]}}, "wanted a list of values"),
+        ({"options": {"guidance": [1, 2]}}, "guidance: its values are evaluation.guidance_scales"),
+        ({"options": {"steps": [8]}, "steps": 4}, "evaluation.steps=4 holds them"),
+        ({"options": 3}, "valid dictionary"),
+    ],
+)
+def test_what_is_no_choice_of_options_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        EvaluationConfig(**changes)
 
 
 def test_only_the_attribute_that_was_wrong_is_blamed(known):
