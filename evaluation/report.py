@@ -17,6 +17,7 @@ from pipeline.manifest import Manifest
 from training import results
 
 from . import shapes_oracle
+from .config import in_words
 from .gate import Difference, Verdict
 from .given import truths_of
 from .page import (
@@ -32,7 +33,7 @@ from .page import (
     page,
     percent,
 )
-from .scorecard import Scored, Value
+from .scorecard import Option, Scored, Tried, Value
 from .techniques import Technique, described
 
 TEMPLATE = "report.html.jinja"
@@ -217,6 +218,7 @@ class _Page:
             "verdict": inputs.verdict,
             "kind": card.config.kind,
             "scale": card.scale,
+            "chosen": [f"{name} {in_words(it)}" for name, it in card.chosen.items()],
             "main": self.main,
             "main_name": _NAMES[self.main],
             "figures": self._figures(),
@@ -225,6 +227,8 @@ class _Page:
             "side": side,
             "prompts": len(inputs.scored.prompts),
             "sweep": self._sweep(),
+            "options": [self._option(it) for it in card.options],
+            "tried_on": min(card.config.sweep_prompts, len(inputs.scored.prompts)),
             "charts": self._charts(),
             "attributes": self._attributes(),
             "groups": self._groups(),
@@ -370,6 +374,29 @@ class _Page:
             ),
         ]
         return [it for it in found if it is not None]
+
+    def _option(self, option: Option) -> dict[str, Any]:
+        """A row for each value that was tried, and a chart where they are numbers."""
+        names = [
+            name
+            for name in (self.main, "psnr", "kid", "precision", "recall")
+            if name in option.tried[0].values
+        ]
+        rows = [
+            {
+                "value": in_words(it.value),
+                "chosen": it.value == option.chosen,
+                "cells": [_tried(it, name) for name in names],
+            }
+            for it in option.tried
+        ]
+        return {
+            "name": option.name,
+            "metric": _NAMES[option.metric],
+            "columns": [_NAMES[name] for name in names],
+            "rows": rows,
+            "chart": _by_setting(option),
+        }
 
     def _attributes(self) -> dict[str, Any] | None:
         table = self.card.attributes
@@ -568,6 +595,34 @@ class _Page:
         }
 
 
+def _tried(it: Tried, name: str) -> dict[str, str]:
+    """A metric of one value of an option: its value, and its interval where it has one."""
+    ends, share = it.between.get(name), name in _SHARES
+    value = it.values[name]
+    return {
+        "value": percent(value) if share else number(value),
+        "between": _ends(*ends, percent=share) if ends else "",
+    }
+
+
+def _by_setting(option: Option) -> Chart | None:
+    """What it is chosen by, as a function of the option; beside shares, precision and recall."""
+    numbers = [
+        (float(it.value), it.values)
+        for it in option.tried
+        if isinstance(it.value, int | float) and not isinstance(it.value, bool)
+    ]
+    if len(numbers) < 2:
+        return None
+    share = option.metric in _SHARES
+    if not share:
+        lines = {"": [(x, values[option.metric]) for x, values in numbers]}
+        return chart(f"{_NAMES[option.metric]}, by {option.name}", option.name, lines)
+    named = {option.metric: "asked for and shown", "precision": "precision", "recall": "recall"}
+    lines = {label: [(x, values[key]) for x, values in numbers] for key, label in named.items()}
+    return chart(f"Fidelity and diversity by {option.name}", option.name, lines, percent=True)
+
+
 def _scaled(it: Difference, scale: float) -> list[float]:
     return [scale * x for x in (it.mean, it.low, it.high) if x is not None]
 
@@ -584,9 +639,13 @@ def _label(metric: str, main: str) -> str:
 def _between(value: Value, percent: bool = False) -> str:
     if value.low is None or value.high is None:
         return ""
+    return _ends(value.low, value.high, percent)
+
+
+def _ends(low: float, high: float, percent: bool = False) -> str:
     if percent:
-        return f"{100 * value.low:.1f} to {100 * value.high:.1f} %"
-    return f"{number(value.low)} to {number(value.high)}"
+        return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return f"{number(low)} to {number(high)}"
 
 
 def _short(value: Any) -> bool:

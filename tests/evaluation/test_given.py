@@ -141,10 +141,11 @@ class Thumbnails:
         return self.images(pictured(PROMPTS))
 
 
-def scored(painter, **more):
+def scored(painter, options=None, **more):
     config = EvaluationConfig(
-        kind="shapes", prompts=48, guidance_scales=(1.0,), sweep_prompts=16, kid_block=16, blocks=8
-    )
+        kind="shapes", prompts=48, guidance_scales=(1.0,), sweep_prompts=16, kid_block=16, blocks=8,
+        options=options or {},
+    )  # fmt: skip
     reference = np.stack([shapes.draw(shapes.scene(5, i), 32) for i in range(48)])
     return score(
         painter, config, prompts=PROMPTS, clip=Thumbnails(), reference=reference, **more
@@ -188,6 +189,26 @@ def test_the_score_of_an_enlargement_is_known():
     page = render(ReportInputs(name="enlarged", scored=plain))
     assert "PSNR of bicubic enlargement" in page
     assert "dB when enlarged bicubically" in page
+
+
+class Stepwise(Enlarger):
+    """In one step as bicubic enlargement does it; in more it draws the real pictures."""
+
+    def __call__(self, prompts, *, low, guidance=None, steps=None, seed=0):
+        self.knows = True
+        return bicubic(low, 32) if steps == 1 else super().__call__(prompts, low=low)
+
+
+def test_what_enlarges_without_a_word_is_swept_by_its_psnr():
+    """The oracle cannot tell: it reads a bicubic enlargement rightly too."""
+    found = scored(Stepwise(), pictured=pictured, options={"steps": (1, 2, 4)})
+    (option,) = found.scorecard.options
+    assert option.metric == "psnr"
+    assert [row.values["correct"] for row in option.tried] == [1.0, 1.0, 1.0]
+    assert found.scorecard.chosen == {"steps": 2}
+    assert found.scorecard.sweep[0].scale == 1.0
+    page = render(ReportInputs(name="enlarged", scored=found))
+    assert "PSNR, in dB, by steps" in page
 
 
 def test_a_map_is_that_of_the_prompts_picture():

@@ -16,7 +16,16 @@ from evaluation.page import duration
 from evaluation.prompts import Prompt
 from evaluation.report import DataStory, ReportInputs, StageStory, render, write
 from evaluation.sample import png
-from evaluation.scorecard import Basis, EvaluationConfig, Scale, Scorecard, Scored, Value
+from evaluation.scorecard import (
+    Basis,
+    EvaluationConfig,
+    Option,
+    Scale,
+    Scorecard,
+    Scored,
+    Tried,
+    Value,
+)
 from pipeline import shapes
 
 HOSTILE = (
@@ -169,6 +178,48 @@ def test_the_page_is_well_formed_and_fetches_nothing(kind, parsed):
         assert said in text, said
     for said in ("truncated: 30", "800", "2 min 20 s", "base-1", "line's own CLIP"):
         assert said in text, said
+
+
+def test_each_option_that_was_swept_has_a_table_and_its_choice_is_marked(parsed):
+    def option(name, chosen, values):
+        rows = [
+            Tried(
+                value=it,
+                values={"correct": 0.9 - 0.1 * k, "kid": 0.002, "precision": 0.8, "recall": 0.6},
+                between={"correct": (0.85 - 0.1 * k, 0.95 - 0.1 * k)},
+            )
+            for k, it in enumerate(values)
+        ]
+        return Option(name=name, metric="correct", chosen=chosen, tried=tuple(rows))
+
+    plain = scored()
+    options = (
+        option("sr1.level", 0.05, (0.0, 0.05, 0.15)),
+        option("guidance_interval", (0.2, 0.8), ((0.0, 1.0), (0.2, 0.8))),
+        option("kind", "heun", ("heun", HOSTILE)),
+    )
+    card = plain.scorecard.model_copy(update={"options": options})
+    html = render(inputs(scored=replace(plain, scorecard=card)))
+    page = parsed(html)
+    rows = page.rows["sampling"]
+    assert rows[0] == [
+        "Value",
+        "Shows what was asked",
+        "Kernel distance (KID)",
+        "Precision",
+        "Recall",
+    ]
+    assert [row[0] for row in rows[1:4]] == ["0", "0.05chosen", "0.15"]
+    assert rows[2][1] == "80.0 %75.0 to 85.0 %"
+    assert [row[0] for row in rows[5:7]] == ["0 to 1", "0.2 to 0.8chosen"]
+    assert "Fidelity and diversity by sr1.level" in page.text
+    assert "Fidelity and diversity by kind" not in html
+    assert "sr1.level 0.05, guidance_interval 0.2 to 0.8, kind heun, 32 pixels" in " ".join(
+        page.text
+    )
+    assert "script" not in page.seen
+    assert "#sampling" in page.values("href")
+    assert "sampling" not in parsed(render(inputs())).values("id")
 
 
 def test_pictures_in_the_page_are_the_pictures(parsed):
