@@ -157,7 +157,7 @@ def write_report(
         stages=stages,
         data=report.DataStory.of(data),
         seconds=seconds,
-        lineage=lineage(line, data),
+        lineage=lineage(line, data, scored.scorecard),
         recipe=line.recipe.model_dump(mode="json"),
         created=datetime.now(UTC),
     )

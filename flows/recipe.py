@@ -148,7 +148,8 @@ class Recipe(_Part):
     """A copy of the base that draws one thing in another's place (DiffusionCLIP); none by
     default."""
     sampler: dict[str, Any] = {"kind": "dpmpp2m", "steps": 16}
-    """How pictures are drawn (training.generator.BaseSampler); the sweep chooses the guidance."""
+    """How pictures are drawn (training.generator.BaseSampler); the sweep chooses the guidance, and
+    what `evaluation.options` names."""
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GatePolicy = GatePolicy()
     executor: Executor = Executor(kind="auto")
@@ -222,6 +223,30 @@ class Recipe(_Part):
         """Of the stages that draw, beside the base."""
         return {it: self.stage(it).sampler or {} for it in self.drawing if it != "base"}
 
+    def with_options(self, chosen: Mapping[str, Any]) -> Recipe:
+        """The same, its samplers set as options of a call would set them: "steps" is the base's,
+        "sr1.steps" that of sr1. RecipeError for a stage that does not draw.
+        """
+        mine, changed = dict(self.sampler), self.samplers
+        for name, value in chosen.items():
+            stage, dot, key = name.partition(".")
+            if dot and stage not in changed:
+                has = ", ".join(f"{it}." for it in changed) or "none"
+                raise RecipeError(
+                    f"no stage {stage!r} that draws beside the base; there are {has}, and the "
+                    "base's own options have no stage before them"
+                )
+            if dot:
+                changed[stage] = {**changed[stage], key: value}
+            else:
+                mine[name] = value
+        stages = {
+            name: self.stage(name).model_copy(update={"sampler": it})
+            for name, it in changed.items()
+            if it
+        }
+        return self.model_copy(update={"sampler": mine, **stages})
+
     def _listens(self, name: str, usual: tuple[str, ...]) -> tuple[str, ...]:
         stage: StageRecipe = getattr(self, name)
         said = stage.config.get("listens")
@@ -279,7 +304,7 @@ def load(recipe: str, overrides: Iterable[str] = ()) -> Recipe:
     from .presets import PRESETS
 
     if recipe in PRESETS:
-        body = PRESETS[recipe]().model_dump(mode="json")
+        body = _body(PRESETS[recipe]())
     elif recipe.endswith((".json", ".yaml", ".yml")):
         body = _file(Path(recipe), PRESETS)
     else:
@@ -333,6 +358,7 @@ def check_stages(recipe: Recipe) -> None:
         return
     _check_sampler(recipe)
     _check_cascade(recipe)
+    _check_options(recipe)
     for name in GUIDES:
         if getattr(recipe, name) is not None:
             _check_guide(recipe, name)
@@ -386,6 +412,8 @@ def _check_alone(recipe: Recipe) -> None:
         raise RecipeError(str(error)) from None
     if sampler.level:
         raise RecipeError("sampler.level: there is no base that enlarges a picture; set it to 0")
+    if recipe.evaluation.options:
+        raise RecipeError("evaluation.options: there is no base that draws by them; set it to {}")
 
 
 def _check_sampler(recipe: Recipe) -> None:
@@ -489,6 +517,18 @@ def _check_cascade(recipe: Recipe) -> None:
         )
 
 
+def _check_options(recipe: Recipe) -> None:
+    """Each value that the sweep will try is one that the samplers take."""
+    for name, values in recipe.evaluation.options.items():
+        for value in values:
+            try:
+                tried = recipe.with_options({name: value})
+                _check_sampler(tried)
+                _check_cascade(tried)
+            except RecipeError as error:
+                raise RecipeError(f"evaluation.options.{name}: {error}") from None
+
+
 def _check_guide(recipe: Recipe, guide: str) -> None:
     """A judge of noisy pictures guides pixels, at the noise levels it was trained on."""
     from training.stages import CONFIGS, reconstruct
@@ -548,9 +588,17 @@ def _file(path: Path, presets: Mapping[str, Any]) -> dict[str, Any]:
         return body
     if base not in presets:
         raise RecipeError(f"preset: no recipe {base!r}{_nearest(base, presets)}")
-    merged = presets[base]().model_dump(mode="json")
+    merged = _body(presets[base]())
     _merge(merged, body)
     return merged
+
+
+def _body(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON in which each key can be replaced alone."""
+    body = recipe.model_dump(mode="json")
+    if options := body["evaluation"].get("options"):
+        body["evaluation"]["options"] = dict(options)
+    return body
 
 
 def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:

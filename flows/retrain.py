@@ -22,7 +22,7 @@ from .parallel import ENDING_SECONDS, train_stages
 from .progress import say, seconds
 from .promote_model import promote_model
 from .recipe import FROZEN
-from .score_model import GALLERY, SWEEP, score_model
+from .score_model import GALLERY, SWEEP, drawn_by, score_model
 from .settings import end_with_us, leaving_without_goodbyes, prepare_environment
 from .train_stage import train_stage
 
@@ -132,6 +132,7 @@ def run_line(line: Line) -> dict[str, Any]:
         "verdict": verdict["verdict"],
         "scorecard": scored["scorecard"],
         "guidance": scored["scale"],
+        "options": scored.get("options", {}),
         "report": verdict["report"],
         "package": scored["package"],
         "data": {"dataset": line.dataset, "version": data.version, "digest": data.digest},
@@ -189,7 +190,7 @@ def summary(line: Line, result: dict[str, Any]) -> str:
         f"  {verdict['reason']}",
         *([f"  stages  {verdict['change']}"] if verdict.get("change") else []),
         "",
-        f"  at guidance {result['guidance']:g}: "
+        f"  at {drawn_by(result['guidance'], result.get('options', {}))}: "
         + ", ".join(f"{k} {v:.3f}" for k, v in shown.items()),
         f"  data      {result['data']['dataset']}  version {result['data']['version']}",
         f"  package   {result['package']}",

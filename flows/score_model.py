@@ -1,12 +1,12 @@
-"""The stages become one generator, which is scored, gets the guidance scale that suits it, and is
-packaged.
+"""The stages become one generator, which is scored, gets the guidance scale and the options that
+suit it, and is packaged.
 """
 
 from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
 
+from evaluation.config import in_words
 from pipeline import storage
 from pipeline.encode import pixels_spec
 from pipeline.manifest import Manifest
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from evaluation.given import Pictured
     from evaluation.prompts import Prompt
     from evaluation.sample import Pictures
-    from evaluation.scorecard import Scored
+    from evaluation.scorecard import Scorecard, Scored
     from pipeline.load import Loader
 
 GENERATOR, PACKAGE, SCORES, CANDIDATE = "generator", "package", "scores", "candidate.json"
@@ -124,7 +125,7 @@ def _loader(line: Line, data: Manifest, specs: Sequence[EncoderSpec], *splits: s
 
 
 def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
-    """(candidate.json, whether it was there): the package, at the scale the sweep chose, and its
+    """(candidate.json, whether it was there): the package, which draws as the sweep chose, and its
     numbers.
     """
     folder = line.model_dir(data)
@@ -142,8 +143,8 @@ def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
     generator = Generator.load(folder / GENERATOR)
     scored = ask(line, data).score(line, generator, "score")
     card = scored.scorecard
-    chosen = line.recipe.sampler | {"guidance": card.scale}
-    assemble(folder / GENERATOR, sources, chosen, line.recipe.samplers)
+    chosen = line.recipe.with_options({"guidance": card.scale, **card.chosen})
+    assemble(folder / GENERATOR, sources, chosen.sampler, chosen.samplers)
     scored.save(str(folder / SCORES))
     storage.publish_bytes(str(folder / GALLERY), png(scored.gallery(), 2))
     storage.publish_bytes(str(folder / SWEEP), png(scored.grid(), 2))
@@ -151,12 +152,13 @@ def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
         folder / GENERATOR,
         folder / PACKAGE,
         recipe=line.recipe.model_dump(mode="json"),
-        lineage=lineage(line, data),
+        lineage=lineage(line, data, card),
         scorecard=card.model_dump(mode="json"),
     )
     result = {
         "package": packaged,
         "scale": card.scale,
+        "options": card.chosen,
         "scorecard": card.headline,
         "seconds": time.monotonic() - started,
     }
@@ -164,15 +166,22 @@ def score_candidate(line: Line, data: Manifest) -> tuple[dict[str, Any], bool]:
     return result, False
 
 
-def lineage(line: Line, data: Manifest) -> dict[str, Any]:
-    """What the model was made of."""
-    return {
+def lineage(line: Line, data: Manifest, card: Scorecard) -> dict[str, Any]:
+    """What the model was made of, and where options were swept, what it draws by."""
+    chosen = {"chosen": {"guidance": card.scale, **card.chosen}} if card.options else {}
+    return chosen | {
         "dataset": line.dataset,
         "version": data.version,
         "data_digest": data.digest,
         "samples": data.samples("train"),
         "stages": {name: line.source(name, data) for name in line.recipe.stages},
     }
+
+
+def drawn_by(guidance: float, options: Mapping[str, Any]) -> str:
+    """In words, what the sweep chose."""
+    chosen = {"guidance": guidance, **options}
+    return ", ".join(f"{name} {in_words(value)}" for name, value in chosen.items())
 
 
 @flow(name="score-model", flow_run_name="score {name}")
@@ -183,9 +192,9 @@ def score_model(line: dict[str, Any], name: str) -> dict[str, Any]:
     with leaving_without_goodbyes():
         result, reused = score_candidate(it, data)
     rows = [{"metric": k, "value": round(v, 4)} for k, v in result["scorecard"].items()]
-    create_table_artifact(
-        rows, key=f"{it.slug}-scorecard", description=f"guidance {result['scale']:g}"
-    )
+    # What was scored before options were swept says nothing of them.
+    chosen = drawn_by(result["scale"], result.get("options", {}))
+    create_table_artifact(rows, key=f"{it.slug}-scorecard", description=chosen)
     for picture in (GALLERY, SWEEP):
         content = base64.b64encode(Path(it.model_dir(data), picture).read_bytes()).decode()
         key = f"{it.slug}-{picture.removesuffix('.png')}"
