@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evaluation.config import EvaluationConfig
+from evaluation.config import EvaluationConfig, Setting
 from evaluation.gate import GatePolicy
 from pipeline.ingest import IngestRules
 from pipeline.shapes import BACKGROUNDS, COLOURS, SHAPES
@@ -152,6 +152,7 @@ def shapes_cdm() -> Recipe:
         base=_pixel_base(16, diffusion),
         sr1=_enlarging(16, 32, patch=2),
         sr2=_enlarging(32, 64, patch=4, augment="blur", strongest=1.0),
+        options={"sr1.level": (0.0, 0.05, 0.15), "sr2.level": (0.0, 0.25, 0.5)},
     )
 
 
@@ -332,7 +333,9 @@ def shapes_sr3() -> Recipe:
         update={
             "sampler": base.sampler,
             # Without words there is nothing that guidance could lead to.
-            "evaluation": EvaluationConfig(kind="shapes", guidance_scales=(1.0,)),
+            "evaluation": EvaluationConfig(
+                kind="shapes", guidance_scales=(1.0,), options={"steps": (2, 4, 8, 16)}
+            ),
             "gate": recipe.gate.model_copy(
                 update={"absolute": {**recipe.gate.absolute, "psnr_gain": 0.0}}
             ),
@@ -442,10 +445,15 @@ def _of_pictures(name: str, like: Recipe, *, images: int) -> Recipe:
 
 
 def _cascade(
-    name: str, *, sides: tuple[int, ...], base: StageRecipe, **stages: StageRecipe
+    name: str,
+    *,
+    sides: tuple[int, ...],
+    base: StageRecipe,
+    options: Mapping[str, tuple[Setting, ...]] | None = None,
+    **stages: StageRecipe,
 ) -> Recipe:
-    """Scenes drawn in pixels, small ones first. Recipes of one last side share data, CLIP and T5,
-    those of 32 px with `shapes` too.
+    """Scenes drawn in pixels, small ones first; `options` are swept. Recipes of one last side share
+    data, CLIP and T5, those of 32 px with `shapes` too.
     """
     side, like = sides[-1], shapes()
     return Recipe(
@@ -457,7 +465,9 @@ def _cascade(
         t5=like.t5,
         base=base,
         sampler={"kind": "dpmpp2m", "steps": 16, "threshold": "static"},
-        evaluation=EvaluationConfig(kind="shapes", guidance_scales=(2.0, 3.0, 4.5)),
+        evaluation=EvaluationConfig(
+            kind="shapes", guidance_scales=(2.0, 3.0, 4.5), options=dict(options or {})
+        ),
         gate=GatePolicy.model_validate(
             {"absolute": {"correct": 0.85}, "non_inferior": {"correct": 0.02}}
         ),

@@ -12,6 +12,7 @@ import pytest
 from flows import recipe as recipes
 from flows.presets import PRESETS
 from flows.recipe import RecipeError, check_stages, load, parse
+from pipeline import storage
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -94,6 +95,69 @@ def test_stage_configs_are_checked_by_the_stages(override, told):
 def test_what_the_base_cannot_be_used_with_is_refused_before_the_training(recipe, override, told):
     with pytest.raises(RecipeError, match=told):
         recipes.check_stages(load(recipe, [override]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "said"),
+    [
+        ("shapes", {"stepps": [3]}, "stepps: sampler: no key 'stepps'; did you mean 'steps'"),
+        ("shapes", {"negative": ["x"]}, "no key 'negative' (known: corrections"),
+        ("shapes", {"steps": [8, "many"]}, "evaluation.options.steps: sampler.steps: got 'many'"),
+        ("shapes", {"steps": [0]}, "steps: got 0, wanted at least 1"),
+        ("shapes", {"grid": ["uniform", "karras"]}, "karras grid on path 'flow'"),
+        ("shapes", {"guidance_interval": [0.2, 0.8]}, "got 0.2, wanted a list"),
+        ("shapes", {"level": [0.0, 0.1]}, "the base enlarges no picture"),
+        ("shapes", {"sr1.level": [0.0]}, "no stage 'sr1' that draws beside the base"),
+        ("shapes-cdm", {"sr3.level": [0.0]}, "no stage 'sr3' that draws"),
+        ("shapes-cdm", {"base.steps": [8]}, "there are sr1., sr2., and the base's own"),
+        ("shapes-cdm", {"sr1.lvel": [0.0]}, "sr1.sampler: no key 'lvel'; did you mean 'level'"),
+        ("shapes-cdm", {"sr1.level": [0.0, 0.9]}, "got 0.9, and it learnt noise from 0 to 0.3"),
+        ("shapes-cdm", {"sr1.variance": ["learned"]}, "needs a network that learns it"),
+        ("shapes-vae", {"steps": [8]}, "evaluation.options: there is no base"),
+    ],
+)
+def test_options_that_cannot_be_swept_are_refused_before_the_training(preset, options, said):
+    recipe = load(preset, [f"evaluation.options={json.dumps(options)}"])
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        check_stages(recipe)
+
+
+def test_options_are_named_as_any_other_key():
+    swept = {"sr1.level": (0.0, 0.05, 0.15), "sr2.level": (0.0, 0.25, 0.5)}
+    assert load("shapes-cdm").evaluation.options == swept
+    words = ["evaluation.options.sr1.level=[0.1]", "evaluation.options.steps=[8, 16]"]
+    changed = load("shapes-cdm", words)
+    assert changed.evaluation.options == {**swept, "sr1.level": (0.1,), "steps": (8, 16)}
+    assert [*changed.evaluation.options] == ["sr1.level", "sr2.level", "steps"]
+    assert load("shapes-cdm", ["evaluation.options={}"]).evaluation.options == {}
+    fewer = load("shapes-cdm", ["evaluation.options.sr1.level=null"])
+    assert [*fewer.evaluation.options] == ["sr2.level"]
+    with pytest.raises(RecipeError, match="evaluation.options: .*steps: got 8, wanted a list"):
+        load("shapes", ["evaluation.options.steps=8"])
+
+
+def test_a_recipe_draws_by_the_options_that_were_chosen():
+    plain = load("shapes-cdm")
+    chosen = plain.with_options({"guidance": 2.0, "steps": 8, "sr1.level": 0.05})
+    assert chosen.sampler == {**plain.sampler, "guidance": 2.0, "steps": 8}
+    assert chosen.samplers["sr1"] == {**plain.samplers["sr1"], "level": 0.05}
+    assert chosen.samplers["sr2"] == plain.samplers["sr2"]
+    assert plain.with_options({}).identity == plain.identity
+
+
+def test_options_decide_the_result_and_their_order_does():
+    words = '{"steps": [8], "guidance_interval": [[0, 1]]}'
+    turned = '{"guidance_interval": [[0, 1]], "steps": [8]}'
+    made = [load("shapes", [f"evaluation.options={it}"]) for it in ("{}", words, turned)]
+    assert len({it.identity for it in made}) == 3
+    assert made[0].identity == load("shapes").identity
+    assert "options" not in made[0].model_dump(mode="json")["evaluation"]
+    # The package keeps its recipe in JSON that is sorted, and is found by it again.
+    for it in made:
+        assert (
+            parse(json.loads(storage.json_bytes(it.model_dump(mode="json")))).identity
+            == it.identity
+        )
 
 
 def test_below_an_optional_stage_too_the_nearest_key_is_named():
