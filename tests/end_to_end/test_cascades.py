@@ -28,7 +28,10 @@ SYSTEMS = {
     "shapes-glide": (
         *SR, "noisy_clip.config.network.channels=16", "noisy_clip.training.images=256",
     ),
-    "shapes-cdm": (*SR, "sr2.training.images=128", "sr2.sampler.steps=2"),
+    "shapes-cdm": (
+        *SR, "sr2.training.images=128", "sr2.sampler.steps=2",
+        'evaluation.options={"sr1.level": [0.2, 0.1], "guidance_interval": [[0.2, 0.8]]}',
+    ),
     "shapes-imagen": SMALL_SR,
     "shapes-unclip": (*SR, *PRIOR, "parallel=2"),
     "shapes-ldm": (
@@ -86,12 +89,42 @@ def test_a_published_system_goes_through_the_line(darkroom, name, tmp_path, emoj
         drawn = darkroom("sample", name, "a red circle", "--out", str(tmp_path), "--count", "2")
         assert len(drawn["files"]) == 2
 
+    if name == "shapes-cdm":
+        _draws_as_the_sweep_chose(made)
+        # Scored are models, not runs: under another gate the sweep is found done.
+        again = darkroom("run", *words, "gate.min_samples=6")
+        assert {"scores", "sr2"} <= {*again["reused"]}
+        assert again["options"] == made["options"]
+
     generator = Generator.load(Path(made["package"]).parents[1] / "generator")
     shown = generator.stages(["a red circle", "a blue ring"])
     assert [it.shape[1] for it in shown.values()] == sides
     page = Path(made["report"]).read_text()
     assert ("From stage to stage" in page) == (len(sides) > 1)
     assert ("Along the difference of two captions" in page) == name.endswith("unclip")
+
+
+def _draws_as_the_sweep_chose(made):
+    """The package does, and what it says of itself; levels of 0, the recipe's, were not tried."""
+    chosen = made["options"]
+    assert chosen["sr1.level"] in (0.2, 0.1)
+    assert chosen["guidance_interval"] == [0.2, 0.8]
+    assert f"sr1.level {chosen['sr1.level']}, guidance_interval" in made["text"]
+    package = Path(made["package"])
+    generator = registry.load(str(package))
+    own, named, without = (
+        generator(["a red circle", "a blue ring"], **more)
+        for more in ({}, chosen, {"sr1.level": 0.0})
+    )
+    assert generator.defaults["guidance_interval"] == (0.2, 0.8)
+    np.testing.assert_array_equal(own, named)
+    assert (own != without).any()
+    told = json.loads((package / "manifest.json").read_text())
+    assert told["lineage"]["chosen"] == {"guidance": made["guidance"], **chosen}
+    tried = told["scorecard"]["options"]
+    assert [it["name"] for it in tried] == ["sr1.level", "guidance_interval"]
+    assert [row["value"] for row in tried[0]["tried"]] == [0.2, 0.1]
+    assert '<section id="sampling">' in Path(made["report"]).read_text()
 
 
 def test_a_stage_is_replaced_alone_and_what_that_changed_is_told(darkroom, tmp_path):

@@ -65,6 +65,8 @@ def test_sr3_enlarges_what_it_is_given(darkroom, home, tmp_path):
     page = Path(made["report"]).read_text()
     assert "<h3>Enlarged</h3>" in page
     assert "PSNR gained over bicubic" in page
+    assert "PSNR, in dB, by steps" in page
+    assert made["options"]["steps"] in (2, 4, 8, 16)
 
     out, low = tmp_path / "out", small(tmp_path / "grey.png", 16)
     words = ("--low", low, "--out", str(out), "--count", "2")
