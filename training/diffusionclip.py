@@ -37,6 +37,8 @@ from .stage import Batch, Stage, evaluating, telling, to_tensors
 Images = Float[Tensor, "batch 3 height width"]
 SHOWN = 6
 """Pictures in a preview."""
+WAY = ("noise", "inversion_steps", "steps")
+"""Of EditStageConfig: what an edit may choose anew, as none of it is in the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,22 +161,38 @@ class EditStage(Stage):
             wanted = texts([self.worded(it) for it in captions])
         return clip_loss(features(y), before, wanted, said), per_sample((y - x).abs())
 
-    @torch.no_grad()
-    def noised(self, denoise: Model, x: Images) -> Images:
-        """What a base takes a picture to, by as many steps as an edit has."""
-        grid = self.config.grid(self.config.inversion_steps)
-        return invert(denoise, denoise.path, x, grid)
+    def way(self, chosen: Mapping[str, Any]) -> EditStageConfig:
+        """The config with those of `WAY` that are chosen; None: as it was trained. ValueError for
+        what cannot be chosen, and where EditStageConfig refuses the value.
+        """
+        from .stages import reconstruct
 
-    def drawn(self, x: Images, model: Model | None = None) -> Images:
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if unknown := chosen.keys() - {*WAY}:
+            raise ValueError(
+                f"edit: it has no {', '.join(sorted(unknown))}; it has {', '.join(WAY)}"
+            )
+        checked = reconstruct(EditStageConfig, chosen, "edit")
+        return replace(self.config, **{name: getattr(checked, name) for name in chosen})
+
+    @torch.no_grad()
+    def noised(self, denoise: Model, x: Images, way: EditStageConfig | None = None) -> Images:
+        """What a base takes a picture to, by as many steps as an edit has."""
+        way = way or self.config
+        return invert(denoise, denoise.path, x, way.grid(way.inversion_steps))
+
+    def drawn(
+        self, x: Images, model: Model | None = None, way: EditStageConfig | None = None
+    ) -> Images:
         """A picture again, of what `noised` gave: by the copy, or by another model."""
-        model = model or self.model
+        model, way = model or self.model, way or self.config
 
         def denoise(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             if self.config.recompute and torch.is_grad_enabled():
                 return checkpoint(model, x, t, cond, use_reentrant=False)
             return model(x, t, cond)
 
-        return sample(denoise, ddim(model.path), x, self.config.grid(self.config.steps))
+        return sample(denoise, ddim(model.path), x, way.grid(way.steps))
 
     def taught(self, captions: Sequence[str]) -> Bool[Tensor, " row"]:
         """Which captions have the source."""

@@ -329,16 +329,22 @@ class Generator:
         )
 
     @torch.no_grad()
-    def edit(self, pictures: Pictures, *, edited: bool = True) -> Pictures:
-        """Pictures with what the edit stage was trained to put in another's place (DiffusionCLIP).
+    def edit(self, pictures: Pictures, *, edited: bool = True, **options: Any) -> Pictures:
+        """Pictures uint8 [n, side, side, 3] with what the edit stage was trained to put in
+        another's place (DiffusionCLIP, Kim et al. 2022); nothing is drawn by chance.
 
         With `edited` False they are only taken to noise and back: what the way itself costs.
-        ValueError without an edit stage, and for pictures of another size than the base's.
+        `options` are `noise`, `inversion_steps` and `steps` of EditStageConfig; what is left out
+        is as it was trained. ValueError without an edit stage, for pictures of another size than
+        the base's, and for other options.
         """
         from .autoencoding import to_bytes
 
         if self.editor is None:
             raise ValueError("edit: this generator has no edit stage; add `edit` to its recipe")
+        if not isinstance(edited, bool):
+            raise ValueError(f"edited: got {edited!r}, wanted True or False")
+        way = self.editor.way(options)
         side = self.latent_shape[-1]
         wanted = (side, side, 3)
         if pictures.dtype != np.uint8 or pictures.shape[1:] != wanted:
@@ -349,9 +355,9 @@ class Generator:
         drawn = [np.zeros((0, *wanted), np.uint8)]
         for start in range(0, len(pictures), BATCH):
             rows = torch.from_numpy(pictures[start : start + BATCH]).to(self._device)
-            noised = self.editor.noised(self.base.model, rows.permute(0, 3, 1, 2) / 127.5 - 1)
+            noised = self.editor.noised(self.base.model, rows.permute(0, 3, 1, 2) / 127.5 - 1, way)
             by = self.editor.model if edited else self.base.model
-            drawn.append(_numpy(to_bytes(self.editor.drawn(noised, by))))
+            drawn.append(_numpy(to_bytes(self.editor.drawn(noised, by, way))))
         return np.concatenate(drawn)
 
     @torch.no_grad()

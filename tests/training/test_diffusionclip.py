@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from training import stages
+from training.assembling import assemble
+from training.autoencoding import to_bytes
 from training.diffusionclip import EditStage, EditStageConfig
+from training.generator import Generator
 from training.results import committed
 from training.stage import to_tensors
 
@@ -137,6 +140,49 @@ def test_the_noise_aware_clip_sees_picture_and_edit_under_one_noise(line, batch)
     moved, changed = stage.losses(x, x + 0.1, features, texts, batch["caption"])
     assert moved.shape == changed.shape == (4,)
     torch.testing.assert_close(changed, torch.full((4,), 0.1))
+
+
+@pytest.fixture(scope="module")
+def generator(line, tmp_path_factory):
+    place = tmp_path_factory.mktemp("edits") / "generator"
+    chosen = {name: line.stages[name] for name in ("clip", "t5", "edit")}
+    assemble(place, {**chosen, "base": line.pixel_base})
+    return Generator.load(place, "cpu", precision="fp32")
+
+
+def test_a_call_chooses_the_way_of_its_edit(generator, batch):
+    pictures = batch["pixels"].permute(0, 2, 3, 1).numpy()
+    usual = generator.edit(pictures)
+    same = generator.edit(pictures, noise=0.7, inversion_steps=4, steps=None)
+    np.testing.assert_array_equal(same, usual)
+
+    def off(**options):
+        back = generator.edit(pictures, edited=False, **options)
+        return np.abs(back.astype(float) - pictures).mean()
+
+    assert off(inversion_steps=32, steps=32) < 0.5 * off()  # DDIM's order of convergence
+    assert off(noise=0.05) < 0.5 * off()
+    stage = generator.editor
+    x = batch["pixels"] / 127.5 - 1
+    way = stage.way({"noise": 0.4, "steps": 3})
+    y = stage.drawn(stage.noised(generator.base.model, x, way), way=way)
+    chosen = generator.edit(pictures, noise=0.4, steps=3)
+    np.testing.assert_array_equal(chosen, to_bytes(y).permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"noise": 1.5}, "noise: got 1.5, wanted a time above 0 and up to 1"),
+        ({"inversion_steps": 0}, "inversion_steps: got 0, wanted at least 1"),
+        ({"steps": 2.5}, "edit.steps: got 2.5, wanted int"),
+        ({"target": "green"}, "edit: it has no target; it has noise, inversion_steps, steps"),
+        ({"edited": "false"}, "edited: got 'false', wanted True or False"),
+    ],
+)
+def test_another_way_is_refused(generator, wrong, told):
+    with pytest.raises(ValueError, match=told):
+        generator.edit(np.zeros((1, 16, 16, 3), np.uint8), **wrong)
 
 
 def test_the_trained_stage_is_the_copy_alone(line):
