@@ -162,12 +162,15 @@ def held_out(prompts: Sequence[Prompt], loader: Loader) -> Pictures:
     return np.stack([found[str(it.key)] for it in prompts])
 
 
-def read_low(place: str, side: int) -> dict[str, UInt8[ndarray, "side side 3"]]:
-    """A picture file, or all of a folder, by their names. ValueError for one that is broken or not
-    of this side, and where there is none.
+def read_pictures(
+    place: str, side: int, does: str = "enlarges"
+) -> dict[str, UInt8[ndarray, "side side 3"]]:
+    """A picture file, or all of a folder, by their names without the suffix; `does` is what the
+    model does with them. ValueError for one that is broken or not of this side, for two of one
+    name, and where there is none.
     """
     found: dict[str, ndarray] = {}
-    for file in _files(place, SUFFIXES):
+    for name, file in _files(place, SUFFIXES).items():
         try:
             picture, _ = decode(storage.read_bytes(file))
         except Rejected as error:
@@ -175,9 +178,9 @@ def read_low(place: str, side: int) -> dict[str, UInt8[ndarray, "side side 3"]]:
         if picture.size != (side, side):
             raise ValueError(
                 f"{file}: got {picture.width} x {picture.height} pixels, wanted {side} x {side}, "
-                "which this model enlarges"
+                f"which this model {does}"
             )
-        found[PurePosixPath(file).stem] = np.asarray(picture)
+        found[name] = np.asarray(picture)
     return found
 
 
@@ -191,7 +194,7 @@ def read_maps(
     from PIL import Image
 
     found: dict[str, ndarray] = {}
-    for file in _files(place, (".png",)):
+    for name, file in _files(place, (".png",)).items():
         data = storage.read_bytes(file)
         try:
             picture = Image.open(io.BytesIO(data), formats=["PNG"])
@@ -214,18 +217,29 @@ def read_maps(
                 f"{file}: got index {read.max()}, wanted 0 to {len(classes) - 1}: "
                 f"{', '.join(classes)}"
             )
-        found[PurePosixPath(file).stem] = read
+        found[name] = read
     return found
 
 
-def _files(place: str, suffixes: tuple[str, ...]) -> list[str]:
-    """A file, or those of a folder that end so. ValueError where there is none."""
+def _files(place: str, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """A file, or those of a folder that end so, by their names without the suffix. ValueError
+    where there is none, and for two of one name.
+    """
     if place.lower().endswith(suffixes):
-        return [place]
-    names = [it for it in storage.list_names(place) if it.lower().endswith(suffixes)]
-    if not names:
+        return {PurePosixPath(place).stem: place}
+    found: dict[str, str] = {}
+    for file in storage.list_names(place):
+        if not file.lower().endswith(suffixes):
+            continue
+        if (name := PurePosixPath(file).stem) in found:
+            raise ValueError(
+                f"{storage.join(place, file)}: it has the name of {found[name]}, which names what "
+                "is drawn; rename one"
+            )
+        found[name] = storage.join(place, file)
+    if not found:
         raise ValueError(f"{place}: no picture there ({', '.join(suffixes)})")
-    return [storage.join(place, it) for it in names]
+    return found
 
 
 def shrunk(pictures: Pictures, side: int) -> Float[ndarray, "n side side 3"]:

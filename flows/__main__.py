@@ -190,6 +190,39 @@ def parser() -> argparse.ArgumentParser:
         help="of the class to draw, e.g. shape=circle; as often as there are names",
     )
 
+    it = verb("edit", "draw one thing in another's place in given pictures", commands.edit)
+    it.add_argument(
+        "model",
+        metavar="MODEL[?KEY=VALUE&...]",
+        help="one with an edit stage, e.g. shapes-diffusionclip?noise=0.5",
+    )
+    it.add_argument(
+        "--pictures", required=True, metavar="PLACE", help="a picture file, or a folder of them"
+    )
+    it.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="gets a PNG file of each, by its name; another folder than theirs",
+    )
+    it.add_argument(
+        "--noise",
+        type=float,
+        default=None,
+        metavar="T",
+        help="how far towards noise pictures are taken, which bounds what can change: above 0, up "
+        "to 1; default: this and the steps as it was trained",
+    )
+    it.add_argument(
+        "--inversion-steps", type=int, default=None, metavar="N", help="of DDIM, to the noise"
+    )
+    it.add_argument("--steps", type=int, default=None, metavar="N", help="of DDIM, from the noise")
+    it.add_argument(
+        "--unedited",
+        action="store_true",
+        help="to the noise and back by the base alone: what the way itself costs",
+    )
+
     it = verb("serve", "a registered model over HTTP, by MLflow's server", commands.serve)
     it.add_argument("model", metavar="MODEL")
     it.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from . import recipe as recipes
@@ -193,6 +194,86 @@ def sample(
     return {"files": files, "text": "\n".join(files)}
 
 
+def edit(
+    model: str,
+    pictures: str,
+    out: str,
+    noise: float | None = None,
+    inversion_steps: int | None = None,
+    steps: int | None = None,
+    unedited: bool = False,
+) -> dict[str, Any]:
+    import numpy as np
+
+    from evaluation.registry import load
+    from evaluation.sample import png
+    from pipeline import storage
+    from training.request import BATCH
+
+    named, chosen = _contender(model)
+    every = {"noise": noise, "inversion_steps": inversion_steps, "steps": steps}
+    said = {name: value for name, value in every.items() if value is not None}
+    if twice := [it for it in chosen if it in said]:
+        option = twice[0].replace("_", "-")
+        raise UsageError(f"{model}: {twice[0]} is given twice; leave out --{option}")
+    _check_apart(pictures, out)
+    generator = load(named, tracking_uri=settings().mlflow_uri)
+    given = _to_edit(generator, named, pictures)
+    names, options = [*given], {**said, "edited": not unedited, **chosen}
+    files = []
+    with meter("edit") as progress:
+        for start in range(0, len(names), BATCH):
+            part = names[start : start + BATCH]
+            try:
+                edited = generator.edit(np.stack([given[name] for name in part]), **options)
+            except ValueError as error:
+                raise UsageError(f"{model}: {error}") from None
+            for name, picture in zip(part, edited, strict=True):
+                files.append(storage.join(out, f"{name}.png"))
+                storage.publish_bytes(files[-1], png(picture))
+            progress(len(files), len(names))
+    config = generator.editor.config
+    return {
+        "files": files,
+        "source": config.source,
+        "target": config.target,
+        "text": "\n".join(files),
+    }
+
+
+def _check_apart(pictures: str, out: str) -> None:
+    """UsageError where a picture would be written over one that is read: the names are the same."""
+    from evaluation.given import SUFFIXES
+    from pipeline import storage
+
+    alone = pictures.lower().endswith(SUFFIXES)
+    written = storage.join(out, f"{PurePosixPath(pictures).stem}.png") if alone else out
+    places = {
+        os.path.realpath(storage.absolute(it)) if storage.is_local(it) else storage.absolute(it)
+        for it in (pictures, written)
+    }
+    if len(places) == 1:
+        raise UsageError(
+            f"--out {out}: {'the picture lies' if alone else 'the pictures lie'} there and would "
+            "be overwritten; name another folder"
+        )
+
+
+def _to_edit(generator: Any, model: str, place: str) -> dict[str, Any]:
+    """The pictures that are to be edited, by name."""
+    from evaluation.given import read_pictures
+
+    if getattr(generator, "editor", None) is None:
+        raise UsageError(
+            f"{model}: it edits no picture, as it has no edit stage; add `edit` to its recipe, as "
+            "shapes-diffusionclip has it"
+        )
+    try:
+        return read_pictures(place, generator.latent_shape[-1], "edits")
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"--pictures: {error}") from None
+
+
 def _label(generator: Any, words: Sequence[str]) -> dict[str, str]:
     """NAME=ANSWER words as a generator takes them."""
     known: dict[str, list[str]] = getattr(generator, "given", {}).get("labels", {})
@@ -223,7 +304,7 @@ def _example(known: Mapping[str, Sequence[str]]) -> str:
 
 def _low(generator: Any, place: str | None) -> dict[str, Any]:
     """The pictures that are to be enlarged, by name."""
-    from evaluation.given import read_low
+    from evaluation.given import read_pictures
 
     side = getattr(generator, "given", {}).get("low")
     if place is None:
@@ -233,7 +314,7 @@ def _low(generator: Any, place: str | None) -> dict[str, Any]:
     if not side:
         raise UsageError(f"--low {place}: this model enlarges no picture that it is given")
     try:
-        return read_low(place, side)
+        return read_pictures(place, side)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"--low: {error}") from None
 

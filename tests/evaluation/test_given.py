@@ -15,8 +15,8 @@ from evaluation.given import (
     bicubic,
     drawn_for,
     held_out,
-    read_low,
     read_maps,
+    read_pictures,
     shrunk,
     truths_of,
 )
@@ -300,16 +300,16 @@ def test_pictures_to_enlarge_are_read_from_a_file_or_a_folder(tmp_path):
     for name in ("b.png", "a.webp"):
         Image.fromarray(picture).save(tmp_path / name, lossless=True)
     (tmp_path / "notes.txt").write_text("none")
-    assert list(read_low(str(tmp_path), 8)) == ["a", "b"]
-    np.testing.assert_array_equal(read_low(str(tmp_path / "b.png"), 8)["b"], picture)
+    assert list(read_pictures(str(tmp_path), 8)) == ["a", "b"]
+    np.testing.assert_array_equal(read_pictures(str(tmp_path / "b.png"), 8)["b"], picture)
     with pytest.raises(ValueError, match=r"a.webp: got 8 x 8 pixels, wanted 16 x 16"):
-        read_low(str(tmp_path), 16)
+        read_pictures(str(tmp_path), 16)
     (tmp_path / "b.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="b.png: not_image"):
-        read_low(str(tmp_path / "b.png"), 8)
+        read_pictures(str(tmp_path / "b.png"), 8)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no picture there"):
-        read_low(str(tmp_path / "empty"), 8)
+        read_pictures(str(tmp_path / "empty"), 8)
 
 
 def nibbles(values: np.ndarray) -> bytes:

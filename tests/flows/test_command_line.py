@@ -43,6 +43,8 @@ def test_status_of_an_empty_home(tmp_path):
         (["rollback", "shapes"], "was ever promoted"),
         (["posthoc", "shapes", "base", "--out", "x"], "--sigma-rel"),
         (["compare", "shapes"], "two models or more"),
+        (["edit", "shapes", "--out", "x"], "required: --pictures"),
+        (["edit", "shapes", "--pictures", "x/a.png", "--out", "x"], "--out x: the picture lies"),
         (["compare", "shapes", "shapes?steps="], "expected MODEL?key=value"),
         (["ingest", "shapes://?scenes=4", "--dataset", "memory://x"], "memory://x: each worker"),
         (["ingest", "memory://in", "--dataset", "x"], "memory://in: each worker has a"),
