@@ -275,12 +275,20 @@ png = model.predict(["a red circle"], params={"seed": 7})[0]
 ```"""
 
 
+_USE_EDIT = """```python
+rows = pd.DataFrame([{"picture": open("picture.png", "rb").read()}])
+options = '{"noise": 0.5, "inversion_steps": 40, "steps": 8}'
+png = model.predict(rows, params={"options": options})[0]
+```"""
+
+
 def _use_given(given: Mapping[str, Any]) -> list[str]:
     """How to use a model that is told more than prompts."""
     files = ("low", "map")
     cells = [f'"{key}": "{value}"' for key, value in example(given).items() if key not in files]
     cells += ['"low": open("small.png", "rb").read()'] if given.get("low") else []
     cells += ['"map": open("map.png", "rb").read()'] if given.get("map") else []
+    more: list[str] = []
     told = [f"`{name}`: one of {', '.join(it)}." for name, it in given.get("labels", {}).items()]
     if side := given.get("low"):
         told.append(
@@ -293,6 +301,14 @@ def _use_given(given: Mapping[str, Any]) -> list[str]:
             f"`map`: a PNG file of {side} x {side} pixels, 8 bits of grey or a palette, whose "
             f"values say which class each pixel is to have: {names}; over HTTP its base64."
         )
+    if edit := given.get("edit"):
+        side, source, target = edit["side"], edit["source"], edit["target"]
+        more.append(_USE_EDIT)
+        told.append(
+            f"`picture`: a PNG file of {side} x {side} pixels, in each row and in place of all "
+            f"else: what is {source} there becomes {target}; over HTTP its base64. The parameter "
+            "`options` says how, of which any may be left out."
+        )
     if not given["text"]:
         told.append("It hears no prompts.")
     return [
@@ -300,15 +316,19 @@ def _use_given(given: Mapping[str, Any]) -> list[str]:
         'model = mlflow.pyfunc.load_model("models:/NAME@champion")\n'
         f"rows = pd.DataFrame([{{{', '.join(cells)}}}])\n"
         'png = model.predict(rows, params={"seed": 7})[0]\n```',
+        *more,
         "\n".join(f"- {it}" for it in told),
     ]
 
 
+FILE = "BASE64 OF A PNG FILE"
+
+
 def example(given: Mapping[str, Any]) -> dict[str, str]:
-    """What a service may be asked for by a row; `given` is that of generator.json."""
+    """What a service may be asked to draw by a row; `given` is that of generator.json."""
     row = {"prompt": "a red circle"} if given["text"] else {}
     row |= {name: answers[0] for name, answers in given.get("labels", {}).items()}
-    return row | {it: "BASE64 OF A PNG FILE" for it in ("low", "map") if given.get(it)}
+    return row | {it: FILE for it in ("low", "map") if given.get(it)}
 
 
 def _table(values: Mapping[str, Any], limit: int = 60) -> str:

@@ -43,7 +43,7 @@ from pipeline import storage
 from training.results import WEIGHTS
 
 from .ledger import Entry, Ledger
-from .packaging import CARD, MANIFEST, describe, example, package
+from .packaging import CARD, FILE, MANIFEST, describe, example, package
 from .sample import png
 from .serving import open_generator, verify
 
@@ -142,11 +142,12 @@ def load(model: str, *, tracking_uri: str | None = None, device: str | None = No
     return open_generator(folder, device, sha256)
 
 
-def application(model: str, *, tracking_uri: str | None = None) -> tuple[str, Any, str]:
-    """(the registered version, MLflow's scoring server of it, an ASGI application, an example of
+def application(model: str, *, tracking_uri: str | None = None) -> tuple[str, Any, list[str]]:
+    """(the registered version, MLflow's scoring server of it, an ASGI application, examples of
     what to POST to /invocations): {"inputs": [prompts], "params": {...}}, or {"dataframe_records":
-    [...]} for a model that is told more than prompts, answers with PNG files in base64. Everything
-    is checked as `load` does. ValueError where there is no such version.
+    [...]} for a model that is told more than prompts, and a second one for a model that edits;
+    answers are PNG files in base64. Everything is checked as `load` does. ValueError where there is
+    no such version.
     """
     from mlflow.pyfunc import scoring_server
 
@@ -157,7 +158,10 @@ def application(model: str, *, tracking_uri: str | None = None) -> tuple[str, An
     name = candidate(version.name, version.version)
     served = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
     body = {"dataframe_records": [example(given)]} if given else {"inputs": ["a prompt"]}
-    return name, scoring_server.init(served), json.dumps(body | {"params": {"seed": 1}})
+    bodies = [body | {"params": {"seed": 1}}]
+    if given.get("edit"):
+        bodies.append({"dataframe_records": [{"picture": FILE}]})
+    return name, scoring_server.init(served), [json.dumps(it) for it in bodies]
 
 
 def locate(model: str, *, tracking_uri: str | None = None) -> tuple[Path, str | None]:
@@ -507,11 +511,16 @@ def _signature(generator: Mapping[str, Any]) -> ModelSignature:
     columns: list[ColSpec | TensorSpec] = [ColSpec("string")]
     if given:
         labels = given.get("labels", {})
-        if odd := {"prompt", "low", "map"}.intersection(labels):
+        if odd := {"prompt", "low", "map", "picture"}.intersection(labels):
             raise ValueError(f"an attribute of classes named {odd.pop()}: services need that name")
-        # A list of prompts must not pass for rows in which nothing is said.
-        columns = [ColSpec("string", "prompt")] if given["text"] else []
-        columns += [ColSpec("string", name, required=not given["text"]) for name in labels]
+        # A list of prompts must not pass for rows in which nothing is said. Where each row is
+        # drawn or edited no column is required, and serving.py refuses such rows.
+        edits = bool(given.get("edit"))
+        columns = [ColSpec("string", "prompt", required=not edits)] if given["text"] else []
+        told = given["text"] or edits
+        columns += [ColSpec("string", name, required=not told) for name in labels]
+        if edits:
+            columns.append(ColSpec("binary", "picture", required=False))
         if given.get("low"):
             columns.append(ColSpec("binary", "low"))
             params.append(ParamSpec("level", "double", float(defaults.get("level", 0.0))))

@@ -1,5 +1,5 @@
 """A packaged generator as an MLflow model: prompts in, PNG files out; beside the prompts whatever
-else its stages are told.
+else its stages are told, or in their place the pictures that it edits.
 
 MLflow copies this one file beside the package and runs it ("models from code") where darkroom is
 not installed, so it imports nothing of darkroom. What it uses of the package it checks against the
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-from pandas.api.types import is_list_like
+from pandas.api.types import is_list_like, is_scalar
 from PIL import Image
 
 
@@ -160,9 +160,39 @@ def _table(model_input: Any) -> pd.DataFrame:
     return table.explode(listed, ignore_index=True) if listed else table
 
 
+def _columns(model_input: Any) -> set[str]:
+    """The names in a table, a mapping, or a list of rows."""
+    if isinstance(model_input, pd.DataFrame):
+        return {str(name) for name in model_input}
+    rows = [model_input] if isinstance(model_input, Mapping) else model_input
+    rows = [] if isinstance(rows, str) or not isinstance(rows, Sequence) else rows
+    return {str(name) for row in rows if isinstance(row, Mapping) for name in row}
+
+
 def _said(value: Any) -> str:
     """A cell's text; "" where there is none."""
     return value if isinstance(value, str) else ""
+
+
+def _blank(value: Any) -> bool:
+    """Whether a cell says nothing."""
+    return value == "" if isinstance(value, str) else is_scalar(value) and bool(pd.isna(value))
+
+
+def _asks_edit(table: pd.DataFrame) -> bool:
+    """Whether a table's rows are to be edited rather than drawn. ValueError where they say neither.
+
+    A row without its picture is refused where it is read: the caller forgot it.
+    """
+    if not len(table.columns):
+        # MLflow drops what has no name, as in a list of prompts.
+        raise ValueError(
+            "wanted rows with a prompt or a picture, got neither: ask by "
+            '[{"prompt": ...}] or [{"picture": ...}]'
+        )
+    if "picture" not in table:
+        return False
+    return "prompt" not in table or not all(_blank(it) for it in table["picture"])
 
 
 def _given(table: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +200,8 @@ def _given(table: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
     that is missing or unknown.
     """
     names = list(given.get("labels", {}))
-    wanted = ["prompt", *names, *(it for it in ("low", "map") if given.get(it))]
+    files = {"low": "low", "map": "map", "edit": "picture"}
+    wanted = ["prompt", *names, *(it for key, it in files.items() if given.get(key))]
     if unknown := [str(name) for name in table if name not in wanted]:
         raise ValueError(f"no column {', '.join(unknown)} is known; there are {', '.join(wanted)}")
     told: dict[str, Any] = {}
@@ -180,7 +211,7 @@ def _given(table: pd.DataFrame, given: Mapping[str, Any]) -> dict[str, Any]:
     if side := given.get("low"):
         if "low" not in table:
             raise ValueError(f"column low: wanted a PNG file of {side} x {side} pixels in each row")
-        told["low"] = np.stack([_pixels(it, row, side) for row, it in enumerate(table["low"])])
+        told["low"] = _pixels(table, "low", side)
     if maps := given.get("map"):
         side = maps["side"]
         if "map" not in table:
@@ -205,15 +236,19 @@ def _indices(data: Any, row: int, side: int) -> np.ndarray:
         raise ValueError(f"{where}: a PNG file that is broken") from None
 
 
-def _pixels(data: Any, row: int, side: int) -> np.ndarray:
-    """A PNG file, or its base64, as pixels [side, side, 3]."""
-    where = f"column low, row {row}"
-    picture, _ = _opened(data, where, side)
-    ground = Image.new("RGBA", picture.size, "white")
-    try:
-        return np.asarray(Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB"))
-    except (ValueError, OSError, SyntaxError):
-        raise ValueError(f"{where}: a PNG file that is broken") from None
+def _pixels(table: pd.DataFrame, column: str, side: int) -> np.ndarray:
+    """A column of PNG files, or their base64, as pixels [row, side, side, 3]."""
+    found: list[np.ndarray] = []
+    for row, data in enumerate(table[column]):
+        where = f"column {column}, row {row}"
+        picture, _ = _opened(data, where, side)
+        ground = Image.new("RGBA", picture.size, "white")
+        try:
+            whole = Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
+        except (ValueError, OSError, SyntaxError):
+            raise ValueError(f"{where}: a PNG file that is broken") from None
+        found.append(np.asarray(whole))
+    return np.stack(found) if found else np.zeros((0, side, side, 3), np.uint8)
 
 
 def _opened(data: Any, where: str, side: int) -> tuple[Image.Image, int]:
@@ -232,18 +267,25 @@ def _opened(data: Any, where: str, side: int) -> tuple[Image.Image, int]:
     return picture, file[24]
 
 
-def _options(text: str) -> dict[str, Any]:
-    """A call's options from JSON. ValueError for what is none, or has a parameter of its own."""
-    wanted = 'wanted a JSON object such as {"sampler": "ddim", "sr1.steps": 8}'
+_OWN = (
+    "prompts", "negative", "guidance", "steps", "seed", "labels", "low", "map", "level", "known"
+)  # fmt: skip
+"""Of a call: what has a place of its own in a request, or none."""
+_WAY = '{"noise": 0.5, "inversion_steps": 40, "steps": 8}'
+"""Of an edit: what options may say."""
+
+
+def _options(
+    text: str, own: Sequence[str] = _OWN, such: str = '{"sampler": "ddim", "sr1.steps": 8}'
+) -> dict[str, Any]:
+    """A call's options from JSON. ValueError for what is none, or has a parameter of its `own`."""
+    wanted = f"wanted a JSON object such as {such}"
     try:
         options = json.loads(text)
     except ValueError as error:
         raise ValueError(f"options: {error}; {wanted}") from None
     if not isinstance(options, dict):
         raise ValueError(f"options: got {text:.80}, {wanted}")
-    own = (
-        "prompts", "negative", "guidance", "steps", "seed", "labels", "low", "map", "level", "known"
-    )  # fmt: skip
     if odd := [name for name in options if name in own]:
         raise ValueError(f"options: {odd[0]} is none of them; it has a place of its own, or none")
     return options
@@ -278,12 +320,22 @@ class PackagedGenerator(PythonModel):
         guidance, steps, seed, level, how strongly `low` is damaged first, and options, a JSON
         object of whatever else a call knows: {"sampler": "ddim", "guidance_interval": [0.1, 0.8],
         "sr1.steps": 8}. What is left out is the package's default.
+
+        A generator with an edit stage reads from `picture` a PNG file in each row and edits it
+        instead. Nothing but options counts then: {"noise": 0.5, "inversion_steps": 40, "steps": 8}.
         """
         params = {key: value for key, value in (params or {}).items() if value is not None}
         given: Mapping[str, Any] = getattr(self.generator, "given", {})
+        if "picture" in _columns(model_input) and "edit" not in given:
+            raise ValueError(
+                "column picture: this model edits no picture, as it has no edit stage; ask one "
+                "that has, or leave the column out"
+            )
         if given:
             table = _table(model_input)
             told = _given(table, given)
+            if "edit" in given and _asks_edit(table):
+                return self._edited(table, params, given["edit"]["side"])
             blank = [""] * len(table)
             prompts = [_said(it) for it in table["prompt"]] if "prompt" in table else blank
         else:
@@ -300,6 +352,26 @@ class PackagedGenerator(PythonModel):
             **told,
         )
         return [_png(picture) for picture in pictures]
+
+    def _edited(self, table: pd.DataFrame, params: Mapping[str, Any], side: int) -> list[bytes]:
+        """One PNG for each row's picture. ValueError where something else is said of a row."""
+        for name in table:
+            if name != "picture" and not all(_blank(it) for it in table[name]):
+                raise ValueError(
+                    f"column {name}: an edit is told nothing but the picture; ask for what is to "
+                    "be drawn in a request of its own"
+                )
+        # MLflow fills in what a request leaves out.
+        usual = {"negative_prompt": "", **self.generator.defaults}
+        for name in ("negative_prompt", "guidance", "steps"):
+            if params.get(name, usual[name]) != usual[name]:
+                raise ValueError(
+                    f"{name}: it is of what is drawn from prompts; an edit is told how by options, "
+                    f"such as {_WAY}"
+                )
+        chosen = _options(params.get("options") or "{}", ("pictures",), _WAY)
+        edited = self.generator.edit(_pixels(table, "picture", side), **chosen)
+        return [_png(picture) for picture in edited]
 
 
 set_model(PackagedGenerator())

@@ -223,7 +223,11 @@ def parser() -> argparse.ArgumentParser:
         help="to the noise and back by the base alone: what the way itself costs",
     )
 
-    it = verb("serve", "a registered model over HTTP, by MLflow's server", commands.serve)
+    it = verb(
+        "serve",
+        "a registered model over HTTP, by MLflow's server: it draws, and edits if it can",
+        commands.serve,
+    )
     it.add_argument("model", metavar="MODEL")
     it.add_argument("--host", default="127.0.0.1", metavar="ADDRESS")
     it.add_argument("--port", type=int, default=8080, metavar="N")

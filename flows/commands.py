@@ -344,8 +344,9 @@ def serve(model: str, host: str, port: int) -> dict[str, Any]:
 
     from evaluation.registry import application
 
-    name, app, example = application(model, tracking_uri=settings().mlflow_uri)
-    say(f"{name} answers on http://{host}:{port}: POST /invocations {example}; GET /health")
+    name, app, examples = application(model, tracking_uri=settings().mlflow_uri)
+    posts = " or ".join(f"POST /invocations {it}" for it in examples)
+    say(f"{name} answers on http://{host}:{port}: {posts}; GET /health")
     uvicorn.run(app, host=host, port=port, log_level="warning")
     return {"model": name, "text": f"{name}: stopped"}
 

@@ -164,14 +164,18 @@ def _record(line: Line) -> str:
     return str(line.settings.run_record(line.recipe.identity))
 
 
-def _told_beside(package: str) -> str:
-    """What a call of this package needs beside a prompt, as `darkroom sample` takes it."""
+def _given(package: str) -> dict[str, Any]:
+    """What a call of this package needs beside a prompt, as `Generator.given` says it."""
     described = storage.join(package, "generator", "generator.json")
-    if not storage.exists(described):
-        return ""
-    given = storage.read_json(described).get("given", {})
-    labels = [f" --label {name}={them[0]}" for name, them in given.get("labels", {}).items()]
-    return "".join(labels) + (" --low small.png" if given.get("low") else "")
+    return storage.read_json(described).get("given", {}) if storage.exists(described) else {}
+
+
+def _calls(name: str, prompt: str, given: dict[str, Any]) -> list[str]:
+    """The commands that draw and edit with a model."""
+    labels = [f" --label {it}={them[0]}" for it, them in given.get("labels", {}).items()]
+    asked = "".join(labels) + (" --low small.png" if given.get("low") else "")
+    edit = [f"darkroom edit {name} --pictures FOLDER --out edited"] if given.get("edit") else []
+    return [f'darkroom sample {name} "{prompt}"{asked} --out pictures', *edit]
 
 
 def summary(line: Line, result: dict[str, Any]) -> str:
@@ -199,6 +203,6 @@ def summary(line: Line, result: dict[str, Any]) -> str:
     ]
     if result["reused"]:
         lines.append(f"  already done: {', '.join(result['reused'])}")
-    asked = _told_beside(result["package"])
-    lines += ["", f'  darkroom sample {name} "{prompt}"{asked} --out pictures', ""]
+    calls = _calls(name, prompt, _given(result["package"]))
+    lines += ["", *(f"  {it}" for it in calls), ""]
     return "\n".join(lines)

@@ -424,13 +424,18 @@ class Generator:
     def given(self) -> dict[str, Any]:
         """What a call gives beside prompts, for those who only read of the generator: "labels"
         (attribute -> answers), "low" (side in pixels) and "map" (its "classes" by index, its "side"
-        in pixels), where stages are told them, and then "text", whether prompts are heard as well;
-        {} where they are all there is."""
+        in pixels), where stages are told them, "edit" (the "side" of pictures that `edit` takes,
+        and that their "source" becomes the "target"), and then "text", whether prompts are heard as
+        well; {} where they are all there is."""
         labels = {"labels": {name: list(it) for name, it in self.classes.items()}}
         low = {"low": self.low_side}
         maps = {"map": {"classes": list(self.map_classes), "side": self.resolution}}
-        found = (labels if self.reads_labels else {}) | (low if self.low_side else {})
+        found: dict[str, Any] = labels if self.reads_labels else {}
+        found |= low if self.low_side else {}
         found |= maps if self.map_classes else {}
+        if self.editor is not None:
+            config, side = self.editor.config, self.latent_shape[-1]
+            found["edit"] = {"side": side, "source": config.source, "target": config.target}
         return {**found, "text": self.reads_text} if found else {}
 
     @property

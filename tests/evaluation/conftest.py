@@ -21,10 +21,10 @@ def untrained(
     root: Path,
     networks: Mapping[str, Mapping[str, Any]],
     latent_shape: tuple[int, int, int],
-    made: Callable[[Any], Any] = lambda base: None,
+    made: Callable[[Any], Any] = lambda stage: None,
 ) -> dict[str, str]:
     """Stages with random weights, as training leaves them: kind -> folder. The base is told those
-    before it; `made` may change it."""
+    before it; `made` may change it, and an edit."""
     import torch
     from safetensors.torch import save_file
 
@@ -37,6 +37,7 @@ def untrained(
         stage: Any = stages.create(kind, dict(config), dict(done) if kind == "base" else {})
         if kind == "base":
             stage.latent_shape.copy_(torch.tensor(latent_shape))
+        if kind in ("base", "edit"):
             made(stage)
         folder = root / kind
         folder.mkdir()

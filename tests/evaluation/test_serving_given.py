@@ -1,4 +1,6 @@
-"""A service is told more than prompts: the picture to enlarge and a class, by columns."""
+"""A service is told more than prompts: the picture to enlarge and a class, by columns; or the
+picture to edit.
+"""
 
 import base64
 import io
@@ -39,11 +41,15 @@ SYNTHESIS = {
     "network": BASE["network"],
 }
 
+PLAIN = {"data": "pixels", "network": BASE["network"]}
+EDIT = {"network": {**BASE["network"], "in_channels": 3}, "inversion_steps": 3, "steps": 2}
 
-def loud(base: Any) -> None:
+
+def loud(stage: Any) -> None:
     import torch
 
-    torch.nn.init.normal_(base.network.out.weight, std=0.3)  # else it draws 0
+    # Else it draws 0; and an edit would be its base.
+    torch.nn.init.normal_(stage.network.out.weight, std=0.2 if stage.kind == "edit" else 0.3)
 
 
 def opened(package: Path) -> serving.PackagedGenerator:
@@ -81,6 +87,24 @@ def synthesis(tmp_path_factory) -> Path:
     assemble(root / "generator", done, {"steps": 2})
     made = package(root / "generator", root / "packages", recipe={"name": "maps"}, lineage={})
     return Path(made)
+
+
+@pytest.fixture(scope="module")
+def editing(tmp_path_factory) -> Path:
+    """A base that is told a text, and its edit."""
+    from evaluation.packaging import package
+    from training.assembling import assemble
+
+    root = tmp_path_factory.mktemp("edits")
+    done = untrained(root, {"clip": CLIP, "base": PLAIN, "edit": EDIT}, (3, 16, 16), loud)
+    assemble(root / "generator", done, {"steps": 2, "guidance": 2.0})
+    made = package(root / "generator", root / "packages", recipe={"name": "edits"}, lineage={})
+    return Path(made)
+
+
+@pytest.fixture(scope="module")
+def shown() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +210,148 @@ def test_a_row_tells_a_label_map(synthesis, maps):
     assert "which class each pixel is to have: 0 night, 1 dusk, 2 day;" in page
 
 
+def test_pictures_are_edited_in_every_form(editing, shown):
+    model = opened(editing)
+    wanted = model.generator.edit(shown)
+    assert (wanted != model.generator.edit(shown, edited=False)).any()
+    files = [png(it) for it in shown]
+    coded = [base64.b64encode(it).decode() for it in files]
+    rows = [{"prompt": "", "picture": it} for it in coded]
+    for asked in (
+        pd.DataFrame({"picture": files}), {"picture": files}, {"picture": coded}, rows,
+        pd.DataFrame([{"picture": coded}]), pd.DataFrame({"prompt": [None] * 2, "picture": files}),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(pixels(model.predict(None, asked, {"seed": 5})), wanted)
+    options = {"noise": 0.4, "inversion_steps": 5, "steps": 3, "edited": False}
+    alone = model.predict(None, {"picture": coded[0]}, {"options": json.dumps(options)})
+    there = model.generator.edit(shown[:1], **options)
+    np.testing.assert_array_equal(pixels(alone), there)
+    assert model.predict(None, pd.DataFrame({"picture": files[:0]}), {}) == []
+
+    drawn = model.generator(["a", "b"], seed=3)
+    blank = {"prompt": ["a", "b"], "picture": [None, ""]}
+    for asked in (["a", "b"], {"prompt": ["a", "b"]}, blank, pd.DataFrame(blank)):
+        np.testing.assert_array_equal(pixels(model.predict(None, asked, {"seed": 3})), drawn)
+
+
+@pytest.mark.parametrize(
+    ("more", "params", "said"),
+    [
+        ({"picture": "nonsense"}, {}, "column picture, row 0: wanted a PNG file, or its base64"),
+        ({"picture": ""}, {}, "column picture, row 0: wanted a PNG file, or its base64"),
+        ({"picture": ["FILE", None]}, {}, "column picture, row 1: wanted a PNG file"),
+        ({"picture": "BROKEN"}, {}, "column picture, row 0: a PNG file that is broken"),
+        ({"picture": "SMALL"}, {}, "column picture, row 0: got 16 x 8 pixels, wanted 16 x 16"),
+        ({"prompt": "a"}, {}, "column prompt: an edit is told nothing but the picture"),
+        ({"low": "a"}, {}, "no column low is known; there are prompt, picture"),
+        ({}, {"steps": 9}, "steps: it is of what is drawn from prompts; an edit is told how by"),
+        ({}, {"guidance": 4.0}, "guidance: it is of what is drawn from prompts"),
+        ({}, {"negative_prompt": "red"}, "negative_prompt: it is of what is drawn from prompts"),
+        ({}, {"options": '{"sampler": "ddim"}'}, "edit: it has no sampler; it has noise, inver"),
+        ({}, {"options": '{"noise": 0}'}, r"noise: got 0.0, wanted a time above 0"),
+        ({}, {"options": '{"steps": 2.5}'}, r"edit.steps: got 2.5, wanted int"),
+        ({}, {"options": '{"edited": "no"}'}, "edited: got 'no', wanted True or False"),
+        ({}, {"options": '{"pictures": 1}'}, "options: pictures is none of them"),
+        ({}, {"options": "[]"}, 'wanted a JSON object such as {"noise": 0.5'),
+    ],
+)
+def test_what_an_edit_cannot_be_told_is_named(editing, shown, more, params, said):
+    file = png(shown[0])
+    files = {"FILE": file, "BROKEN": file[:-30], "SMALL": png(shown[0, :8])}
+
+    def real(it):
+        return [real(one) for one in it] if isinstance(it, list) else files.get(it, it)
+
+    asked = {name: real(it) for name, it in ({"picture": "FILE"} | more).items()}
+    with pytest.raises(ValueError, match=said):
+        opened(editing).predict(None, asked, params)
+
+
+def test_models_without_an_edit_say_so(packaged, synthesis, make, shown):
+    file = base64.b64encode(png(shown[0])).decode()
+    refused = "column picture: this model edits no picture, as it has no edit stage"
+    for package in (packaged, synthesis, make()):
+        model = opened(package)
+        for asked in (
+            pd.DataFrame([{"picture": file}]), {"picture": file}, [{"picture": file}],
+            {"prompt": ["a"], "picture": [file]},
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=refused):
+                model.predict(None, asked, {})
+
+
+def test_an_editing_model_says_what_to_give(editing):
+    from evaluation.packaging import example
+
+    given = json.loads((editing / "manifest.json").read_text())["given"]
+    assert given == {"edit": {"side": 16, "source": "red", "target": "blue"}, "text": True}
+    assert example(given) == {"prompt": "a red circle"}
+    page = (editing / "README.md").read_text()
+    assert 'rows = pd.DataFrame([{"prompt": "a red circle"}])' in page
+    assert 'rows = pd.DataFrame([{"picture": open("picture.png", "rb").read()}])' in page
+    assert "what is red there becomes blue" in page
+
+
+@pytest.mark.slow
+def test_mlflow_and_its_server_edit(editing, make, shown, tmp_path, monkeypatch):
+    import mlflow
+    from fastapi.testclient import TestClient
+    from mlflow.exceptions import MlflowException
+
+    from evaluation import registry
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    version = registry.register(editing, "edits", tracking_uri=uri)
+    assert registry.facts(f"edits/{version}", tracking_uri=uri, lineage=())["infra"] is True
+    mlflow.set_tracking_uri(uri)
+    served = mlflow.pyfunc.load_model(f"models:/edits/{version}")
+    signature = served.metadata.signature
+    assert signature.inputs.input_names() == ["prompt", "picture"]
+    assert signature.inputs.required_input_names() == []
+    generator = opened(editing).generator
+    wanted, files = generator.edit(shown), [png(it) for it in shown]
+    drawn = served.predict(pd.DataFrame({"picture": files}))
+    np.testing.assert_array_equal(pixels(drawn), wanted)
+    drawn = served.predict(pd.DataFrame({"prompt": ["a ring"]}), params={"seed": 3})
+    np.testing.assert_array_equal(pixels(drawn), generator(["a ring"], seed=3))
+    with pytest.raises(ValueError, match="wanted rows with a prompt or a picture, got neither"):
+        served.predict(["a ring"])
+
+    _, app, examples = registry.application(f"edits/{version}", tracking_uri=uri)
+    assert [json.loads(it)["dataframe_records"] for it in examples] == [
+        [{"prompt": "a red circle"}],
+        [{"picture": "BASE64 OF A PNG FILE"}],
+    ]
+    client = TestClient(app)
+    coded = [base64.b64encode(it).decode() for it in files]
+    options = {"noise": 0.4, "steps": 3}
+    chosen = generator.edit(shown, **options)
+    rows = [{"picture": it} for it in coded]
+    for body in (
+        {"dataframe_records": rows},
+        {"dataframe_split": {"columns": ["picture"], "data": [[it] for it in coded]}},
+        {"inputs": {"picture": coded}},
+    ):
+        for params, there in (({}, wanted), ({"options": json.dumps(options)}, chosen)):
+            answer = client.post("/invocations", json=body | {"params": params})
+            assert answer.status_code == 200, answer.text
+            found = pixels([base64.b64decode(it) for it in answer.json()["predictions"]])
+            np.testing.assert_array_equal(found, there)
+    alone = client.post("/invocations", json={"inputs": {"picture": coded[0]}})
+    found = pixels([base64.b64decode(it) for it in alone.json()["predictions"]])
+    np.testing.assert_array_equal(found, generator.edit(shown[:1]))
+    answer = client.post("/invocations", json={"dataframe_records": rows, "params": {"steps": 9}})
+    assert answer.status_code == 400 and "an edit is told how by options" in answer.text
+
+    version = registry.register(make(), "plain", tracking_uri=uri)
+    app = registry.application(f"plain/{version}", tracking_uri=uri)[1]
+    answer = TestClient(app).post("/invocations", json={"dataframe_records": rows})
+    assert answer.status_code == 400 and "this model edits no picture" in answer.text
+    with pytest.raises((ValueError, MlflowException), match="this model edits no picture"):
+        mlflow.pyfunc.load_model(f"models:/plain/{version}").predict(pd.DataFrame(rows))
+
+
 @pytest.mark.slow
 def test_mlflow_takes_label_maps(synthesis, maps, tmp_path, monkeypatch):
     import mlflow
@@ -230,7 +396,7 @@ def test_mlflow_and_its_server_take_what_the_generator_takes(
     with pytest.raises(MlflowException, match="missing inputs"):
         served.predict(["a ring"])
 
-    name, app, example = registry.application(f"told/{version}", tracking_uri=uri)
+    name, app, (example,) = registry.application(f"told/{version}", tracking_uri=uri)
     assert name == f"told/{version}"
     record = json.loads(example)["dataframe_records"][0]
     assert record == {

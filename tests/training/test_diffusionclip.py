@@ -152,6 +152,8 @@ def generator(line, tmp_path_factory):
 
 def test_a_call_chooses_the_way_of_its_edit(generator, batch):
     pictures = batch["pixels"].permute(0, 2, 3, 1).numpy()
+    given = {"side": 16, "source": "red", "target": "blue"}
+    assert generator.given == {"edit": given, "text": True}
     usual = generator.edit(pictures)
     same = generator.edit(pictures, noise=0.7, inversion_steps=4, steps=None)
     np.testing.assert_array_equal(same, usual)
