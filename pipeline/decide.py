@@ -5,6 +5,10 @@ and style) is held out if it hashes below the limit, but for a few exceptions th
 made: a data set that starts small holds some more out, or fewer, so that there is something to
 judge and something to learn from. Limit and exceptions stand in every version, so growth moves no
 pair to another split.
+
+Looks have no say in it, and no clusters of look-alikes are formed: those could not stay in their
+split when a later picture joins two of them. What looks the same as a picture in another split is
+left out afterwards instead (`select`, `other_split`).
 """
 
 from __future__ import annotations

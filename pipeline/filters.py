@@ -44,8 +44,10 @@ class SelectionRules:
     languages: tuple[str, ...] = ()
     """ISO 639-1 codes; a first caption in another language is filtered: `language`. Empty: any."""
     near_duplicates: Literal["keep", "apart", "drop"] = "apart"
-    """Pictures that look the same as an earlier one (see `dedup`): "drop" filters all of them
-    (`near_duplicate`), "apart" those that stand in another split than it does (`other_split`)."""
+    """Of pictures that look the same (see `dedup`), "drop" keeps the first in the order of the
+    sources (`near_duplicate`). "apart" filters pictures that look the same as one that stays in
+    another split (`other_split`), pair by pair: what earlier runs kept stays, and of those that one
+    run brings the one with the least key, whatever their order. "keep" filters none."""
     scores: Mapping[str, tuple[float | None, float | None]] = field(
         default_factory=dict[str, tuple[float | None, float | None]]
     )

@@ -42,7 +42,8 @@ class IngestRules(SelectionRules):
     shard_bytes: int = 256 << 20
     """About, on average: many large pictures make more shards."""
     heldout_share: float = 0.1
-    """Share of all pairs (captions, or caption and style) that training never sees."""
+    """Share of all pairs (captions, or caption and style) that training never sees. A sample's first
+    caption decides; look-alikes in different splits are told apart by `near_duplicates`."""
     unseen_share: float = 0.0
     """Share of all names (captions of rows with a style) that training never sees in any style."""
     min_heldout: int = 16

@@ -59,7 +59,7 @@ from .ingest import (
     described,
     selects_alike,
 )
-from .manifest import Manifest, Shard, blocked, fingerprint, publish
+from .manifest import Manifest, Shard, blocked, fingerprint, publish, read
 from .outcomes import STORED, batch_of, read_batches, restated, writing
 from .rows import Lines, Positions, names_of, names_of_keys, parsed, row_name
 from .select import left_out, select
@@ -535,6 +535,7 @@ class Run:
         """All shards with what is left out of them."""
         decided = {shard.name for shard in self.base.shards} if self.base else set[str]()
         stands = self.base is not None and selects_alike(self.base, self.rules, self.scorers)
+        again = not stands or any(shard.name not in decided for shard in old)
         if self.scorers.specs:
             from .score import score
 
@@ -545,8 +546,16 @@ class Run:
             )  # fmt: skip
         return select(
             self.dataset, (*old, *written), met, self.rules, self._scores,
-            decided=decided if stands else (),
+            decided=decided if stands else (), runs=self._runs() if again else (),
         )  # fmt: skip
+
+    def _runs(self) -> list[int]:
+        """How many pictures had been stored when each earlier run ended: rows keep their order."""
+        ends, version = list[int](), self.base
+        while version:
+            ends.append(sum(version.counts[outcome] for outcome in STORED))
+            version = read(self.dataset, version.parent) if version.parent else None
+        return ends
 
     def _scores(self, shard: str) -> Mapping[str, Any]:
         from .score import read_scores

@@ -33,15 +33,16 @@ def select(
     rules: SelectionRules,
     scores: ModelScores,
     decided: Collection[str] = (),
+    runs: Sequence[int] = (),
 ) -> tuple[Shard, ...]:
     """The shards with what is to be left out of each, published.
 
-    `met` says of each key when its picture was first met: of two that look the same, the earlier
-    one stays. `decided` names the shards whose selection stands.
+    `met` says of each key when its picture was first met, `runs` where in that order a new run
+    began: see `SelectionRules.near_duplicates`. `decided` names the shards whose selection stands.
     """
     here = Manifest(dataset, 0, None, tuple(stored))
     each, reasons = rules.rules(), dict[int, dict[int, str]]()
-    looks = _Looks(dataset) if rules.near_duplicates != "keep" else None
+    looks = _Looks(dataset, runs) if rules.near_duplicates != "keep" else None
     for number, shard in enumerate(stored):
         if shard.name in decided:
             if looks:
@@ -78,8 +79,9 @@ def left_out(version: Manifest) -> tuple[np.ndarray, list[str]]:
 class _Looks:
     """Samples that may look the same as one another, a few dozen bytes of each."""
 
-    def __init__(self, dataset: str):
-        self.dataset = dataset
+    def __init__(self, dataset: str, runs: Sequence[int] = ()):
+        self.dataset, self.runs = dataset, runs
+        self.keys = bytearray()
         self.look = bytearray()
         self.shard: array[int] = array("q")
         self.row: array[int] = array("q")
@@ -96,21 +98,21 @@ class _Looks:
         self.look += bytes.fromhex("".join(table["look"].to_pylist()))
         self.shard.extend([number] * len(rows))
         self.row.extend(rows)
-        keys = table["key"].to_pylist()
-        self.met.extend(met(names_of_keys(keys)).tolist() if met else [-1] * len(rows))
+        names = names_of_keys(table["key"].to_pylist())
+        self.keys += names.tobytes()
+        self.met.extend(met(names).tolist() if met else [-1] * len(rows))
         self.splits += [shard.split] * (number + 1 - len(self.splits))
 
     def left_out(self, rule: str) -> Iterator[tuple[int, int, str]]:
-        """(number of the shard, row, reason) of those that go: in the order in which they were met,
-        each one that looks the same as one that stays.
-        """
+        """(number of the shard, row, reason) of those that go: in order, each one that looks the
+        same as one that stays."""
         from . import dedup
 
         met = np.array(self.met)
         neighbours = dedup.Neighbours(dedup.parsed(self.look))
         staying = [0] * len(neighbours)  # a bit for each split in which such a look stays
         bits = {split: 1 << at for at, split in enumerate(dict.fromkeys(self.splits))}
-        order: list[int] = np.argsort(met, kind="stable").tolist()
+        order: list[int] = self._order(rule, met).tolist()
         for at in order:
             look = int(neighbours.of[at])
             if look < 0:
@@ -127,6 +129,17 @@ class _Looks:
                 yield shard, self.row[at], "other_split"
             else:
                 staying[look] |= own
+
+
+    def _order(self, rule: str, met: np.ndarray) -> np.ndarray:
+        """What stands comes first, then what came in earlier runs."""
+        if rule == "drop":
+            return np.argsort(met, kind="stable")
+        # Which split a picture is lost to must not follow from the order of files: keys are
+        # hashes, and favour none.
+        order = np.argsort(names_of(self.keys), kind="stable")
+        run = np.where(met < 0, -1, np.searchsorted(sorted(self.runs), met, "right"))
+        return order[np.argsort(run[order], kind="stable")]
 
 
 def _scored(
