@@ -48,12 +48,13 @@ _MEANING = {
     "caption_long": "more characters than max_caption",
     "language": "the caption is in none of the languages asked for",
     "near_duplicate": "looks the same as an earlier picture",
-    "other_split": "looks the same as an earlier picture of another split",
+    "other_split": "looks the same as a picture of another split that stays",
     "known": "the file of a picture that an earlier version had",
     "same_picture": "the file of an earlier row, with the same caption",
     "caption_added": "the file of an earlier row; the picture has this caption too",
     "caption_of_other_split": "the file of an earlier row; the caption belongs to another split",
     "removed": "taken down; it may not come back",
+    "removed_lookalike": "looks the same as a picture that was taken down",
 }
 _LOOK_ALIKES = ("near_duplicate", "other_split")
 _SIZES = ("width", "height", "original_width", "original_height")

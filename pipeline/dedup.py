@@ -81,6 +81,27 @@ def alike(one: Looks, other: Looks) -> np.ndarray:
     return (bits <= MAX_BITS) & (levels <= MAX_LEVELS) & one.telling & other.telling
 
 
+def find(looks: Looks, among: Looks) -> np.ndarray:
+    """For each picture the first of others that looks the same, -1 where none does.
+
+    Of four quarters of two such hashes one is equal (pigeonhole): those are compared.
+    """
+    nobody = len(among.signs)
+    found = np.full(len(looks.signs), nobody)
+    for quarter in range(MAX_BITS + 1):
+        shift = np.uint64(64 // (MAX_BITS + 1) * quarter)
+        own, other = (it.signs >> shift & np.uint64(0xFFFF) for it in (looks, among))
+        order = np.argsort(other, kind="stable")
+        start, stop = (np.searchsorted(other[order], own, side) for side in ("left", "right"))
+        count = stop - start
+        one = np.repeat(np.arange(len(own)), count)
+        within = np.arange(len(one)) - np.repeat(np.cumsum(count) - count, count)
+        beside = order[np.repeat(start, count) + within]
+        near = alike(looks[one], among[beside])
+        np.minimum.at(found, one[near], beside[near])
+    return np.where(found == nobody, -1, found)
+
+
 class Neighbours:
     """Which pictures look the same. `of[row]` is the number of a row's look, -1 where it tells
     nothing; `neighbours[number]` are the numbers of the looks that are like it, itself included.

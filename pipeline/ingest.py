@@ -42,8 +42,8 @@ class IngestRules(SelectionRules):
     shard_bytes: int = 256 << 20
     """About, on average: many large pictures make more shards."""
     heldout_share: float = 0.1
-    """Share of all pairs (captions, or caption and style) that training never sees. A sample's first
-    caption decides; look-alikes in different splits are told apart by `near_duplicates`."""
+    """Share of all pairs (captions, or caption and style) that training never sees. The first
+    caption of a sample decides; of look-alikes in different splits see `near_duplicates`."""
     unseen_share: float = 0.0
     """Share of all names (captions of rows with a style) that training never sees in any style."""
     min_heldout: int = 16
@@ -55,6 +55,9 @@ class IngestRules(SelectionRules):
     max_pixels: int = 50_000_000
     max_bytes: int = 100_000_000
     animated: Literal["first", "reject"] = "first"
+    removed_lookalikes: Literal["reject", "keep"] = "reject"
+    """Pictures that look the same as one that was taken down (see `dedup`), such as its file saved
+    anew: `removed_lookalike`."""
     options: SourceOptions = field(default_factory=SourceOptions)
     download: DownloadRules = field(default_factory=DownloadRules)
     """How pictures are fetched from the web; what was fetched before is not fetched again."""
@@ -68,6 +71,10 @@ class IngestRules(SelectionRules):
         for name in ("heldout_share", "unseen_share", "max_rejected_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.removed_lookalikes not in ("reject", "keep"):
+            raise ValueError(
+                f"removed_lookalikes must be reject or keep, got {self.removed_lookalikes!r}"
+            )
         if len(self.background) != 3 or not all(0 <= level <= 255 for level in self.background):
             raise ValueError(
                 f"background must be three levels from 0 to 255, got {self.background}"
@@ -76,6 +83,7 @@ class IngestRules(SelectionRules):
     def reading(self) -> dict[str, Any]:
         """What pass 1 depends on; other rules may change in a run that goes on."""
         names = ("max_side", "background", "max_pixels", "max_bytes", "animated")
+        names += ("removed_lookalikes",)
         return {name: getattr(self, name) for name in names}
 
 
@@ -181,12 +189,16 @@ def described(rules: IngestRules) -> dict[str, Any]:
     return stated | {"code": CODE}
 
 
+_CAME_LATER = {"removed_lookalikes": "reject"}
+
+
 def _same_rules(version: Manifest, rules: IngestRules) -> bool:
     """Whether the stored samples would be the same, in the same shards."""
     other = dict.fromkeys(
         ("heldout_limit", "heldout_exceptions", "scorers", "download", *SELECTING)
     )
-    return {**version.rules, **other} == {**described(rules), **other}
+    # a rule that came later than the version was not missed: nobody had looks to compare
+    return {**_CAME_LATER, **version.rules, **other} == {**described(rules), **other}
 
 
 def selects_alike(version: Manifest, rules: IngestRules, scorers: Scorers) -> bool:

@@ -130,7 +130,8 @@ def read(dataset: str, version: int) -> Manifest:
 
 
 def blocked(dataset: str) -> dict[str, Any]:
-    """Key -> why and when, of the pictures that may not come back."""
+    """Key -> why and when, of the pictures that may not come back, and what they looked like where
+    that is known."""
     url = storage.join(dataset, "blocked.json")
     return storage.read_json(url) if storage.exists(url) else {}
 

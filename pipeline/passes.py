@@ -335,7 +335,8 @@ class Run:
         download: DownloadRules,
         *kind: str,
     ) -> list[Record]:
-        gone, reading = sorted(blocked(self.dataset)), self.rules.reading()
+        gone = sorted((key, it.get("look", "")) for key, it in blocked(self.dataset).items())
+        reading = self.rules.reading()
         units: list[Record] = []
         for (start, stop), fetched in zip(parts, web, strict=True):
             deciding = [*([download.deciding()] if fetched else []), *([gone] if gone else [])]
@@ -412,7 +413,7 @@ class Run:
             reason = rows.found[number]["reason"]
             if reason in _MAY_CHANGE and rows.again[number]:
                 count -= 1  # it was out of reach before, and is still
-            elif reason != "removed":
+            elif reason not in ("removed", "removed_lookalike"):
                 reasons[reason] += 1
                 first = number if first < 0 else first
         if reasons.total() > self.rules.max_rejected_share * max(count, _FEW if self.base else 0):

@@ -130,7 +130,6 @@ class _Looks:
             else:
                 staying[look] |= own
 
-
     def _order(self, rule: str, met: np.ndarray) -> np.ndarray:
         """What stands comes first, then what came in earlier runs."""
         if rule == "drop":

@@ -35,6 +35,10 @@ def reader(
     from . import dedup, images
 
     gone = blocked(dataset)
+    known = {key: it["look"] for key, it in gone.items() if it.get("look")}
+    if reading["removed_lookalikes"] == "keep":
+        known = {}
+    gone_keys, gone_looks = [*known], dedup.parsed(bytes.fromhex("".join(known.values())))
     max_side = reading["max_side"]
     policy = images.DecodePolicy(
         background=tuple(reading["background"]),
@@ -126,8 +130,14 @@ def reader(
                 except Rejected as rejected:
                     found |= {"reason": rejected.reason, "detail": rejected.detail}
             looks = dedup.looks([thumbnail for _, thumbnail in seen])
-            for (found, _), look in zip(seen, looks, strict=True):
+            like = dedup.find(dedup.parsed(bytes.fromhex("".join(looks))), gone_looks).tolist()
+            for (found, _), look, at in zip(seen, looks, like, strict=True):
                 found["scores"]["look"] = look
+                if at >= 0:
+                    key = found["key"]
+                    found.clear()
+                    detail = f"looks the same as {gone_keys[at]}, which was taken down"
+                    found |= {"key": key, "reason": "removed_lookalike", "detail": detail}
         text = "".join(json.dumps(found) + "\n" for found in results)
         url = result_url(dataset, unit["unit"], "jsonl")
         storage.publish_bytes(url, text.encode(), durable=False)

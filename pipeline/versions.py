@@ -35,6 +35,8 @@ class Removal:
     them."""
     absent: tuple[str, ...]
     """Keys that no version held; they are blocked all the same."""
+    alike: tuple[str, ...] = ()
+    """Keys that the newest version still stores, of pictures that look the same as one of them."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ def remove(dataset: str, keys: Iterable[str], reason: str = "") -> Removal:
     """Purge pictures from all versions, and let them never come back.
 
     Their shards are written anew without them, and so is what was computed from those; the
-    versions that held them are redacted, and a new one follows. ValueError: no data set there, no
-    keys, or something that is no key; nothing is done then.
+    versions that held them are redacted, and a new one follows. The blocklist keeps the look of
+    those that were held, so that their files saved anew do not come in either (but flat pictures,
+    whose looks tell nothing); what is stored and looks the same stays, and is named. ValueError: no
+    data set there, no keys, or something that is no key; nothing is done then.
     """
     wanted = sorted({key.strip().lower() for key in keys})
     if odd := [key for key in wanted if not _KEY.fullmatch(key)]:
@@ -65,8 +69,10 @@ def remove(dataset: str, keys: Iterable[str], reason: str = "") -> Removal:
         raise ValueError(f"{dataset}: no data set there")
     with storage.lock(storage.join(dataset, ".lock")):
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        listed = {key: {"reason": reason, "time": now} for key in wanted}
-        storage.publish_json(storage.join(dataset, "blocked.json"), listed | blocked(dataset))
+        looks = _looks(dataset, frozenset(wanted))
+        listed = {key: {"reason": reason, "time": now} for key in wanted} | blocked(dataset)
+        listed |= {key: {**listed[key], "look": look} for key, look in looks.items()}
+        storage.publish_json(storage.join(dataset, "blocked.json"), listed)
         # A killed run's staged pictures may be among them; what it had read is read again.
         storage.delete(storage.join(dataset, "staging"))
         without, gone = _Without(dataset, frozenset(wanted)), set[str]()
@@ -82,8 +88,9 @@ def remove(dataset: str, keys: Iterable[str], reason: str = "") -> Removal:
         if newest.redacted:
             newest = _follow(newest)
         _collect(dataset)
+        alike = _alike(newest, [it["look"] for key in wanted if "look" in (it := listed[key])])
     everywhere = set[str]().union(*held.values())
-    return Removal(newest, held, tuple(key for key in wanted if key not in everywhere))
+    return Removal(newest, held, tuple(key for key in wanted if key not in everywhere), alike)
 
 
 def gc(dataset: str, keep: int = 0, dry_run: bool = False) -> Garbage:
@@ -119,6 +126,7 @@ def compact(dataset: str) -> Manifest:
         before = latest(dataset)
         if before is None:
             raise ValueError(f"{dataset}: no data set there")
+        _sweep(dataset)
         groups: dict[tuple[str, bool], list[Shard]] = {}
         for shard in before.shards:
             if 2 * shard.samples <= before.rules["shard_samples"]:
@@ -168,6 +176,39 @@ def _merge(version: Manifest, group: list[Shard]) -> list[Shard]:
 
 
 # ---- a take-down ---------------------------------------------------------------------------------
+
+
+def _looks(dataset: str, keys: frozenset[str]) -> dict[str, str]:
+    """The looks of those of the keys that any version holds."""
+    from . import shards
+
+    names = {shard.name for number in versions(dataset) for shard in read(dataset, number).shards}
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        if found.keys() >= keys:
+            break
+        held = shards.read_table(dataset, name, ["key"])["key"].to_pylist()
+        if not keys.isdisjoint(held):
+            table = shards.read_table(dataset, name)
+            if "look" in table.column_names:  # the first ones had none
+                looks = zip(held, table["look"].to_pylist(), strict=True)
+                found |= {key: look for key, look in looks if key in keys and look}
+    return found
+
+
+def _alike(version: Manifest, looks: list[str]) -> tuple[str, ...]:
+    """The keys of the pictures of a version that look the same as one of these."""
+    from . import dedup, shards
+
+    if not looks:
+        return ()
+    gone, found = dedup.parsed(bytes.fromhex("".join(looks))), list[str]()
+    for shard in version.shards:
+        table = shards.read_table(version.dataset, shard.name, ["key", "look"])
+        some = dedup.parsed(bytes.fromhex("".join(table["look"].to_pylist())))
+        keys = table["key"].to_pylist()
+        found += [keys[row] for row in (dedup.find(some, gone) >= 0).nonzero()[0]]
+    return tuple(sorted(found))
 
 
 class _Without:

@@ -96,3 +96,26 @@ def test_all_that_look_alike_are_found(kind, monkeypatch):
             wanted = set(np.flatnonzero(dedup.alike(table[np.array([row])], table)).tolist())
             found = like(neighbours, row) | {row} if neighbours.of[row] >= 0 else set()
             assert found == wanted, row
+
+
+def test_the_first_of_others_that_looks_the_same_is_found():
+    """As by comparing all with all; flat ones have none."""
+    rng = np.random.default_rng(3)
+    others = [bytes(rng.integers(0, 256, 11, np.uint8)) for _ in range(400)]
+    others += [bytes(8) + bytes([200, 30, 30])] * 2
+    some = []
+    for _ in range(300):
+        it = bytearray(others[rng.integers(len(others))])
+        for bit in rng.choice(64, rng.integers(0, 6), replace=False):
+            it[bit // 8] ^= 1 << (bit % 8)
+        it[8:] = bytes(np.clip(np.array(list(it[8:])) + rng.integers(-12, 13, 3), 0, 255).tolist())
+        some.append(bytes(it))
+    these, those = dedup.parsed(b"".join(some)), dedup.parsed(b"".join(others))
+    wanted = []
+    for at in range(len(some)):
+        near = np.flatnonzero(dedup.alike(these[np.array([at])], those))
+        wanted.append(int(near[0]) if len(near) else -1)
+    assert dedup.find(these, those).tolist() == wanted
+    assert 50 < wanted.count(-1) < 250
+    assert dedup.find(these, dedup.parsed(b"")).tolist() == [-1] * len(some)
+    assert dedup.find(dedup.parsed(b""), those).tolist() == []

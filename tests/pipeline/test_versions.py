@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import shutil
 import signal
 from dataclasses import replace
@@ -225,28 +226,171 @@ def test_what_is_no_key_is_refused(dataset, keys, message):
     assert everything(dataset) == before and manifest.blocked(dataset) == {}
 
 
-def test_a_killed_take_down_is_finished_by_the_next(dataset, tmp_path, killed_at):
-    keys = [key(picture(seed)) for seed in (3, 11, 45)]
+# ---- a picture that was taken down, saved anew ------------------------------------------------
+
+
+def photograph(seed, format="JPEG", side=120):
+    out = io.BytesIO()
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(out, format)
+    return out.getvalue()
+
+
+def saved_as(format, data, **options):
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).save(out, format, **options)
+    return out.getvalue()
+
+
+def files(path, named):
+    path.mkdir(exist_ok=True)
+    for name, data in named.items():
+        (path / name).write_bytes(data)
+        (path / name).with_suffix(".txt").write_text(f"the caption of {name}")
+    return str(path)
+
+
+ANEW = {
+    "appended.jpg": lambda data: data + b"\0",
+    "saved.png": lambda data: saved_as("PNG", data),
+    "smaller.jpg": lambda data: saved_as("JPEG", data, quality=70),
+    "half.webp": lambda data: half(data),
+}
+
+
+def half(data):
+    out = io.BytesIO()
+    Image.open(io.BytesIO(data)).resize((60, 60), Image.Resampling.BICUBIC).save(out, "WEBP")
+    return out.getvalue()
+
+
+@pytest.fixture
+def taken(tmp_path):
+    """A data set from which one photograph and one flat picture were taken down."""
+    dataset, gone = str(tmp_path / "taken"), photograph(1)
+    flat = io.BytesIO()
+    Image.new("RGB", (30, 30), (200, 30, 30)).save(flat, "PNG")
+    named = {f"{n}.jpg": photograph(n) for n in range(12)} | {"flat.png": flat.getvalue()}
+    ingest([files(tmp_path / "in", named)], dataset, IngestRules(heldout_share=0))
+    versions.remove(dataset, [key(gone), key(flat.getvalue())])
+    return dataset, gone, flat.getvalue()
+
+
+@pytest.mark.parametrize("rules", [{}, {"max_side": 48}], ids=["growth", "built anew"])
+def test_a_removed_picture_does_not_come_back_saved_anew(taken, tmp_path, rules):
+    dataset, gone, flat = taken
+    again = {name: change(gone) for name, change in ANEW.items()}
+    assert key(gone) not in {key(data) for data in again.values()}
+    more = again | {"flat.png": flat + b"\0", "other.jpg": photograph(50)}
+    url = files(tmp_path / "more", more)
+    version = ingest([url], dataset, IngestRules(heldout_share=0, **rules)).manifest
+    found = {it["id"].split("#")[1]: it for it in outcomes.read_outcomes(version)}
+    for name in again:
+        it = found[name]
+        assert (it["outcome"], it["reason"]) == ("rejected", "removed_lookalike")
+        assert key(gone) in it["detail"] and it["key"] == key(again[name])
+    # a flat picture has no look, and would take all others of its colour with it
+    assert found["flat.png"]["outcome"] == found["other.jpg"]["outcome"] == "kept"
+    assert version.counts["rejected:removed_lookalike"] == len(again)
+    assert outcomes.count(outcomes.read_batches(version)) == dict(version.counts)
+
+
+def test_look_alikes_of_what_was_removed_come_in_where_the_rules_say_so(taken, tmp_path):
+    dataset, gone, _ = taken
+    url = files(tmp_path / "more", {"saved.png": saved_as("PNG", gone)})
+    rules = IngestRules(heldout_share=0)
+    assert ingest([url], dataset, rules).counts["rejected:removed_lookalike"] == 1
+    both = [str(tmp_path / "in"), url]
+    other = ingest(both, dataset, replace(rules, removed_lookalikes="keep"))
+    assert key(saved_as("PNG", gone)) in kept(other.manifest)
+    assert other.counts["rejected"] == other.counts["rejected:removed"] == 2
+    with pytest.raises(ValueError, match="removed_lookalikes must be reject or keep, got 'some'"):
+        IngestRules(removed_lookalikes="some")
+
+
+def test_a_blocklist_and_versions_without_looks_are_read(taken, tmp_path):
+    dataset, gone, _ = taken
+    listed = manifest.blocked(dataset)
+    assert {len(it["look"]) for it in listed.values()} == {22}
+    old = {name: {"reason": it["reason"], "time": it["time"]} for name, it in listed.items()}
+    storage.publish_json(f"{dataset}/blocked.json", old)
+    last = manifest.latest(dataset)
+    stated = last.stated()
+    del stated["rules"]["removed_lookalikes"]
+    storage.publish_json(f"{dataset}/versions/{last.version:06d}.json", stated)
+    named = {"same.jpg": gone, "saved.png": saved_as("PNG", gone)}
+    grown = ingest([files(tmp_path / "more", named)], dataset, IngestRules(heldout_share=0))
+    assert grown.manifest.parent == last.version
+    found = {it["id"].split("#")[1]: it for it in outcomes.read_outcomes(grown.manifest)}
+    assert found["same.jpg"]["reason"] == "removed"
+    assert found["saved.png"]["outcome"] == "kept"
+
+
+def test_what_is_stored_and_looks_the_same_is_named_and_stays(tmp_path):
+    dataset, gone = str(tmp_path / "set"), photograph(1)
+    named = {f"{n}.jpg": photograph(n) for n in range(6)} | {"b.png": saved_as("PNG", gone)}
+    ingest([files(tmp_path / "in", named)], dataset, IngestRules(heldout_share=0))
+    for _ in range(2):  # also when it is asked again, with the picture gone
+        removal = versions.remove(dataset, [key(gone)])
+        assert removal.alike == (key(named["b.png"]),)
+    assert removal.alike[0] in kept(removal.manifest)
+    assert versions.remove(dataset, removal.alike).alike == ()
+
+
+# ---- killed, and run again --------------------------------------------------------------------
+
+
+GONE = (3, 104, 507)
+STOPPED = {
+    "remove": lambda dataset: versions.remove(dataset, [key(picture(seed)) for seed in GONE]),
+    "compact": versions.compact,
+    "gc": lambda dataset: versions.gc(dataset, keep=1),
+    "score": lambda dataset: score(
+        dataset, manifest.latest(dataset).shards, BRIGHT, bright, Executor()
+    ),
+}
+BRIGHT = [ScorerSpec(name, f"{name}1", (name,), side=4) for name in ("bright", "again")]
+
+
+def bright(spec):
+    return lambda pixels, _: {spec.name: pixels.mean((1, 2, 3)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("work", STOPPED)
+def test_what_was_killed_is_finished_by_the_next(work, grown, tmp_path, killed_at):
+    """At random steps of those that change the disk, until one comes too late."""
+    encoded(grown)
+    dataset, do = grown.dataset, STOPPED[work]
+    if work == "gc":
+        versions.compact(dataset)
+    before = manifest.versions(dataset)
     calm = str(tmp_path / "calm")
     shutil.copytree(dataset, calm)
-    versions.remove(calm, keys)
-    step = 0
+    do(calm)
+    assert tree(calm) != tree(dataset)
+    rng, step, kills = random.Random(work), 0, 0
     while True:
         copy = str(tmp_path / "copy")
         shutil.copytree(dataset, copy)
-        status = killed_at(step, lambda copy=copy: versions.remove(copy, keys))
+        status = killed_at(step, lambda copy=copy: do(copy))
         assert status in (0, -signal.SIGKILL)
         for number in manifest.versions(copy):  # whatever is visible can be read
             version = manifest.read(copy, number)
-            assert sum(len(stored(version, shard)) for shard in version.shards) >= 30
-        removed = versions.remove(copy, keys)
-        assert set(removed.held) == {manifest.read(calm, n).digest for n in (1, 2)}
+            assert number in before or number == before[-1] + 1
+            assert version.counts["kept"] <= version.counts["seen"]
+            for shard in version.shards:
+                assert len(stored(version, shard)) == shard.samples
+        told = do(copy)
         assert tree(copy) == tree(calm)
+        if work == "remove":
+            digests = {manifest.read(dataset, number).digest for number in before}
+            assert set(told.held) <= digests and len(told.held) == len(before)
         shutil.rmtree(copy)
         if status == 0:
             break
-        step += 3
-    assert step > 20
+        kills += 1
+        step += rng.randrange(3, 12)
+    assert kills > 3
 
 
 def stored(version, shard):
