@@ -96,12 +96,6 @@ def parser() -> argparse.ArgumentParser:
     it.add_argument("dataset", metavar="DATASET")
     it.add_argument("--version", type=int, default=None, metavar="N", help="default: the newest")
     it.add_argument("--into", required=True, metavar="URL", help="a data set that is not there yet")
-    it.add_argument(
-        "--scorers",
-        default="[]",
-        metavar="JSON",
-        help="where it was chosen by scores: data.scorers of the recipe that made it",
-    )
 
     it = verb("remove", "take pictures out of all versions, for good", data_commands.remove)
     it.add_argument("dataset", metavar="DATASET")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import storage
 from training import results
 
+from . import copies
 from .progress import meter
 from .settings import Settings, settings
 
@@ -65,31 +66,29 @@ def ingest(sources: list[str], dataset: str, side: int | None, rules: list[str])
     }
 
 
-def reproduce(dataset: str, version: int | None, into: str, scorers: str = "[]") -> dict[str, Any]:
-    from pipeline import manifest
+def reproduce(dataset: str, version: int | None, into: str) -> dict[str, Any]:
     from pipeline.execute import Executor
     from pipeline.reproduce import reproduce as make_again
 
-    from . import recipe as recipes
     from .cluster import ray_session
     from .recipe import check_places
 
-    models = recipes.scorers(recipes.load("pictures", [f"data.scorers={scorers}"]))
     executor, into = Executor(kind="auto"), place(into)
     wanted = _version(dataset, version)
     check_places(executor, into)
     with ray_session(executor.chosen == "ray"), meter("reproduce") as progress:
         made = make_again(
-            wanted, into, executor, lambda stage, done, total: progress(done, total, stage), models
+            wanted, into, executor, lambda stage, done, total: progress(done, total, stage)
         )
-    steps = len(manifest.versions(made.dataset))
+    copies.note(settings(), wanted, copies.DATASET, made.dataset)
+    left = f"what is left of {wanted.dataset}" if wanted.redacted else wanted.dataset
     return {
         "dataset": made.dataset,
         "version": made.version,
         "digest": made.digest,
         "counts": dict(made.counts),
-        "text": f"{made.dataset} version {made.version}, in {steps} steps: digest {made.digest}, "
-        f"as that of {wanted.dataset} version {wanted.version}",
+        "text": f"{made.dataset} version {made.version}: digest {made.digest}, the same shards as "
+        f"{left} version {wanted.version}",
     }
 
 
@@ -112,6 +111,7 @@ def show(dataset: str, version: int | None, out: str) -> dict[str, Any]:
 
     found = _version(dataset, version)
     dataset_page.write(out, found)
+    copies.note(settings(), found, copies.PAGE, out)
     return {
         "dataset": found.dataset,
         "version": found.version,
@@ -139,12 +139,20 @@ def remove(dataset: str, keys: list[str], files: list[str], reason: str) -> dict
     lines += [f"  {model} saw them ({', '.join(stages)})" for model, stages in models.items()]
     if models:
         lines.append("`darkroom run RECIPE --fresh` trains without what these models have learnt")
+    elsewhere = copies.still_there(here, removed.held)
+    if elsewhere:
+        lines.append("made of those versions, and out of reach here:")
+        lines += [f"  {kind} {where}" for kind, where in elsewhere]
+    if removed.alike:
+        lines.append("still stored, and of the same look: " + ", ".join(removed.alike))
     if not storage.is_local(removed.manifest.dataset):
         lines.append("other machines: delete the folder `cache` of their DARKROOM_HOME")
     return {
         "version": removed.manifest.version,
         "removed": {digest: list(held) for digest, held in removed.held.items()},
         "absent": list(removed.absent),
+        "alike": list(removed.alike),
+        "elsewhere": [where for _, where in elsewhere],
         "models": models,
         "text": "\n".join(lines),
     }

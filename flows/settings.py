@@ -1,6 +1,6 @@
 """Where things are: DARKROOM_HOME and the tools' own environment variables, nothing else.
 
-Layout of the home: datasets/ stages/ models/ runs/ versions/ ledger/ mlflow.db mlartifacts/
+Layout of the home: datasets/ stages/ models/ runs/ versions/ copies/ ledger/ mlflow.db mlartifacts/
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ class Settings:
     def versions(self) -> Path:
         """Which stages each registered version is made of."""
         return self.home / "versions"
+
+    @property
+    def copies(self) -> Path:
+        """Notes of what was made of data sets and lies outside them."""
+        return self.home / "copies"
 
     @property
     def ledger(self) -> str:

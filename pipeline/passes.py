@@ -120,7 +120,7 @@ class _Past:
         )
 
 
-class _Rows:
+class Rows:
     """The new rows of a run, in source order."""
 
     def __init__(self, dataset: str):
@@ -188,8 +188,6 @@ class Run:
     scorers: Scorers
     parent: Manifest | None
     base: Manifest | None
-    holding: Holding | None = None
-    """What is held out, where that is known beforehand."""
     used: set[str] = field(default_factory=set[str])
     """Files in staging that are this run's."""
 
@@ -203,7 +201,7 @@ class Run:
         for folder in FOLDERS:
             storage.sweep(storage.join(self.dataset, folder))
         gone = blocked(self.dataset)
-        past, rows = _Past.of(self.base), _Rows(self.dataset)
+        past, rows = _Past.of(self.base), Rows(self.dataset)
         with contextlib.closing(rows):
             self._list(sources, past, rows)
             if not rows and not past.rows:
@@ -229,7 +227,7 @@ class Run:
             shards = self._select(old, written, met)
             return self._publish(sources, prints, rows, decision, holding, shards, gone)
 
-    def _list(self, sources: Sequence[Source], past: _Past, rows: _Rows) -> None:
+    def _list(self, sources: Sequence[Source], past: _Past, rows: Rows) -> None:
         """The rows that were not met before."""
         listed = ((number, row) for number, source in enumerate(sources) for row in source.rows())
         while some := list(itertools.islice(listed, 4096)):
@@ -243,7 +241,7 @@ class Run:
 
     # ---- pass 1 ----------------------------------------------------------------------------------
 
-    def _read(self, rows: _Rows, sources: Iterable[str]) -> list[str]:
+    def _read(self, rows: Rows, sources: Iterable[str]) -> list[str]:
         """Read the pictures of all rows; the units that staged them."""
         # A host that was named as a source may be on a private network; one in a table may not.
         named = [urlsplit(url).hostname or "" for url in sources if is_remote(url)]
@@ -276,7 +274,7 @@ class Run:
 
     def _read_again(
         self,
-        rows: _Rows,
+        rows: Rows,
         units: list[Record],
         parts: Sequence[tuple[int, int]],
         tried: set[int],
@@ -370,7 +368,7 @@ class Run:
 
     def _take(
         self,
-        rows: _Rows,
+        rows: Rows,
         part: tuple[int, int],
         staged: Iterable[int],
         lines: Sequence[bytes],
@@ -393,8 +391,6 @@ class Run:
 
     def _holding(self, places: np.ndarray, unseen: np.ndarray) -> Holding:
         """What is held out: as in the version before, unless the rules about it are others."""
-        if self.holding:
-            return self.holding
         rules = self.rules
         before: Mapping[str, Any] = self.parent.rules if self.parent else {}
         asked = {name: getattr(rules, name) for name in _HOLDING}
@@ -405,7 +401,7 @@ class Run:
             places, unseen, rules.heldout_share, rules.unseen_share, rules.min_heldout
         )
 
-    def _check_rejected(self, rows: _Rows) -> None:
+    def _check_rejected(self, rows: Rows) -> None:
         """ValueError when too much was rejected."""
         reasons: Counter[str] = Counter()
         first, count = -1, len(rows)
@@ -428,7 +424,7 @@ class Run:
     # ---- pass 2 ----------------------------------------------------------------------------------
 
     def _write(
-        self, rows: _Rows, staged: Sequence[str], decision: Decision, holding: Holding
+        self, rows: Rows, staged: Sequence[str], decision: Decision, holding: Holding
     ) -> list[Shard]:
         """The new shards, split by split; what is not wanted now stands in shards of its own, which
         nobody encodes or loads until it is.
@@ -448,47 +444,65 @@ class Run:
                     start = len(lines)
                     some = slice(index * len(mine) // shards, (index + 1) * len(mine) // shards)
                     for number in mine[some].tolist():
-                        sample = self._sample(rows, number, staged, decision, holding)
+                        sample = self._new_sample(rows, number, staged, decision, holding)
                         lines.append(json.dumps(sample).encode())
-                    content = [CODE, SPLITS[split], lines.digest(start, len(lines))]
-                    place = {"split": SPLITS[split], **lines.place(start, len(lines))}
-                    units.append({"unit": fingerprint(content) + "-shard", **place})
+                    units.append(self._shard_unit(lines, start, SPLITS[split]))
             if not units:
                 return []
             work = functools.partial(writer, self.dataset, self._share(lines, "samples"))
             return self._resume_shards(work, units)
 
-    def _sample(
+    def _new_sample(
         self,
-        rows: _Rows,
+        rows: Rows,
         number: int,
         staged: Sequence[str],
         decision: Decision,
         holding: Holding,
     ) -> Record:
-        """What pass 2 needs of a sample."""
         said, found = rows.said[number], rows.found[number]
         row, _, _, _, label, flags, _ = said
         captions = decision.captions.get(number) or of_split(
             rows.captions(number, said), int(decision.split[number]), holding
         )
+        flags = sorted({*flags, *found["flags"]})
+        return self._sample(found, staged[rows.unit[number]], row, captions, label, flags)
+
+    @staticmethod
+    def _sample(
+        found: Record,
+        staged: str,
+        row: str,
+        captions: Sequence[str],
+        label: Any,
+        flags: Sequence[str],
+    ) -> Record:
+        """What pass 2 needs of a sample: what a reader made of it and where it staged it, and what
+        is said of it."""
         meta = {
             "source": row,
             "width": found["width"],
             "height": found["height"],
             "format": found["format"],
-            "flags": sorted({*flags, *found["flags"]}),
+            "flags": flags,
             "scores": {**found["scores"], "caption_characters": len(captions[0])},
         }
         if label is not None:
             meta["label"] = label
         return {name: found[name] for name in ("key", "offset", "length", "crc", "ext")} | {
-            "staged": staged[rows.unit[number]],
+            "staged": staged,
             "captions": captions,
             "meta": meta,
         }
 
-    def _add_captions(self, rows: _Rows, decision: Decision, holding: Holding) -> list[Shard]:
+    @staticmethod
+    def _shard_unit(lines: Lines, start: int, split: str) -> Record:
+        """The unit of the samples in the lines from `start` on."""
+        content = [CODE, split, lines.digest(start, len(lines))]
+        place = {"split": split, **lines.place(start, len(lines))}
+        return {"unit": fingerprint(content) + "-shard", **place}
+
+    def _add_captions(self, rows: Rows, decision: Decision, holding: Holding) -> list[Shard]:
         """The shards of the base version, those written anew that have a picture for which these
         rows have another caption; what encoders made of the pictures goes along.
         """
@@ -569,7 +583,7 @@ class Run:
         self,
         sources: Sequence[Source],
         prints: Mapping[str, str],
-        rows: _Rows,
+        rows: Rows,
         decision: Decision,
         holding: Holding,
         shards: tuple[Shard, ...],
@@ -617,7 +631,7 @@ class Run:
         return IngestResult(manifest, counts, new, reused=False)
 
     def _outcomes(
-        self, rows: _Rows, some: range, sources: Sequence[Source], decision: Decision
+        self, rows: Rows, some: range, sources: Sequence[Source], decision: Decision
     ) -> Iterator[Record]:
         part = some.start, some.stop
         for number, said, found in zip(
@@ -637,7 +651,7 @@ class Run:
                 "flags": sorted({*flags, *found.get("flags", ())}),
             }
 
-    def _still_past(self, batch: Any, rows: _Rows) -> Any:
+    def _still_past(self, batch: Any, rows: Rows) -> Any:
         """Without the rows that were out of reach or not there, and are new again."""
         again = {
             row_name(*rows.said[number][:2])

@@ -1,27 +1,38 @@
-"""A version made again, elsewhere, from what its manifest says: that is how much it says.
+"""A version made again, elsewhere, from what it says of itself: its manifest, the tables beside its
+shards, its selections and its table of inputs. No tar of it is read, and no other version.
 
-A version came about in steps, each by its own rules and from the rows that were there. The steps
-are done again in their order, each with the rows that its table of inputs lists, whatever the
-sources have got since; what comes out must have the same digest.
+Those tell which samples stand in which shard, what they are called, what is left out and why, so
+nothing is decided again. The sources give the pictures. A row is found by its id, and a picture is
+the right one if its file has the key, whenever it was written; each shard must have its sha256.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import functools
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import storage
-from .decide import Holding
+import numpy as np
+
+from . import shards, storage
 from .download import DownloadRules
 from .execute import Executor
-from .ingest import CODE, NO_SCORERS, IngestRules, Progress, Scorers
-from .manifest import Manifest, latest, read
-from .outcomes import read_batches
-from .passes import Run
-from .rows import Positions, names_of, row_name
+from .ingest import CODE, FOLDERS, NO_SCORERS, IngestResult, IngestRules, Progress
+from .manifest import Manifest, Shard, blocked, latest, publish
+from .outcomes import STORED, read_batches, table_name
+from .passes import Record, Rows, Run
+from .rows import Lines, Positions, names_of, names_of_keys, row_name
+from .select import publish_selection
 from .sources import Row, Source, SourceOptions, open_source
-from .versions import compact
+from .units import writer
+
+_UNSAID = ("incomplete", "no_caption")
+"""What a source may say of a row now: the version has its captions, and wants the picture alone."""
 
 
 def reproduce(
@@ -29,73 +40,36 @@ def reproduce(
     dataset: str,
     executor: Executor | None = None,
     progress: Progress | None = None,
-    scorers: Scorers | None = None,
 ) -> Manifest:
-    """Make `version` again as the newest version of a data set that does not exist yet.
+    """Make `version` again as the first version of a data set that does not exist yet; run again
+    when killed. Of a version that was redacted, what is left; its blocklist goes along.
 
-    ValueError: there is a data set, the code or the scorers are others, pictures were taken down, a
-    source no longer has what it had (names some rows), or what came out differs.
+    ValueError: there is a data set, the version expired, the code is another, pictures are gone or
+    have changed (names some), or a shard came out otherwise; nothing is published then.
     """
-    executor, scorers = executor or Executor(), scorers or NO_SCORERS
     dataset = storage.absolute(dataset)
+    where = _where(version)
     if latest(dataset):
         raise ValueError(f"{dataset}: there is a data set; name one that does not exist yet")
-    steps = [version]
-    while steps[0].parent is not None:
-        steps.insert(0, read(version.dataset, steps[0].parent))
-    for step in steps:
-        where = f"{version.dataset} version {step.version}"
-        if step.redacted.get("expired"):
-            raise ValueError(
-                f"{where}: `darkroom gc --keep` let it expire, and with it what version "
-                f"{version.version} came from; it cannot be made again"
-            )
-        if step.redacted:
-            raise ValueError(f"{where}: pictures were taken out of it; it cannot be made again")
-        if step.rules["code"] != CODE:
-            raise ValueError(
-                f"{where}: made by data code {step.rules['code']}, this is {CODE}; "
-                "use the darkroom that made it"
-            )
-        if step.rules["scorers"] != scorers.fingerprints:
-            raise ValueError(
-                f"{where}: its scorers were {step.rules['scorers']}, these are "
-                f"{scorers.fingerprints}; name its own (`darkroom reproduce --scorers`)"
-            )
-    before: Manifest | None = None
-    made: Manifest | None = None
-    for step in steps:
-        made = _step(step, before, made, dataset, executor, progress, scorers)
-        before = step
-    assert made is not None
-    return made
-
-
-def _step(
-    step: Manifest,
-    before: Manifest | None,
-    base: Manifest | None,
-    dataset: str,
-    executor: Executor,
-    progress: Progress | None,
-    scorers: Scorers,
-) -> Manifest:
-    if before and step.inputs == before.inputs and step.rules == before.rules:
-        made = compact(dataset)
-    else:
-        rules = step.rules
-        holding = Holding(
-            rules["heldout_limit"], tuple(rules["heldout_exceptions"]), rules["unseen_share"]
-        )
-        run = Run(dataset, rules_of(step), executor, progress, scorers, base, base, holding=holding)
-        with storage.lock(storage.join(dataset, ".lock")):
-            made = run.run(list(_recorded(step)), step.sources).manifest
-    if made.digest != step.digest:
+    if version.redacted.get("expired"):
         raise ValueError(
-            f"{step.dataset} version {step.version}: came out with digest {made.digest}, not "
-            f"{step.digest}; {_difference(step, made)}"
+            f"{where}: `darkroom gc --keep` let it expire, and with it what its shards were; "
+            "it cannot be made again"
         )
-    return made
+    if version.rules["code"] != CODE:
+        raise ValueError(
+            f"{where}: made by data code {version.rules['code']}, this is {CODE}; "
+            "use the darkroom that made it"
+        )
+    rules = replace(rules_of(version), removed_lookalikes="keep")  # those it has, it has
+    needed = _Needed.of(version)
+    run = _Again(
+        dataset, rules, executor or Executor(), progress, NO_SCORERS, None, None,
+        version=version, needed=needed,
+    )  # fmt: skip
+    sources = [open_source(url, options=rules.options) for url in needed.sources]
+    with storage.lock(storage.join(dataset, ".lock")):
+        return run.run(sources, version.sources).manifest
 
 
 def rules_of(version: Manifest) -> IngestRules:
@@ -111,50 +85,172 @@ def rules_of(version: Manifest) -> IngestRules:
 
 
 @dataclass(frozen=True)
-class _Recorded:
-    """A source with the rows that a version saw of it."""
+class _Needed:
+    """What of its sources a version is made of."""
 
-    source: Source
-    seen: Positions
+    keys: np.ndarray
+    """Names of the keys of its samples, shard by shard."""
+    rows: Positions
+    """By id alone: stamps tell when a file was written, and copies are written later."""
+    sources: tuple[str, ...]
+    flags: np.ndarray
+    """Of each sample the number of its `kinds`."""
+    kinds: tuple[tuple[str, ...], ...]
 
-    @property
-    def url(self) -> str:
-        return self.source.url
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()
-
-    def rows(self) -> Iterator[Row]:
-        for row in self.source.rows():
-            if self.seen(names_of(row_name(row.id, row.stamp)))[0] >= 0:
-                yield row
-
-
-def _recorded(version: Manifest) -> Iterator[_Recorded]:
-    """Its sources in the order in which it met them."""
-    names, order = bytearray(), dict[str, None]()
-    for batch in read_batches(version, ["id", "stamp", "source"]):
-        columns = (batch[name].to_pylist() for name in ("id", "stamp", "source"))
-        for row, stamp, source in zip(*columns, strict=True):
-            names += row_name(row, stamp)
-            order[source] = None
-    seen, options = Positions(names_of(names)), rules_of(version).options
-    for url in [*order, *sorted(version.sources.keys() - order.keys())]:
-        yield _Recorded(open_source(url, options=options), seen)
+    @classmethod
+    def of(cls, version: Manifest) -> _Needed:
+        keys = names_of_keys(key for shard in version.shards for key in _column(version, shard))
+        place, flags = Positions(keys), np.zeros(len(keys), np.int64)
+        rows, sources, kinds = bytearray(), dict[str, None](), {(): 0}
+        columns = ["id", "source", "outcome", "key", "flags"]
+        for batch in read_batches(version, columns):
+            texts = (batch[name].to_pylist() for name in columns)
+            for row, source, outcome, key, raised in zip(*texts, strict=True):
+                if outcome in STORED:
+                    (at,) = place(names_of_keys([key])).tolist()
+                    flags[at] = kinds.setdefault(tuple(raised), len(kinds))
+                    rows += row_name(row, "")
+                    sources[source] = None
+        return cls(keys, Positions(names_of(rows)), tuple(sources), flags, tuple(kinds))
 
 
-def _difference(wanted: Manifest, made: Manifest) -> str:
-    """What the rows say of why two versions differ."""
-    rows: list[dict[str, tuple[str, str]]] = []
-    for version in (wanted, made):
-        rows.append({})
-        for batch in read_batches(version, ["id", "outcome", "reason"]):
-            columns = (batch[name].to_pylist() for name in ("id", "outcome", "reason"))
-            rows[-1] |= {row: (it, why) for row, it, why in zip(*columns, strict=True)}
-    if gone := sorted(rows[0].keys() - rows[1].keys()):
-        return f"{len(gone)} rows are gone or have changed: {', '.join(gone[:3])}"
-    other = sorted(row for row, it in rows[0].items() if rows[1][row] != it)
-    if other:
-        was, now = rows[0][other[0]], rows[1][other[0]]
-        return f"{len(other)} rows end otherwise: {other[0]} was {was} and is {now}"
-    return "its rows end as they did: the pictures or captions are others"
+@dataclass(frozen=True)
+class _Again(Run):
+    """A run whose decisions are on record."""
+
+    version: Manifest = field(kw_only=True)
+    needed: _Needed = field(kw_only=True)
+
+    def _run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
+        for folder in FOLDERS:
+            storage.sweep(storage.join(self.dataset, folder))
+        gone = self._block()
+        try:
+            with contextlib.closing(Rows(self.dataset)) as rows:
+                self._list_needed(sources, rows)
+                staged = self._read(rows, prints)
+                made = self._write_again(rows, staged, self._found(rows))
+        except ValueError:
+            self._clean()  # what was found wrong may be mended, and is read again
+            raise
+        manifest = replace(
+            self.version, dataset=self.dataset, version=1, parent=None, shards=made, redacted={}
+        )
+        table, copy = (it.url("inputs", table_name(it)) for it in (self.version, manifest))
+        with open(storage.local_copy(table), "rb") as file, storage.publishing(copy) as to:
+            shutil.copyfileobj(file, to)
+        self._check_undisturbed(manifest, gone)
+        publish(manifest)
+        self._clean()
+        return IngestResult(manifest, manifest.counts, manifest.samples(), reused=False)
+
+    def _block(self) -> Mapping[str, Any]:
+        """What may not come back there may not come back here."""
+        gone = blocked(self.version.dataset)
+        if not gone:
+            return blocked(self.dataset)
+        hit = Positions(self.needed.keys)(names_of_keys(gone)) >= 0
+        if hit.any():
+            key = [*gone][int(hit.argmax())]
+            raise ValueError(
+                f"{_where(self.version)}: still has {key}, which is blocked: its take-down did not "
+                f"come to an end; run `darkroom remove {self.version.dataset} {key}` again"
+            )
+        gone = {**gone, **blocked(self.dataset)}
+        storage.publish_json(storage.join(self.dataset, "blocked.json"), gone)
+        return gone
+
+    def _list_needed(self, sources: Sequence[Source], rows: Rows) -> None:
+        for number, source in enumerate(sources):
+            for some in _some(source.rows()):
+                names = names_of(b"".join(row_name(row.id, "") for row in some))
+                for row, at in zip(some, self.needed.rows(names).tolist(), strict=True):
+                    if at >= 0:
+                        problem = None if row.problem in _UNSAID else row.problem
+                        captions = row.captions or ("",)
+                        row = replace(row, captions=captions, problem=problem, sha256=None)
+                        rows.list(number, row, again=False)
+
+    def _found(self, rows: Rows) -> np.ndarray:
+        """The number of the row that has each sample's picture."""
+        usable = np.flatnonzero(~np.array(rows.rejected, bool))
+        at = Positions(rows.names[usable])(self.needed.keys)
+        if (at < 0).any():
+            raise ValueError(self._missing(rows, np.flatnonzero(at < 0)))
+        return usable[at]
+
+    def _missing(self, rows: Rows, samples: np.ndarray) -> str:
+        ids = [it for shard in self.version.shards for it in _column(self.version, shard, "source")]
+        lost = sorted(ids[int(at)] for at in samples)[:3]
+        fate: dict[str, str] = dict.fromkeys(lost, "no longer listed")
+        for number in range(len(rows)):
+            row: str = rows.said[number][0]
+            if row in fate:
+                reason, detail = (rows.found[number].get(it, "") for it in ("reason", "detail"))
+                fate[row] = f"{reason}: {detail}" if reason else "another picture now"
+        listed = ", ".join(f"{row} ({why})" for row, why in fate.items())
+        return (
+            f"{_where(self.version)}: {len(samples)} of {len(ids)} pictures are gone or have "
+            f"changed: {listed}; put them back where they were"
+        )
+
+    def _write_again(
+        self, rows: Rows, staged: Sequence[str], found: np.ndarray
+    ) -> tuple[Shard, ...]:
+        """Its shards, with what is left out of them."""
+        units: list[Record] = []
+        with contextlib.closing(Lines(self.dataset)) as lines:
+            for shard in self.version.shards:
+                start = len(lines)
+                columns = ["key", "captions", "label", "source"]
+                table = shards.read_table(self.version.dataset, shard.name, columns).to_pylist()
+                for at, it in enumerate(table, start):
+                    number = int(found[at])
+                    sample = self._sample(
+                        rows.found[number],
+                        staged[rows.unit[number]],
+                        it["source"],
+                        it["captions"],
+                        None if it["label"] is None else json.loads(it["label"]),
+                        self.needed.kinds[int(self.needed.flags[at])],
+                    )
+                    lines.append(json.dumps(sample).encode())
+                units.append(self._shard_unit(lines, start, shard.split))
+            work = functools.partial(writer, self.dataset, self._share(lines, "samples"))
+            made = self._resume_shards(work, units) if units else []
+        for shard, new in zip(self.version.shards, made, strict=True):
+            if new.sha256 != shard.sha256:
+                raise ValueError(
+                    f"{_where(self.version)}, shard {shard.name}: came out as {new.name}; "
+                    f"{self._difference(shard, new)}"
+                )
+        return tuple(
+            publish_selection(self.dataset, new, self.version.dropped(shard))
+            for shard, new in zip(self.version.shards, made, strict=True)
+        )
+
+    def _difference(self, wanted: Shard, made: Shard) -> str:
+        was, now = (
+            shards.read_table(dataset, shard.name).to_pylist()
+            for dataset, shard in ((self.version.dataset, wanted), (self.dataset, made))
+        )
+        for one, other in zip(was, now, strict=True):
+            for name, value in one.items():
+                if other.get(name) != value:
+                    return f"sample {one['key']}: {name} is {other.get(name)!r}, was {value!r}"
+        return "what is stored of its pictures has other bytes: with another Pillow, perhaps"
+
+
+def _column(version: Manifest, shard: Shard, name: str = "key") -> Iterator[str]:
+    table = shards.read_table(version.dataset, shard.name, [name])
+    yield from table[name].to_pylist()
+
+
+def _some(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, 4096)):
+        yield some
+
+
+def _where(version: Manifest) -> str:
+    return f"{version.dataset} version {version.version}"

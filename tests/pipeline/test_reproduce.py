@@ -1,15 +1,22 @@
 """Every version can be made again from its manifest, whatever its sources have got since."""
 
+import io
 import json
 import os
+import signal
+import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from pipeline import images, manifest, versions
+from pipeline import dedup, images, manifest, storage, versions
+from pipeline.download import DownloadRules
 from pipeline.filters import SELECTING
-from pipeline.ingest import IngestRules, ingest
+from pipeline.ingest import NO_SCORERS, IngestRules, Scorers, ingest
+from pipeline.outcomes import read_outcomes
 from pipeline.reproduce import reproduce, rules_of
+from pipeline.score import ScorerSpec
 
 
 def add(folder, numbers, side=20):
@@ -45,13 +52,7 @@ def grown(tmp_path):
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 6])
 def test_a_version_comes_out_the_same(grown, tmp_path, number):
     version = manifest.read(grown, number)
-    made = reproduce(version, str(tmp_path / "again"))
-    assert made.digest == version.digest
-    assert dict(made.counts) == dict(version.counts)
-    assert made.inputs == version.inputs
-    assert [(it.sha256, it.selection) for it in made.shards] == [
-        (it.sha256, it.selection) for it in version.shards
-    ]
+    assert same(reproduce(version, str(tmp_path / "again")), version)
 
 
 def test_rules_are_read_from_a_manifest(tmp_path):
@@ -70,18 +71,170 @@ def test_what_cannot_be_made_again_says_why(grown, tmp_path):
     second = manifest.read(grown, 2)
     with pytest.raises(ValueError, match="there is a data set"):
         reproduce(second, grown)
-    os.remove(tmp_path / "one" / "3.png")
-    with pytest.raises(ValueError, match=r"rows are gone or have changed: .*one#3.png"):
+    three, five = tmp_path / "one" / "3.png", tmp_path / "one" / "5.png"
+    os.remove(three)
+    five.write_bytes((tmp_path / "two" / "33.png").read_bytes())
+    gone = r"2 of 40 pictures .*one#3.png \(missing_file: .*one#5.png \(another picture now\)"
+    with pytest.raises(ValueError, match=gone):
         reproduce(second, str(tmp_path / "again"))
-    key = manifest.read(grown, 2)
-    from pipeline.outcomes import read_outcomes
-
-    versions.remove(grown, [read_outcomes(key)[0]["key"]])
-    with pytest.raises(ValueError, match="pictures were taken out of it"):
-        reproduce(manifest.read(grown, 2), str(tmp_path / "third"))
+    assert manifest.latest(str(tmp_path / "again")) is None
+    (tmp_path / "one" / "captions.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"20 of 40 .*one#0.png \(no longer listed\)"):
+        reproduce(second, str(tmp_path / "again"))
 
 
-def test_what_came_from_a_version_that_expired_says_so(grown, tmp_path):
+def test_a_shard_that_comes_out_otherwise_says_where(grown, tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup, "looks", lambda thumbnails: ["0" * 22 for _ in thumbnails])
+    with pytest.raises(ValueError, match=r"shard train-.* came out as .*: look is '0000"):
+        reproduce(manifest.read(grown, 1), str(tmp_path / "again"))
+    assert manifest.latest(str(tmp_path / "again")) is None
+    monkeypatch.undo()
+    reproduce(manifest.read(grown, 1), str(tmp_path / "again"))
+
+
+def same(made, version, redacted=False):
+    """Whether a version is another one to the byte: its shards, their tables, its rows."""
+    assert made.shards == version.shards and made.inputs == version.inputs
+    assert dict(made.counts) == dict(version.counts) and not made.redacted
+    assert redacted or made.digest == version.digest
+    for shard in version.shards:
+        for folder, end in (("shards", "tar"), ("tables", "parquet")):
+            one, other = (it.url(folder, f"{shard.name}.{end}") for it in (made, version))
+            assert storage.read_bytes(one) == storage.read_bytes(other)
+        assert made.dropped(shard) == version.dropped(shard)
+    return True
+
+
+def test_after_a_take_down_what_is_left_is_made_again_and_later_versions_are(grown, tmp_path):
+    first = read_outcomes(manifest.read(grown, 1))
+    keys = [it["key"] for it in first[3:6]]
+    versions.remove(grown, keys)
+    rules = IngestRules(shard_samples=16, min_heldout=4, max_side=16)
+    more = add(tmp_path / "three", range(60, 70))
+    newest = ingest([more], grown, rules).manifest
+    assert (newest.version, newest.counts["kept"]) == (8, 40 - 3 + 10)
+    made = reproduce(newest, str(tmp_path / "again"))
+    assert same(made, newest)
+    for number in (1, 2, 5, 6):  # what is left of those that held them
+        redacted = manifest.read(grown, number)
+        made = reproduce(redacted, str(tmp_path / f"again{number}"))
+        assert same(made, redacted, redacted=True) and made.digest != redacted.digest
+    # and they do not come back there
+    assert ingest([*newest.sources], made.dataset, rules).counts["rejected:removed"] == 3
+
+
+def test_a_take_down_that_was_killed_is_finished_first(grown, tmp_path):
+    version = manifest.read(grown, 2)
+    key = read_outcomes(version)[0]["key"]
+    gone = {key: {"reason": "", "time": ""}}
+    storage.publish_json(f"{grown}/blocked.json", gone)
+    with pytest.raises(ValueError, match=rf"still has {key}, which is blocked.*darkroom remove"):
+        reproduce(version, str(tmp_path / "again"))
+
+
+def test_what_gc_keeps_is_made_again_and_what_expired_says_so(grown, tmp_path):
+    newest = manifest.latest(grown)
     versions.gc(grown, keep=1)
-    with pytest.raises(ValueError, match=r"version 1: .*let it expire.* what version 2 came from"):
-        reproduce(manifest.read(grown, 2), str(tmp_path / "again"))
+    assert same(reproduce(newest, str(tmp_path / "again")), newest)
+    with pytest.raises(ValueError, match=r"version 2: .*let it expire"):
+        reproduce(manifest.read(grown, 2), str(tmp_path / "two-again"))
+
+
+def test_a_set_that_only_grew_is_made_again_when_gc_has_kept_its_newest_version(tmp_path):
+    dataset, rules = str(tmp_path / "data"), IngestRules(shard_samples=8, min_heldout=4)
+    for start in (0, 12, 24):
+        url = add(tmp_path / "in", range(start, start + 12))
+        newest = ingest([url], dataset, rules).manifest
+    versions.gc(dataset, keep=1)
+    assert same(reproduce(newest, str(tmp_path / "again")), newest)
+
+
+def test_copies_written_at_another_time_will_do(grown, tmp_path):
+    version = manifest.read(grown, 6)
+    for path in (tmp_path / "one", tmp_path / "two"):
+        for file in path.iterdir():
+            os.utime(file, (7, 7))
+    assert same(reproduce(version, str(tmp_path / "again")), version)
+
+
+def test_captions_of_a_version_stay_its_own(tmp_path):
+    """Added later, or changed in the source since; held-out ones did not join."""
+    folder, dataset = tmp_path / "in", str(tmp_path / "data")
+    url, rules = add(folder, range(30)), IngestRules(heldout_share=0.4, shard_samples=8)
+    ingest([url], dataset, rules)
+    with open(folder / "captions.jsonl", "a") as table:
+        for number in range(30):
+            for said in ("again", "once more"):
+                row = {"file": f"{number}.png", "caption": f"{said} {number}"}
+                table.write(json.dumps(row) + "\n")
+    version = ingest([url], dataset, rules).manifest
+    for reason in ("caption_added", "caption_of_other_split"):
+        assert version.counts[f"duplicate:{reason}"] > 10
+    names = [json.dumps({"file": f"{n}.png", "caption": "otherwise"}) for n in range(30)]
+    (folder / "captions.jsonl").write_text("\n".join(names))
+    assert same(reproduce(version, str(tmp_path / "again")), version)
+
+
+def a_tar(folder):
+    with tarfile.open(folder / "in.tar", "w") as tar:
+        for number in range(24):
+            add(folder / "raw", [number])
+            for end, data in (
+                ("png", (folder / "raw" / f"{number}.png").read_bytes()),
+                ("txt", f"number {number}".encode()),
+            ):
+                member = tarfile.TarInfo(f"{number:03}.{end}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return str(folder / "in.tar")
+
+
+@pytest.mark.parametrize("kind", ["a scorer's rule", "tar", "urls"])
+def test_a_version_of_any_source_and_rule_comes_out_the_same(kind, tmp_path, gallery):
+    rules = IngestRules(shard_samples=8, min_heldout=4, min_side=18)
+    scorers = NO_SCORERS
+    if kind == "tar":
+        url = a_tar(tmp_path)
+    elif kind == "urls":
+        url = gallery.table(tmp_path / "table.jsonl", 24)
+        rules = replace(rules, download=DownloadRules(private_hosts=(gallery.host,)))
+    else:
+        url = add(tmp_path / "in", range(24))
+        scorers = Scorers((ScorerSpec("level", "level1", ("level",), side=4),), levels)
+        rules = replace(rules, scores={"level": (127.0, None)})
+    version = ingest([url], str(tmp_path / "data"), rules, scorers=scorers).manifest
+    version = ingest([url], version.dataset, replace(rules, max_aspect=3), scorers=scorers).manifest
+    versions.compact(version.dataset)
+    version = manifest.latest(version.dataset)
+    if kind == "tar":
+        os.utime(tmp_path / "in.tar", (7, 7))
+    if scorers.specs:
+        assert 4 < version.counts["filtered:level"] < 20
+    made = reproduce(version, str(tmp_path / "again"))
+    assert same(made, version)
+    # what grows on it grows as on the first
+    if kind == "urls":
+        gallery.table(tmp_path / "table.jsonl", 30)
+        more = replace(rules, max_aspect=3)
+        one, other = (ingest([url], it.dataset, more).manifest for it in (version, made))
+        assert one.digest == other.digest and one.counts == other.counts
+
+
+def levels(spec):
+    return lambda pixels, _: {"level": pixels.mean((1, 2, 3)).astype(np.float32)}
+
+
+def test_one_that_was_killed_is_made_by_the_next_call(grown, tmp_path, killed_at):
+    version, step = manifest.read(grown, 5), 0
+    calm = reproduce(version, str(tmp_path / "calm"))
+    while True:
+        again = str(tmp_path / f"again{step}")
+        status = killed_at(step, lambda again=again: reproduce(version, again))
+        assert status in (0, -signal.SIGKILL)
+        if status == 0:
+            break
+        if manifest.latest(again) is None:
+            reproduce(version, again)
+        assert same(manifest.latest(again), calm)
+        step += 4
+    assert step > 12
