@@ -22,7 +22,7 @@ import time
 import uuid
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -30,11 +30,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import manifest, storage
+from pipeline import dedup, manifest, storage, versions
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
 from pipeline.load import Loader
+from pipeline.reproduce import reproduce
 
 pytest.importorskip("s3fs", reason="the extra s3 is not installed")
 RULES = IngestRules(shard_samples=12, min_heldout=4)
@@ -311,6 +312,56 @@ for number in range(30):
     if storage.create_exclusive(f"{url}/{number:02}.json", name.encode() * 100):
         print(number)
 """
+
+
+def test_what_is_taken_out_merged_and_collected_is_as_on_a_disk(bucket, tmp_path):
+    """Growth, a take-down, compaction, collection and a version made again, step by step."""
+    sources = fill(f"{bucket}/in")
+    there, here = f"{bucket}/set", str(tmp_path / "set")
+    key = dedup.key(picture(105))  # in the tar
+    rules = replace(RULES, shard_samples=40)
+
+    def grow(dataset, many):
+        version = ingest(sources[:many], dataset, rules).manifest
+        encode(version, [pixels_spec(8)], None, Executor())
+
+    def alike():
+        found = [objects(there), tree(here)]
+        for it in found:  # the time of day is in it
+            listed = json.loads(it.pop("blocked.json", b"{}"))
+            it["blocked"] = json.dumps([[name, said["look"]] for name, said in listed.items()])
+        assert found[0] == found[1]
+        return found[0]
+
+    def compact(dataset):
+        after = versions.compact(dataset)
+        assert len(after.shards) < len(manifest.read(dataset, after.parent).shards)
+
+    steps = [
+        lambda dataset: grow(dataset, 1),
+        lambda dataset: grow(dataset, 3),
+        lambda dataset: versions.remove(dataset, [key], "asked for"),
+        compact,
+        lambda dataset: versions.gc(dataset, keep=1),
+        lambda dataset: grow(dataset, 3),
+    ]
+    left = []
+    for step in steps:
+        for dataset in (there, here):
+            step(dataset)
+        left.append(alike())
+    assert picture(105) in b"".join(it for it in left[1].values() if isinstance(it, bytes))
+    for later in left[2:]:
+        assert picture(105) not in b"".join(it for it in later.values() if isinstance(it, bytes))
+    assert len(left[4]) < len(left[3])
+    newest = manifest.latest(there)
+    assert newest is not None and newest.counts["kept"] == 47
+    assert sum(name.endswith(".safetensors") for name in left[-1]) == len(newest.split())
+    again = [
+        reproduce(version, f"{place}/again").shards
+        for version, place in ((newest, bucket), (manifest.latest(here), str(tmp_path)))
+    ]
+    assert again[0] == again[1] == newest.shards
 
 
 def test_of_two_processes_that_create_one_wins(bucket):

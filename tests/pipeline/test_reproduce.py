@@ -113,14 +113,29 @@ def test_after_a_take_down_what_is_left_is_made_again_and_later_versions_are(gro
     more = add(tmp_path / "three", range(60, 70))
     newest = ingest([more], grown, rules).manifest
     assert (newest.version, newest.counts["kept"]) == (8, 40 - 3 + 10)
-    made = reproduce(newest, str(tmp_path / "again"))
-    assert same(made, newest)
+    copy = reproduce(newest, str(tmp_path / "again"))
+    assert same(copy, newest)
     for number in (1, 2, 5, 6):  # what is left of those that held them
         redacted = manifest.read(grown, number)
         made = reproduce(redacted, str(tmp_path / f"again{number}"))
         assert same(made, redacted, redacted=True) and made.digest != redacted.digest
     # and they do not come back there
-    assert ingest([*newest.sources], made.dataset, rules).counts["rejected:removed"] == 3
+    again = add(tmp_path / "four", [33, 34, 35, 71])
+    counts = [ingest([again], it, rules).counts for it in (newest.dataset, copy.dataset)]
+    assert counts[0] == counts[1] and counts[0]["rejected:removed"] == 3 + 3
+
+
+def test_what_was_left_though_it_looks_the_same_is_made_again(tmp_path):
+    dataset, rules = str(tmp_path / "data"), IngestRules(heldout_share=0)
+    url = add(tmp_path / "in", range(6))
+    one = tmp_path / "in" / "3.png"
+    (tmp_path / "in" / "again.png").write_bytes(one.read_bytes() + b"\0")
+    with open(tmp_path / "in" / "captions.jsonl", "a") as table:
+        table.write(json.dumps({"file": "again.png", "caption": "the same look"}) + "\n")
+    ingest([url], dataset, rules)
+    removal = versions.remove(dataset, [dedup.key(one.read_bytes())])
+    assert len(removal.alike) == 1
+    assert same(reproduce(removal.manifest, str(tmp_path / "again")), removal.manifest)
 
 
 def test_a_take_down_that_was_killed_is_finished_first(grown, tmp_path):
