@@ -66,7 +66,7 @@ from .select import left_out, select
 from .sources import Row, Source
 from .units import captioner, reader, result_url, writer
 
-_MAY_CHANGE = ("unreachable", "private_address")
+MAY_CHANGE = ("unreachable", "private_address")
 """Reasons that speak of the network between us and a picture, not of the picture."""
 
 _HOLDING = ("heldout_share", "unseen_share", "min_heldout")
@@ -103,7 +103,7 @@ class _Past:
                 *(batch[name].to_pylist() for name in columns), strict=True
             ):
                 # What the web did not give last time it may give now: such rows are new again.
-                if reason in _MAY_CHANGE:
+                if reason in MAY_CHANGE:
                     unreached.add(row_name(row, stamp))
                 else:
                     known += row_name(row, stamp)
@@ -288,7 +288,7 @@ class Run:
         for at, (unit, (start, stop)) in enumerate(zip(units, parts, strict=True)):
             if at in tried and any(rows.web[start:stop]):
                 for number, found in enumerate(self._results(unit), start):
-                    if json.loads(found).get("reason") in _MAY_CHANGE:
+                    if json.loads(found).get("reason") in MAY_CHANGE:
                         missed[number] = len(again)
                         again.append(json.dumps(rows.asked[number]).encode())
         with contextlib.closing(again):
@@ -297,7 +297,7 @@ class Run:
             for unit in more:
                 url = result_url(self.dataset, unit["unit"], "jsonl")
                 if storage.exists(url) and any(
-                    json.loads(found).get("reason") in _MAY_CHANGE for found in self._results(unit)
+                    json.loads(found).get("reason") in MAY_CHANGE for found in self._results(unit)
                 ):
                     storage.delete(url)
             self._pass_one(again, more, download)
@@ -407,7 +407,7 @@ class Run:
         first, count = -1, len(rows)
         for number in np.flatnonzero(np.array(rows.rejected, bool)).tolist():
             reason = rows.found[number]["reason"]
-            if reason in _MAY_CHANGE and rows.again[number]:
+            if reason in MAY_CHANGE and rows.again[number]:
                 count -= 1  # it was out of reach before, and is still
             elif reason not in ("removed", "removed_lookalike"):
                 reasons[reason] += 1
@@ -661,7 +661,7 @@ class Run:
             return batch
 
         def stands(row: str, stamp: str, reason: str) -> bool:
-            if reason in _MAY_CHANGE:
+            if reason in MAY_CHANGE:
                 return row_name(row, stamp) not in again
             return reason != "missing_file" or row not in rows.come
 

@@ -25,7 +25,7 @@ from .execute import Executor
 from .ingest import CODE, FOLDERS, NO_SCORERS, IngestResult, IngestRules, Progress
 from .manifest import Manifest, Shard, blocked, latest, publish
 from .outcomes import STORED, read_batches, table_name
-from .passes import Record, Rows, Run
+from .passes import MAY_CHANGE, Record, Rows, Run
 from .rows import Lines, Positions, names_of, names_of_keys, row_name
 from .select import publish_selection
 from .sources import Row, Source, SourceOptions, open_source
@@ -125,14 +125,10 @@ class _Again(Run):
         for folder in FOLDERS:
             storage.sweep(storage.join(self.dataset, folder))
         gone = self._block()
-        try:
-            with contextlib.closing(Rows(self.dataset)) as rows:
-                self._list_needed(sources, rows)
-                staged = self._read(rows, prints)
-                made = self._write_again(rows, staged, self._found(rows))
-        except ValueError:
-            self._clean()  # what was found wrong may be mended, and is read again
-            raise
+        with contextlib.closing(Rows(self.dataset)) as rows:
+            self._list_needed(sources, rows)
+            staged = self._read(rows, prints)
+            made = self._write_again(rows, staged, self._found(rows))
         manifest = replace(
             self.version, dataset=self.dataset, version=1, parent=None, shards=made, redacted={}
         )
@@ -176,7 +172,13 @@ class _Again(Run):
         usable = np.flatnonzero(~np.array(rows.rejected, bool))
         at = Positions(rows.names[usable])(self.needed.keys)
         if (at < 0).any():
-            raise ValueError(self._missing(rows, np.flatnonzero(at < 0)))
+            said = self._missing(rows, np.flatnonzero(at < 0))
+            lost = np.flatnonzero(np.array(rows.rejected, bool)).tolist()
+            # The next call asks again for what was out of reach, and has the rest; what is wrong
+            # with a picture may be mended, and is read again.
+            if not any(rows.found[number]["reason"] in MAY_CHANGE for number in lost):
+                self._clean()
+            raise ValueError(said)
         return usable[at]
 
     def _missing(self, rows: Rows, samples: np.ndarray) -> str:
@@ -220,9 +222,10 @@ class _Again(Run):
             made = self._resume_shards(work, units) if units else []
         for shard, new in zip(self.version.shards, made, strict=True):
             if new.sha256 != shard.sha256:
+                said = self._difference(shard, new)
+                self._clean()
                 raise ValueError(
-                    f"{_where(self.version)}, shard {shard.name}: came out as {new.name}; "
-                    f"{self._difference(shard, new)}"
+                    f"{_where(self.version)}, shard {shard.name}: came out as {new.name}; {said}"
                 )
         return tuple(
             publish_selection(self.dataset, new, self.version.dropped(shard))

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pipeline import dedup, images, manifest, storage, versions
-from pipeline.download import DownloadRules
+from pipeline.download import Downloader, DownloadRules
 from pipeline.filters import SELECTING
 from pipeline.ingest import NO_SCORERS, IngestRules, Scorers, ingest
-from pipeline.outcomes import read_outcomes
+from pipeline.outcomes import Rejected, read_outcomes
 from pipeline.reproduce import reproduce, rules_of
 from pipeline.score import ScorerSpec
 
@@ -233,6 +233,35 @@ def test_a_version_of_any_source_and_rule_comes_out_the_same(kind, tmp_path, gal
         more = replace(rules, max_aspect=3)
         one, other = (ingest([url], it.dataset, more).manifest for it in (version, made))
         assert one.digest == other.digest and one.counts == other.counts
+
+
+def test_what_was_out_of_reach_is_asked_for_again_and_nothing_else(tmp_path, gallery, monkeypatch):
+    url = gallery.table(tmp_path / "table.jsonl", 40)
+    rules = IngestRules(download=DownloadRules(private_hosts=(gallery.host,), retries=0))
+    version = ingest([url], str(tmp_path / "data"), rules).manifest
+    gallery.taken()
+    call = Downloader.__call__
+
+    def one_away(self, url):
+        if url.endswith("/7.png"):
+            raise Rejected("unreachable", "no answer")
+        return call(self, url)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Downloader, "__call__", one_away)
+        with pytest.raises(ValueError, match=r"1 of 40 .*/7.png \(unreachable: "):
+            reproduce(version, str(tmp_path / "again"))
+    assert gallery.taken() == [n for n in range(40) if n != 7]
+    assert same(reproduce(version, str(tmp_path / "again")), version)
+    assert gallery.taken() == [7]
+
+
+def test_a_version_of_which_nothing_is_left_is_made_again(tmp_path):
+    dataset = str(tmp_path / "data")
+    version = ingest([add(tmp_path / "in", range(3))], dataset).manifest
+    versions.remove(dataset, [it["key"] for it in read_outcomes(version)])
+    empty = manifest.latest(dataset)
+    assert same(reproduce(empty, str(tmp_path / "again")), empty)
 
 
 def levels(spec):
