@@ -164,7 +164,7 @@ class _Again(Run):
                     if at >= 0:
                         problem = None if row.problem in _UNSAID else row.problem
                         captions = row.captions or ("",)
-                        row = replace(row, captions=captions, problem=problem, sha256=None)
+                        row = replace(row, captions=captions, problem=problem)
                         rows.list(number, row, again=False)
 
     def _found(self, rows: Rows) -> np.ndarray:
@@ -233,15 +233,21 @@ class _Again(Run):
         )
 
     def _difference(self, wanted: Shard, made: Shard) -> str:
-        was, now = (
-            shards.read_table(dataset, shard.name).to_pylist()
-            for dataset, shard in ((self.version.dataset, wanted), (self.dataset, made))
-        )
+        """The first thing in which two shards differ; of the wanted one the tar may be gone."""
+        both = ((self.version, wanted), (replace(self.version, dataset=self.dataset), made))
+        was, now = (shards.read_table(it.dataset, shard.name).to_pylist() for it, shard in both)
         for one, other in zip(was, now, strict=True):
             for name, value in one.items():
                 if other.get(name) != value:
                     return f"sample {one['key']}: {name} is {other.get(name)!r}, was {value!r}"
-        return "what is stored of its pictures has other bytes: with another Pillow, perhaps"
+        urls = [it.url("shards", f"{shard.name}.tar") for it, shard in both]
+        if storage.exists(urls[0]):
+            for one, other in zip(*map(shards.read_shard, urls), strict=True):
+                if one.image != other.image:
+                    return f"sample {one.key}: stored in other bytes, by another Pillow perhaps"
+                if one.meta != other.meta:
+                    return f"sample {one.key}: noted of it is {other.meta}, was {one.meta}"
+        return "its samples are stored in other bytes, by another Pillow perhaps"
 
 
 def _column(version: Manifest, shard: Shard, name: str = "key") -> Iterator[str]:

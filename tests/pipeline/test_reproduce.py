@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 from dataclasses import replace
@@ -83,13 +84,40 @@ def test_what_cannot_be_made_again_says_why(grown, tmp_path):
         reproduce(second, str(tmp_path / "again"))
 
 
-def test_a_shard_that_comes_out_otherwise_says_where(grown, tmp_path, monkeypatch):
-    monkeypatch.setattr(dedup, "looks", lambda thumbnails: ["0" * 22 for _ in thumbnails])
-    with pytest.raises(ValueError, match=r"shard train-.* came out as .*: look is '0000"):
-        reproduce(manifest.read(grown, 1), str(tmp_path / "again"))
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("look", "look is '0000.*, was '"),
+        ("bytes", "stored in other bytes, by another Pillow perhaps"),
+        ("bytes, no tar", "its samples are stored in other bytes"),
+        ("note", "noted of it is {.*'format': 'WEBP'.*, was {.*'format': 'PNG'"),
+    ],
+)
+def test_a_shard_that_comes_out_otherwise_says_where(what, said, grown, tmp_path, monkeypatch):
+    first, store, decode = manifest.read(grown, 1), images.store, images.decode
+
+    def other_bytes(*given):
+        image, data, ext = store(*given)
+        return image, data + b"\0", ext
+
+    def other_note(*given):
+        image, info = decode(*given)
+        return image, {**info, "format": "WEBP"}
+
+    with monkeypatch.context() as patch:
+        if what == "look":
+            patch.setattr(dedup, "looks", lambda thumbnails: ["0" * 22 for _ in thumbnails])
+        elif what == "note":
+            patch.setattr(images, "decode", other_note)
+        else:
+            patch.setattr(images, "store", other_bytes)
+        if "no tar" in what:  # nothing else needs one
+            shutil.rmtree(f"{grown}/shards")
+        with pytest.raises(ValueError, match=rf"shard train-.* came out as .*{said}"):
+            reproduce(first, str(tmp_path / "again"))
     assert manifest.latest(str(tmp_path / "again")) is None
-    monkeypatch.undo()
-    reproduce(manifest.read(grown, 1), str(tmp_path / "again"))
+    again = reproduce(first, str(tmp_path / "again"))
+    assert again.shards == first.shards
 
 
 def same(made, version, redacted=False):
