@@ -1,5 +1,6 @@
 """Every version can be made again from its manifest, whatever its sources have got since."""
 
+import hashlib
 import io
 import json
 import os
@@ -232,12 +233,26 @@ def a_tar(folder):
     return str(folder / "in.tar")
 
 
-@pytest.mark.parametrize("kind", ["a scorer's rule", "tar", "urls"])
+def hashed(folder):
+    """A table whose rows say what their files hash to."""
+    add(folder, range(24))
+    rows = map(json.loads, (folder / "captions.jsonl").read_text().splitlines())
+    said = [
+        row | {"sha256": hashlib.sha256((folder / row["file"]).read_bytes()).hexdigest()}
+        for row in rows
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, said)))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["a scorer's rule", "tar", "urls", "hashes"])
 def test_a_version_of_any_source_and_rule_comes_out_the_same(kind, tmp_path, gallery):
     rules = IngestRules(shard_samples=8, min_heldout=4, min_side=18)
     scorers = NO_SCORERS
     if kind == "tar":
         url = a_tar(tmp_path)
+    elif kind == "hashes":
+        url = hashed(tmp_path / "in")
     elif kind == "urls":
         url = gallery.table(tmp_path / "table.jsonl", 24)
         rules = replace(rules, download=DownloadRules(private_hosts=(gallery.host,)))
