@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from pipeline import dedup, filters, images, manifest, outcomes, score, shards, storage
+from pipeline import dedup, filters, images, manifest, outcomes, reasons, score, shards, storage
 from pipeline.manifest import Manifest
 from pipeline.schema import Encoding
 
@@ -56,7 +56,6 @@ _MEANING = {
     "removed": "taken down; it may not come back",
     "removed_lookalike": "looks the same as a picture that was taken down",
 }
-_LOOK_ALIKES = ("near_duplicate", "other_split")
 _SIZES = ("width", "height", "original_width", "original_height")
 _SPLITS = ("train", "heldout", "unseen")
 
@@ -191,8 +190,10 @@ class _Page:
     def context(self) -> dict[str, Any]:
         version, rows = self.version, self.rows
         samples = rows.front(rows.kept, KEPT)
-        reasons = Counter(rows.reasons[~rows.kept].tolist()).most_common(REASONS)
-        left_out = {it: rows.front(rows.reasons == it, LEFT_OUT, apart=False) for it, _ in reasons}
+        commonest = Counter(rows.reasons[~rows.kept].tolist()).most_common(REASONS)
+        left_out = {
+            it: rows.front(rows.reasons == it, LEFT_OUT, apart=False) for it, _ in commonest
+        }
         pairs = self._pairs()
         for reason, *_ in pairs:
             left_out[reason] = []  # shown beside what they look like
@@ -216,6 +217,15 @@ class _Page:
             "outcomes": self._outcomes(),
             "seen": len(self.outcomes),
             "splits": self._splits(),
+            "refused": [
+                {
+                    "encoder": f"{it.encoder} {it.fingerprint[:8]}",
+                    "reason": it.reason.replace("_", " "),
+                    "count": len(it.keys),
+                    "keys": it.keys[:EXAMPLES],
+                }
+                for it in reasons.refusals(self.version)
+            ],
             "flags": Counter(flag for it in self.outcomes for flag in it["flags"]).most_common(),
             "measured": len(rows),
             "stored": sum(shard.samples for shard in version.shards),
@@ -227,7 +237,7 @@ class _Page:
                     "count": count,
                     "figures": [figures[row] for row in left_out[reason]],
                 }
-                for reason, count in reasons
+                for reason, count in commonest
                 if left_out[reason]
             ],
             "pairs": [
@@ -274,6 +284,16 @@ class _Page:
         for it in self.outcomes:
             groups[it["outcome"], it["reason"]].append(it)
         order = {name: place for place, name in enumerate(outcomes.OUTCOMES)}
+        shown = {what: some[:EXAMPLES] for what, some in groups.items() if what[0] != "kept"}
+        every = [it for some in shown.values() for it in some]
+        details = iter(reasons.details(self.version, every))
+        examples = {
+            what: [
+                {"id": _cut(it["id"], 300), "short": _short(it), "detail": next(details)}
+                for it in some
+            ]
+            for what, some in shown.items()
+        }
         return [
             {
                 "outcome": outcome,
@@ -281,10 +301,7 @@ class _Page:
                 "meaning": self._meaning(outcome, reason),
                 "count": len(some),
                 "share": len(some) / len(self.outcomes),
-                "examples": [
-                    {"id": _cut(it["id"], 300), "short": _short(it), "detail": it["detail"]}
-                    for it in (some[:EXAMPLES] if outcome != "kept" else ())
-                ],
+                "examples": examples.get((outcome, reason), ()),
             }
             for (outcome, reason), some in sorted(
                 groups.items(), key=lambda it: (order[it[0][0]], -len(it[1]), it[0][1])
@@ -411,7 +428,7 @@ class _Page:
     def _pairs(self) -> list[tuple[str, int, int]]:
         """(reason, row, the first row that it looks like) of some left out for their looks."""
         rows, look, keys = self.rows, self.rows.texts["look"], self.rows.texts["key"]
-        wanted = rows.front(np.isin(rows.reasons, _LOOK_ALIKES), PAIRS, apart=False)
+        wanted = rows.front(np.isin(rows.reasons, reasons.LOOK_ALIKES), PAIRS, apart=False)
         if not wanted:
             return []
         looks = dedup.parsed(bytes.fromhex("".join(look)))

@@ -45,6 +45,7 @@ def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any
 
 def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
     from pipeline.load import text_storage
+    from pipeline.reasons import refusals
     from pipeline.schema import Encoding
 
     from .build_dataset import encode_stages, encoder_specs
@@ -70,10 +71,13 @@ def encode(recipe: str, overrides: list[str]) -> dict[str, Any]:
         f"{it.padded_bytes / it.stored_bytes:.1f} times less than padded"
         for name, it in texts.items()
     ]
+    refused = [it for it in refusals(data) if it.fingerprint in made.values()]
+    lines += [f"  {it.encoder:4} rejected {len(it.keys)}: {it.reason}" for it in refused]
     return {
         "dataset": line.dataset,
         "version": data.version,
         "encodings": made,
+        "rejected": {it.encoder: len(it.keys) for it in refused},
         "texts": {name: asdict(it) for name, it in texts.items()},
         "reused": reused,
         "text": "\n".join(lines),

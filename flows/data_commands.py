@@ -99,26 +99,38 @@ def explain(dataset: str, what: str) -> dict[str, Any]:
     lines = []
     for it in found:
         reason = f": {it['reason']}" if it["reason"] else ""
-        lines.append(f"{it['id']}\n  {it['outcome']}{reason}, since version {it['version']}")
+        lines.append(_one_line(it["id"]))
+        lines.append(f"  {it['outcome']}{reason}, since version {it['version']}")
         told = {"detail": it["detail"], "key": it["key"], "split": it["split"]}
         told |= {"shard": it["shard"], "flags": ", ".join(it["flags"])}
-        lines += [f"  {name:<7} {value}" for name, value in told.items() if value]
+        lines += [f"  {name:<7} {_one_line(value)}" for name, value in told.items() if value]
+        lines += [
+            f"  encoder {by['encoder']} ({by['fingerprint']}) rejected it: {by['reason']}; what "
+            "learns from that encoder never sees it"
+            for by in it["encoders"]
+        ]
     return {"rows": found, "text": "\n".join(lines)}
 
 
 def show(dataset: str, version: int | None, out: str) -> dict[str, Any]:
     from evaluation import dataset_page
+    from pipeline.reasons import refusals
 
     found = _version(dataset, version)
     dataset_page.write(out, found)
     copies.note(settings(), found, copies.PAGE, out)
+    refused = {f"{it.encoder} {it.fingerprint}": len(it.keys) for it in refusals(found)}
     return {
         "dataset": found.dataset,
         "version": found.version,
         "digest": found.digest,
         "counts": dict(found.counts),
+        "encoders_rejected": refused,
         "page": out,
-        "text": f"{found.dataset} version {found.version}: {found.samples()} pictures; {out}",
+        "text": "\n".join(
+            [f"{found.dataset} version {found.version}: {found.samples()} pictures; {out}"]
+            + [f"  encoder {name} rejected {count} of them" for name, count in refused.items()]
+        ),
     }
 
 
@@ -188,6 +200,11 @@ def gc(dataset: str, keep: int, dry_run: bool) -> dict[str, Any]:
         "expired": list(garbage.expired),
         "text": "\n".join(lines),
     }
+
+
+def _one_line(text: str) -> str:
+    """What strangers wrote, unable to look like lines of our own."""
+    return text.replace("\n", "\u240a")
 
 
 def place(name: str) -> str:

@@ -168,6 +168,30 @@ def first_reason(rules: Sequence[Rule], scores: Scores) -> str | None:
     return next((reason for rule in rules if (reason := rule(scores))), None)
 
 
+def told(reason: str, scores: Scores, rules: SelectionRules) -> str:
+    """The value that a rule objected to, and its bound: "shorter side 10 < 16"; "" where the reason
+    is none of a rule that looks at one sample alone.
+    """
+    characters = len(scores["caption"])
+    if reason == "too_small":
+        side = min(scores["original_width"], scores["original_height"])
+        return f"shorter side {side} < {rules.min_side}"
+    if reason == "aspect":
+        return f"aspect ratio {scores['aspect']:.6g} > {rules.max_aspect:g}"
+    if reason == "caption_short":
+        return f"caption of {characters} characters < {rules.min_caption}"
+    if reason == "caption_long":
+        return f"caption of {characters} characters > {rules.max_caption}"
+    if reason == "language":
+        found = language_of(scores["caption"], *rules.languages)
+        return f"caption in {found}, wanted {' or '.join(rules.languages)}"
+    if reason not in rules.scores:
+        return ""
+    (least, most), value = rules.scores[reason], float(scores[reason])
+    low = least is not None and value < least
+    return f"{reason} {value:.6g} {'<' if low else '>'} {least if low else most}"
+
+
 def clean_caption(text: str, limit: int) -> tuple[str, tuple[str, ...]]:
     """A caption in NFC on one line, at most `limit` characters, and flags for what was lost.
 

@@ -175,10 +175,13 @@ def writing(dataset: str) -> Generator[tuple[Table, Callable[[], str]]]:
 
 def explain(dataset: str, wanted: str) -> list[dict[str, Any]]:
     """What became of the rows whose key begins with `wanted` or whose id has it in it: their
-    outcomes, each with the first `version` that has it and, where stored, its `shard`.
+    outcomes, with a `detail` for every reason that has one (see `reasons`), each with the first
+    `version` that has it and, where stored, its `shard` and the `encoders` that made nothing of it.
 
     ValueError: there is no data set, or it has seen no such row.
     """
+    from . import reasons
+
     last = latest(dataset)
     if last is None:
         raise ValueError(f"{dataset}: no data set there")
@@ -188,13 +191,27 @@ def explain(dataset: str, wanted: str) -> list[dict[str, Any]]:
             f"{dataset} version {last.version} has seen no row whose key begins with {wanted!r} or "
             f"whose id has it in it; it has seen {last.counts['seen']} rows"
         )
-    shards = _shards_of(dataset, last, {it["key"] for it in found if it["outcome"] in STORED})
+    places = reasons.places(last, {it["key"] for it in found if it["outcome"] in STORED})
+    details = reasons.details(last, found, places)
+    refusals = reasons.refusals(last, {place.shard.name for place in places.values()})
+    refused = [(by, frozenset(by.keys)) for by in refusals]
     first: dict[tuple[str, ...], int] = {}
     for version in versions(dataset):
         for it in _matching(read(dataset, version), wanted):
             first.setdefault(_identity(it), version)
     return [
-        {**it, "version": first[_identity(it)], "shard": shards.get(it["key"], "")} for it in found
+        {
+            **it,
+            "detail": detail,
+            "version": first[_identity(it)],
+            "shard": places[it["key"]].shard.name if it["key"] in places else "",
+            "encoders": [
+                {"encoder": by.encoder, "fingerprint": by.fingerprint, "reason": by.reason}
+                for by, keys in refused
+                if it["outcome"] == "kept" and it["key"] in keys
+            ],
+        }
+        for it, detail in zip(found, details, strict=True)
     ]
 
 
@@ -218,19 +235,6 @@ def has_table(version: Manifest) -> bool:
 def _identity(it: Outcome) -> tuple[str, ...]:
     """A row may have been out of reach in one version and kept in the next."""
     return it["id"], it["stamp"], it["outcome"], it["reason"]
-
-
-def _shards_of(dataset: str, version: Manifest, keys: set[str]) -> dict[str, str]:
-    """Key -> name of the shard that holds it."""
-    from . import shards
-
-    found: dict[str, str] = {}
-    for shard in version.shards:
-        if found.keys() >= keys:
-            break
-        column = shards.read_table(dataset, shard.name, ["key"])["key"].to_pylist()
-        found |= dict.fromkeys(keys.intersection(column), shard.name)
-    return found
 
 
 def table_name(version: Manifest) -> str:

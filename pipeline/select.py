@@ -50,7 +50,7 @@ def select(
                 looks.add(number, shard, [row for row in range(shard.samples) if row not in out])
             continue
         left = reasons.setdefault(number, {})
-        rows = _scored(dataset, shard, rules, scores)
+        rows = scored(dataset, shard.name, rules, scores)
         for row, it in enumerate(rows):
             if reason := filters.first_reason(each, it):
                 left[row] = reason
@@ -141,11 +141,12 @@ class _Looks:
         return order[np.argsort(run[order], kind="stable")]
 
 
-def _scored(
-    dataset: str, shard: Shard, rules: SelectionRules, scores: ModelScores
+def scored(
+    dataset: str, shard: str, rules: SelectionRules, scores: ModelScores
 ) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = shards.read_table(dataset, shard.name, _COLUMNS).to_pylist()
-    of_models: dict[str, Any] = {**scores(shard.name)} if rules.scores else {}
+    """What rules go by of each sample of a shard."""
+    rows: list[dict[str, Any]] = shards.read_table(dataset, shard, _COLUMNS).to_pylist()
+    of_models: dict[str, Any] = {**scores(shard)} if rules.scores else {}
     if missing := rules.scores.keys() - of_models.keys():
         raise ValueError(
             f"{dataset}: rules speak of the score {min(missing)!r}, which no scorer gives "

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -13,10 +14,11 @@ from PIL import Image
 
 from evaluation import dataset_page
 from evaluation.dataset_page import render, write
-from pipeline import images, manifest, outcomes, shards, storage
+from pipeline import images, manifest, outcomes, reasons, shards, storage
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.ingest import IngestRules, ingest
+from pipeline.schema import EncoderSpec
 from pipeline.score import ScorerSpec, score
 from pipeline.versions import gc, remove
 
@@ -121,6 +123,33 @@ def test_what_was_rejected_and_filtered_is_named(version, parsed):
     assert "cut.png" in cell
     cell = next(text for key, text in table.items() if key[1].startswith("too small"))
     assert all(f"small-{i}.png" in cell for i in range(3))
+    assert cell.count("shorter side 19 < 20") == 3
+    cell = next(text for key, text in table.items() if key[1].startswith("near duplicate"))
+    assert "looks like" in cell and "0.png" in cell
+    cell = next(text for key, text in table.items() if key[0] == "duplicate")
+    assert "same file as" in cell and "7.png" in cell
+
+
+def test_what_an_encoder_made_nothing_of_is_counted(version, parsed, tmp_path):
+    copy = str(tmp_path / "dogs")
+    shutil.copytree(version.dataset, copy)
+    here = replace(version, dataset=copy)
+    assert "made nothing of" not in "".join(parsed(render(here)).text)
+
+    def build(spec):
+        def encoder(pixels):
+            means = pixels.astype(np.float32).mean((2, 3))
+            means[0] = np.nan  # of each batch, which is each shard
+            return {"means": means}
+
+        return encoder
+
+    spec = EncoderSpec("means", "image", "m1", side=8)
+    encode(here, [spec], build, Executor(), max_rejected_share=1)
+    bad = reasons.refusals(here)[0].keys
+    (row,) = [it for it in parsed(render(here)).rows["rows"] if it[0] == "means m1"]
+    assert row[:3] == ["means m1", "not finite", str(len(bad))] and len(bad) > 1
+    assert bad[0][:8] in row[3]
 
 
 def test_the_page_fetches_nothing_and_foreign_text_stays_text(version, parsed):

@@ -12,7 +12,7 @@ import sys
 import pytest
 from PIL import Image
 
-from pipeline.ingest import ingest
+from pipeline.ingest import IngestRules, ingest
 
 
 def darkroom(home, *words: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +73,24 @@ def test_what_an_input_says_is_no_order_to_the_terminal(tmp_path, json_too):
     assert done.returncode == 1
     assert "found columns \u241b[31m\u241b]0;owned\u2407, \ufffd2J" in done.stderr
     assert not {"\x1b", "\x07", "\x9b"} & {*done.stderr, *done.stdout}
+
+
+def test_what_an_explained_row_says_is_no_order_either(tmp_path):
+    """Its name is foreign, and so is what was seen of it."""
+    folder, name = tmp_path / "in", "a\x1b[31m\x1b]0;owned\x07\n  kept, since version 1\x9b2J.png"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / name)
+    Image.new("RGB", (32, 32)).save(folder / "b.png")
+    for it in (name, "b.png"):
+        (folder / it).with_suffix(".txt").write_text("\x1b[31mred\x9b2J")
+    ingest([str(folder)], str(tmp_path / "set"), IngestRules(heldout_share=0))
+    done = darkroom(tmp_path, "explain", str(tmp_path / "set"), "owned")
+    assert done.returncode == 0, done.stderr
+    assert not {"\x1b", "\x07", "\x9b"} & {*done.stderr, *done.stdout}
+    first, second, *_ = done.stdout.splitlines()
+    assert first.endswith("\u241b[31m\u241b]0;owned\u2407\u240a  kept, since version 1\ufffd2J.png")
+    assert second == "  filtered: too_small, since version 1"
+    assert "  detail  shorter side 8 < 16" in done.stdout.splitlines()
 
 
 def test_a_version_is_made_again_elsewhere(tmp_path):
