@@ -80,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
         help="as in data.ingest of a recipe, e.g. min_side=64 or near_duplicates=drop; what is not "
         "said is as the data set has it",
     )
+    it.add_argument(
+        "--scorers",
+        default="[]",
+        metavar="JSON",
+        help="models whose scores the rules speak of, as data.scorers of a recipe has them",
+    )
 
     it = verb("explain", "what became of an input of a data set, and why", data_commands.explain)
     it.add_argument("dataset", metavar="DATASET")

@@ -13,6 +13,7 @@ from .progress import meter
 from .settings import Settings, settings
 
 if TYPE_CHECKING:
+    from pipeline.ingest import Scorers
     from pipeline.manifest import Manifest
 
 
@@ -20,7 +21,13 @@ NEW_SIDE = 512
 """The largest side in pixels that is stored in a new data set, unless it is said."""
 
 
-def ingest(sources: list[str], dataset: str, side: int | None, rules: list[str]) -> dict[str, Any]:
+def ingest(
+    sources: list[str],
+    dataset: str,
+    side: int | None,
+    rules: list[str],
+    scorers: str = "[]",
+) -> dict[str, Any]:
     from pipeline import manifest
     from pipeline.execute import Executor
     from pipeline.ingest import described, left_behind
@@ -30,7 +37,7 @@ def ingest(sources: list[str], dataset: str, side: int | None, rules: list[str])
     from .cluster import ray_session
     from .recipe import check_places, ingest_rules
 
-    executor = Executor(kind="auto")
+    executor, models = Executor(kind="auto"), _scorers(scorers)
     dataset, urls = place(dataset), [_url(source) for source in sources]
     check_places(executor, dataset, *sources)
     there = manifest.latest(dataset)
@@ -53,6 +60,7 @@ def ingest(sources: list[str], dataset: str, side: int | None, rules: list[str])
             chosen,
             executor,
             lambda stage, done, total: progress(done, total, stage),
+            models,
         )
     counts = ", ".join(f"{what} {count}" for what, count in sorted(result.counts.items()))
     return {
@@ -205,6 +213,13 @@ def gc(dataset: str, keep: int, dry_run: bool) -> dict[str, Any]:
 def _one_line(text: str) -> str:
     """What strangers wrote, unable to look like lines of our own."""
     return text.replace("\n", "\u240a")
+
+
+def _scorers(given: str) -> Scorers:
+    """As `data.scorers` of a recipe has them."""
+    from . import recipe as recipes
+
+    return recipes.scorers(recipes.load("pictures", [f"data.scorers={given}"]))
 
 
 def place(name: str) -> str:

@@ -98,6 +98,16 @@ class Scorers:
     def fingerprints(self) -> dict[str, str]:
         return {spec.name: spec.fingerprint for spec in self.specs}
 
+    def check(self, dataset: str, rules: SelectionRules) -> None:
+        """ValueError when rules speak of a score that none of these gives."""
+        given = [column for spec in self.specs for column in spec.columns]
+        if missing := rules.scores.keys() - {*given}:
+            raise ValueError(
+                f"{dataset}: rules speak of the score {min(missing)!r}, which no scorer gives "
+                f"({', '.join(given) or 'there is none'}); name a scorer of that name "
+                "(`darkroom ingest --scorers`, or data.scorers of a recipe)"
+            )
+
 
 def _nobody(spec: ScorerSpec) -> Any:
     raise ValueError(f"scorer {spec.name}: nobody knows how to build it")
@@ -140,6 +150,7 @@ def ingest(
         raise ValueError("no sources given; name at least one folder, table, tar or shapes:// URL")
     rules, executor, scorers = rules or IngestRules(), executor or Executor(), scorers or NO_SCORERS
     dataset = storage.absolute(dataset)
+    scorers.check(dataset, rules)  # before hours of reading
     opened = [open_source(url, options=rules.options) for url in sources]
     prints = {source.url: source.fingerprint() for source in opened}
     if len(prints) < len(opened):
