@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
@@ -30,9 +30,13 @@ _MAX_REDIRECTS = 5
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _OPT_OUT = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 """Words of X-Robots-Tag by which a site says that its pictures are not to be collected."""
+_RESERVED = "tdm-reservation"
+"""The header of TDMRep (W3C 2022); 1: rights to mine text and data are reserved."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _SAFE = "/%:@!$&'()*+,;=~-._?"
 _LONGEST_WAIT = 30.0
+_JITTER = 3.0
+"""Seconds, at most, on top of the wait that a server asks for."""
 _AHEAD_BYTES = 128 << 20
 """Of pictures that wait for one that is slow to come. If the others waited with it, a twentieth of
 slow URLs would make all of them fifteen times as slow."""
@@ -46,21 +50,24 @@ class DownloadRules:
     concurrency: int = 16
     """Downloads at a time, in each worker."""
     seconds: float = 30.0
-    """For one try of one picture, from the first connection to the last byte."""
+    """For one try of one picture, from the look-up of the host's name to the last byte."""
+    total_seconds: float = 120.0
+    """For all tries of one picture and the waits between them."""
     retries: int = 3
     """More tries after a time-out, a broken connection or an answer that says "later"."""
     user_agent: str = "darkroom"
     honour_opt_out: bool = True
-    """Whether pictures are left where X-Robots-Tag says noai, noimageai, noindex or noimageindex,
-    to all or to this user agent."""
+    """Whether pictures are left where X-Robots-Tag says noai, noimageai, noindex, noimageindex or
+    none, to all or to this user agent, and where tdm-reservation says 1."""
     private_hosts: tuple[str, ...] = ()
     """Names or addresses that may be on a private network: your own picture servers."""
 
     def __post_init__(self):
-        if self.concurrency < 1 or self.retries < 0 or self.seconds <= 0:
+        if self.concurrency < 1 or self.retries < 0 or min(self.seconds, self.total_seconds) <= 0:
             raise ValueError(
                 f"download: got concurrency {self.concurrency}, retries {self.retries}, seconds "
-                f"{self.seconds}; wanted at least 1, at least 0, more than 0"
+                f"{self.seconds}, total_seconds {self.total_seconds}; wanted at least 1, at least "
+                "0, more than 0 both"
             )
         if not self.user_agent.isascii() or not self.user_agent.isprintable():
             raise ValueError(f"download: user_agent must be plain ASCII, got {self.user_agent!r}")
@@ -118,15 +125,15 @@ class Downloader:
 
     def __call__(self, url: str) -> bytes:
         """The picture's bytes. `Rejected` says why there are none; "unreachable" may change."""
+        end = time.monotonic() + self.rules.total_seconds
         for attempt in range(self.rules.retries + 1):
             try:
-                return self._follow(url)
+                return self._follow(url, min(end, time.monotonic() + self.rules.seconds))
             except _Later as later:
-                if attempt == self.rules.retries:
+                wait = _wait(attempt, later.wait)
+                if attempt == self.rules.retries or time.monotonic() + wait >= end:
                     raise Rejected("unreachable", f"{url}: {later}") from None
-                # Full jitter (Brooker 2015): a crowd that failed together does not return together.
-                wait = later.wait or random.uniform(0, 2.0**attempt)
-                self._sleep(min(wait, _LONGEST_WAIT))
+                self._sleep(wait)
         raise AssertionError
 
     def all(self, urls: Iterable[str]) -> Generator[bytes | Rejected]:
@@ -175,8 +182,7 @@ class Downloader:
                     over = True
                     turn.notify_all()
 
-    def _follow(self, url: str) -> bytes:
-        deadline = time.monotonic() + self.rules.seconds
+    def _follow(self, url: str, deadline: float) -> bytes:
         for _ in range(_MAX_REDIRECTS + 1):
             found = self._get(_canonical(url), deadline)
             if isinstance(found, bytes):
@@ -215,19 +221,17 @@ class Downloader:
         said = {name: value.decode("latin-1") for name, value in answer.items()}
         if "location" in answer:  # often UTF-8 as it is
             said["location"] = quote(answer["location"], safe=_SAFE + "#[]")
-        if response.status in _REDIRECTS and "location" in said:
+        led = response.status in _REDIRECTS and "location" in said
+        # The site that leads elsewhere has its say too.
+        asked = self.rules.honour_opt_out and (led or response.status == 200)
+        if asked and (why := _opt_out(response.headers, self.rules.user_agent)):
+            raise Rejected("opted_out", f"{url}: {why}")
+        if led:
             return said["location"]
         if response.status in _TRANSIENT:
             raise _Later(f"HTTP {response.status}", _seconds(said.get("retry-after", "")))
         if response.status != 200:
             raise Rejected("http_status", f"{url}: HTTP {response.status}")
-        robots = [
-            value.decode("latin-1")
-            for name, value in response.headers
-            if name.lower() == b"x-robots-tag"
-        ]
-        if self.rules.honour_opt_out and (word := _opt_out(robots, self.rules.user_agent)):
-            raise Rejected("opted_out", f"{url}: X-Robots-Tag {word}")
         if said.get("content-encoding", "identity").lower() not in ("identity", ""):
             raise Rejected("packed", f"{url}: Content-Encoding {said['content-encoding']}, unasked")
         length = said.get("content-length", "")
@@ -253,18 +257,37 @@ def _seconds(text: str) -> float | None:
     return float(text) if text.isascii() and text.isdigit() else None
 
 
-def _opt_out(tags: Iterable[str], user_agent: str) -> str:
-    """The word that asks us to leave, of headers like `noindex` or `otherbot: noai, noindex`. A
-    name holds for the words after it, up to the next name."""
+def _wait(attempt: int, asked: float | None) -> float:
+    """Seconds until the next try. A crowd that failed together does not return together: full
+    jitter (Brooker 2015), or some on top of what the server asks for, which it asks of all alike.
+    """
+    if asked is None:
+        return random.uniform(0, min(_LONGEST_WAIT, 2.0**attempt))
+    return min(asked, _LONGEST_WAIT) + random.uniform(0, _JITTER)
+
+
+def _opt_out(headers: Iterable[tuple[bytes, bytes]], user_agent: str) -> str:
+    """The header that asks us to leave, or ""; each may be there more than once."""
+    for raw, value in headers:
+        name, text = raw.decode("latin-1").lower(), value.decode("latin-1")
+        if name == "x-robots-tag" and (word := _robots(text, user_agent)):
+            return f"X-Robots-Tag {word}"
+        if name == _RESERVED and "1" in map(str.strip, text.split(",")):
+            return f"{_RESERVED} 1"
+    return ""
+
+
+def _robots(tag: str, user_agent: str) -> str:
+    """The word by which a tag like `noindex` or `otherbot: noai, noindex` asks us to leave. A name
+    holds for the words after it, up to the next name."""
     me = user_agent.split("/")[0].strip().lower()
-    for tag in tags:
-        meant = True
-        for word in tag.lower().split(","):
-            name, colon, rest = word.partition(":")
-            if colon and not name.strip().startswith(("max-", "unavailable_after")):
-                meant, word = name.strip() == me, rest
-            if meant and word.strip() in _OPT_OUT:
-                return word.strip()
+    meant = True
+    for word in tag.lower().split(","):
+        name, colon, rest = word.partition(":")
+        if colon and not name.strip().startswith(("max-", "unavailable_after")):
+            meant, word = name.strip() == me, rest
+        if meant and word.strip() in _OPT_OUT:
+            return word.strip()
     return ""
 
 
@@ -300,6 +323,39 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
     import httpcore
 
     plain = httpcore.SyncBackend()
+    asked: dict[tuple[str, int], Future[list[Any]]] = {}
+    guard = threading.Lock()
+
+    def resolved(host: str, port: int, seconds: float | None) -> list[Any]:
+        """What the resolver says, which knows no time-out: it is left alone after so many seconds.
+        Who asks for the same name meanwhile waits for the same answer, so that as many threads
+        stay with a resolver that hangs as there are names, and none that the process would wait
+        for.
+        """
+        with guard:
+            if (answer := asked.get((host, port))) is None:
+                answer = asked[host, port] = Future()
+                threading.Thread(target=look_up, args=(host, port, answer), daemon=True).start()
+        try:
+            return answer.result(seconds)
+        except TimeoutError:
+            raise httpcore.ConnectTimeout(f"{host}: no word from the resolver") from None
+        except OSError as error:
+            raise httpcore.ConnectError(str(error)) from None
+
+    def look_up(host: str, port: int, answer: Future[list[Any]]) -> None:
+        found: list[Any] = []
+        failed: BaseException | None = None
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except BaseException as error:  # the one who asked raises it
+            failed = error
+        with guard:
+            del asked[host, port]
+        if failed:
+            answer.set_exception(failed)
+        else:
+            answer.set_result(found)
 
     def left(moment: float | None, late: type[Exception]) -> float | None:
         if moment is None:
@@ -334,10 +390,7 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
         def connect_tcp(
             self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any
         ) -> httpcore.NetworkStream:
-            try:
-                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            except OSError as error:
-                raise httpcore.ConnectError(str(error)) from None
+            found = resolved(host, port, left(timeout, httpcore.ConnectTimeout))
             last: Exception = httpcore.ConnectError(f"{host} has no address")
             for address in dict.fromkeys(str(it[4][0]) for it in found):
                 allowed(host, address)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .score import Build, ScorerSpec
 
 FOLDERS = ("versions", "shards", "tables", "inputs", "selections", "staging")
-CODE = 3
+CODE = 4
 """Raised by hand when the same rows and rules give other bytes: everything is read again."""
 
 Progress = Callable[[str, int, int], None]

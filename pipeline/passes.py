@@ -64,7 +64,7 @@ from .outcomes import STORED, batch_of, read_batches, restated, writing
 from .rows import Lines, Positions, names_of, names_of_keys, parsed, row_name
 from .select import left_out, select
 from .sources import Row, Source
-from .units import captioner, reader, result_url, writer
+from .units import HASHES, captioner, reader, result_url, writer
 
 MAY_CHANGE = ("unreachable", "private_address")
 """Reasons that speak of the network between us and a picture, not of the picture."""
@@ -127,7 +127,7 @@ class Rows:
         self.said = Lines(dataset)
         """[id, stamp, number of the source, captions, label, flags, hashes of other captions]"""
         self.asked = Lines(dataset)
-        """What a reader is told of it: [image, stamp, problem, sha256]."""
+        """What a reader is told of it: [image, stamp, problem, its hashes as they are known]."""
         self.found = Lines(dataset)
         """What a reader made of it."""
         self.place, self.unseen = array("d"), array("d")
@@ -151,7 +151,8 @@ class Rows:
         place, unseen = _hashes(row.pair, row.name)
         said = [row.id, row.stamp, source, row.captions, row.label, row.flags, others]
         self.said.append(json.dumps(said).encode())
-        asked = [row.image, row.stamp, row.problem, row.sha256]
+        known = {name: it for name in HASHES if (it := getattr(row, name))}
+        asked = [row.image, row.stamp, row.problem, known]
         self.asked.append(json.dumps(asked).encode())
         self.place.append(place)
         self.unseen.append(unseen)
@@ -486,6 +487,7 @@ class Run:
             "format": found["format"],
             "flags": flags,
             "scores": {**found["scores"], "caption_characters": len(captions[0])},
+            **found.get("hashes", {}),
         }
         if label is not None:
             meta["label"] = label

@@ -27,11 +27,12 @@ import hashlib
 import io
 import json
 import posixpath
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import IO, Any, Literal, NamedTuple, Protocol, TypeGuard
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -46,6 +47,12 @@ TABLES = ("csv", "tsv", "jsonl", "parquet")
 FILE_FIELDS = ("file", "file_name", "path", "image", "url")
 CAPTION_FIELDS = ("caption", "text", "captions")
 _FOLDER_TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
+_HASHES = ("sha256", "md5")
+"""Columns and JSON fields with what a picture's file is expected to hash to, in hex."""
+_HASH_LIKE = re.compile(
+    r"(image_|file_)?((sha|md|blake|ripemd)[-_]?\d\w*|crc\w*|xxh\w*|hash|checksum|digest)(_?sum)?",
+    re.I,
+)
 _MAX_FIELD_BYTES = 64 << 20
 _MAX_JSON_BYTES = 16 << 20
 _DRAWING = 1
@@ -107,7 +114,10 @@ class Row:
     """Why this row is rejected without a look at its picture."""
     flags: tuple[str, ...] = ()
     sha256: str | None = None
+    md5: str | None = None
     """What the picture's file is expected to hash to."""
+    sha256_upstream: str | None = None
+    """That of a file that this one was made of: noted, not checked."""
     others: tuple[tuple[str, str | None], ...] = ()
     """(pair, name) of each caption after the first, which has those above."""
 
@@ -344,6 +354,7 @@ class _Listed:
         problem: str | None = None,
         flags: tuple[str, ...] = (),
         styled: bool = False,
+        upstream: str = "",
     ) -> Row:
         """A row from raw texts. A style among the attributes joins captions not `styled` yet."""
         limit = self.options.max_caption_characters
@@ -359,7 +370,7 @@ class _Listed:
         label = {
             clean_caption(name, limit)[0]: clean_caption(text, limit)[0]
             for name, text in attributes.items()
-            if name != "sha256"
+            if name not in _HASHES
         }
         clean = list(dict.fromkeys(clean))
         style = None if styled else label.get(self.options.style_field)
@@ -368,8 +379,9 @@ class _Listed:
         if style:
             template = self.options.caption_template
             clean = [template.format(caption=text, style=style) for text in clean]
-        expected = attributes.get("sha256", "").lower()
-        said = fingerprint([clean, pair, name, label, problem, expected])
+        sha256, md5 = (attributes.get(it, "").strip().lower() for it in _HASHES)
+        more = [[md5, upstream]] if md5 or upstream else []
+        said = fingerprint([clean, pair, name, label, problem, sha256, *more])
         return Row(
             # file names may hold bytes that are no text
             id=f"{self.url}#{member}".encode("utf-8", "backslashreplace").decode(),
@@ -382,7 +394,9 @@ class _Listed:
             label=label or None,
             problem=problem,
             flags=tuple(sorted(set(noted))),
-            sha256=expected or None,
+            sha256=sha256 or None,
+            md5=md5 or None,
+            sha256_upstream=upstream or None,
         )
 
 
@@ -425,11 +439,18 @@ class _Tables(_Listed):
                 for name, text in fields.items()
                 if name not in (file, caption) and isinstance(text, str) and text
             }
+            upstream = ""
+            if isinstance(path, _Embedded) and not attributes.keys().isdisjoint(FILE_FIELDS):
+                # of the file there: img2dataset resizes it
+                upstream = attributes.get("sha256", "").lower()
+                attributes = {n: text for n, text in attributes.items() if not _names_hash(n)}
+            else:
+                for name, value in fields.items():
+                    if name not in (file, caption):
+                        _check_hash(name, value, place)
             if isinstance(path, _Embedded):
                 image, stamp, problem = path.reference(url), self.listing[table.name], None
                 member = path.name
-                if not attributes.keys().isdisjoint(FILE_FIELDS):
-                    attributes.pop("sha256", None)  # of the file there: img2dataset resizes it
             elif isinstance(path, str) and path:
                 image, stamp, problem = self._resolve(path, table.root)
                 member = path
@@ -444,7 +465,15 @@ class _Tables(_Listed):
                     f"{place}, column {file!r}: got {path!r}, wanted the path of a picture"
                 )
             problem = problem or (None if captions else "incomplete")
-            yield self._row(table.prefix + member, stamp, image, captions, attributes, problem)
+            yield self._row(
+                table.prefix + member,
+                stamp,
+                image,
+                captions,
+                attributes,
+                problem,
+                upstream=upstream,
+            )
 
     def _resolve(self, path: str, root: str) -> tuple[str, str, str | None]:
         """(URL, stamp, problem) of a path in a table: it stays below the root, or on the web."""
@@ -523,6 +552,7 @@ class _Sample:
     captions: list[str] = field(default_factory=list[str])
     attributes: dict[str, str] = field(default_factory=dict[str, str])
     styled: bool = False
+    upstream: str = ""
     parts: dict[str, _Sample] = field(default_factory=dict[str, "_Sample"])
     """What goes on after the key and a dot, by that longer name: `a.seg` of `a`."""
 
@@ -560,6 +590,7 @@ class _Tars(_Listed):
                         sample.problem or (None if sample.complete else "incomplete"),
                         tuple(sample.flags),
                         sample.styled,
+                        sample.upstream,
                     )
             except _NotATar:
                 if not name:
@@ -665,9 +696,14 @@ class _Tars(_Listed):
         sample.attributes = {
             name: text
             for name, text in attributes.items()
-            # the sha256 that img2dataset notes is that of the file before its resize
-            if isinstance(text, str) and text and name not in (*CAPTION_FIELDS, "sha256")
+            if isinstance(text, str)
+            and text
+            and name not in CAPTION_FIELDS
+            # what img2dataset notes is of the file before its resize
+            and not _names_hash(name)
         }
+        if isinstance(before := fields.get("sha256"), str):
+            sample.upstream = before.lower()
 
 
 @dataclass(frozen=True)
@@ -711,6 +747,27 @@ class _Shapes:
             reference = f"shapes:{seed}:{objects}:{side}:{index}"
             pair = shapes.combination(truth)
             yield Row(reference, f"{_DRAWING}", (caption,), reference, pair, None, truth)
+
+
+def _check_hash(name: str, value: Any, place: str) -> None:
+    """ValueError for a column that is named like a hash which is not checked: as a label it would
+    be learnt, and whoever gave it would think that it was looked at.
+    """
+    if name in _HASHES:
+        if not isinstance(value, str | None):
+            raise ValueError(f"{place}, column {name!r}: got {value!r}, wanted text, in hex")
+    elif _names_hash(name):
+        near = name.lower().replace("-", "").replace("_", "").removesuffix("sum")
+        told = f"rename it to {near}" if near in _HASHES else "drop or rename it"
+        raise ValueError(
+            f"{place}: column {name!r} is named like a hash of the picture's file; wanted "
+            f"{' or '.join(_HASHES)}, in hex: {told}"
+        )
+
+
+@lru_cache(256)
+def _names_hash(name: str) -> bool:
+    return bool(_HASH_LIKE.fullmatch(name))
 
 
 def _read_table(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -780,6 +837,11 @@ def _parquet_rows(url: str, options: SourceOptions) -> Iterator[tuple[str, dict[
         caption = _field(columns, options.caption_field, CAPTION_FIELDS, place)
         texts = (pa.string(), pa.large_string())
         wanted = {name for name, kind in columns.items() if kind in texts} | {file_name, caption}
+        for name in _HASHES:
+            if name in columns and columns[name] not in (*texts, pa.null()):
+                raise ValueError(
+                    f"{place}, column {name!r}: got {columns[name]}, wanted text, in hex"
+                )
         held = _holds_bytes(columns[file_name])
         wanted -= {file_name} if held else set()  # listing reads no picture
         number = 0

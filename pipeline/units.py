@@ -24,13 +24,16 @@ from .rows import read_lines
 from .sources import Damaged, OverLong, fetch_image, release
 
 Record = dict[str, Any]
+HASHES = ("sha256", "md5", "sha256_upstream")
+"""What a row may know of its picture's file; the last is of what that was made of. It stays in the
+sample's JSON: a file that is changed where it lies decodes all the same."""
 
 
 def reader(
     dataset: str, reading: dict[str, Any], download: DownloadRules, lines: str
 ) -> Callable[[Record], Record]:
     """Pass 1 over one unit: pictures into staging/{unit}.bin, what each is into a line of
-    {unit}.jsonl. The unit's lines are [image, stamp, problem, sha256] of its rows.
+    {unit}.jsonl. The unit's lines are [image, stamp, problem, hashes] of its rows.
     """
     from . import dedup, images
 
@@ -63,13 +66,13 @@ def reader(
             raise Rejected("unreadable", str(error)) from None
 
     def read(
-        row: tuple[str, str, str | None, str | None],
+        row: tuple[str, str, str | None, dict[str, str]],
         answers: Iterator[bytes | Rejected],
         stage: Callable[[bytes], int],
         found: dict[str, Any],
     ) -> bytes:
         """Its thumbnail, by which the whole unit's looks are told at once."""
-        url, _, problem, sha256 = row
+        url, _, problem, known = row
         if problem:
             raise Rejected(problem, url)
         data = next(answers) if is_remote(url) else fetched(url)
@@ -78,8 +81,12 @@ def reader(
         found["key"] = dedup.key(data)
         if found["key"] in gone:
             raise Rejected("removed", "taken down, and may not come back")
-        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            raise Rejected("hash_mismatch", f"wanted sha256 {sha256}")
+        for name in ("sha256", "md5"):
+            digest = hashlib.new(name, data, usedforsecurity=False) if name in known else None
+            if digest and digest.hexdigest() != known[name]:
+                raise Rejected("hash_mismatch", f"wanted {name} {known[name]}")
+        if known:
+            found["hashes"] = known
         image, info = images.decode(data, policy)
         width, height = info["width"], info["height"]
         image, stored, ext = images.store(image, data, info, max_side)

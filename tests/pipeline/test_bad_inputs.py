@@ -81,6 +81,7 @@ def endless() -> bytes:
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
 JPEG = picture(1, 64, 64, "JPEG")
 SHA256 = hashlib.sha256(JPEG).hexdigest()
+MD5 = hashlib.md5(picture(8, 64, 64, "JPEG")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ CASES = {
     "expected.jpg": Case(
         5, flipped(JPEG) + b"!", "rejected:hash_mismatch", more=(("sha256", SHA256),)
     ),
+    "as-expected.jpg": Case(5, picture(8, 64, 64, "JPEG"), "kept:", more=(("md5", MD5),)),
+    "other-md5.jpg": Case(5, flipped(JPEG) + b"?", "rejected:hash_mismatch", more=(("md5", MD5),)),
     "dot.png": Case(9, picture(2, 1, 1), "filtered:too_small"),
     "line.png": Case(9, picture(2, 1, 20_000), "filtered:aspect"),
     "endless.webp": Case(9, endless(), "filtered:aspect", ("animated",)),
@@ -158,6 +161,8 @@ def test_each_row_of_the_table(tmp_path, monkeypatch):
     assert {name: kept[name].captions for name in CAPTIONS} == {
         name: (caption,) for name, caption in CAPTIONS.items()
     }
+    assert kept["as-expected.jpg"].meta["md5"] == MD5, "what upstream knew is kept"
+    assert {"sha256", "md5"}.isdisjoint(kept["flipped.jpg"].meta)
     assert kept["zip.jpg"].image == JPEG
     assert not zipfile.is_zipfile(io.BytesIO(kept["zip.jpg"].image))
 

@@ -247,6 +247,52 @@ def test_an_expected_hash_comes_along(tmp_path):
     assert row.label is None
 
 
+def test_an_expected_md5_comes_along(tmp_path):
+    digest = hashlib.md5(picture()).hexdigest()
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x", "md5": digest.upper()}])
+    (row,) = rows(tmp_path)
+    assert (row.md5, row.sha256, row.label) == (digest, None, None)
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x", "md5": "0" * 32}])
+    (other,) = rows(tmp_path)
+    assert other.stamp != row.stamp
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("sha1", "drop or rename"),
+        ("SHA-512", "drop or rename"),
+        ("image_hash", "drop or rename"),
+        ("checksum", "drop or rename"),
+        ("SHA256", "rename it to sha256"),
+        ("md5sum", "rename it to md5"),
+        ("sha256_sum", "rename it to sha256"),
+    ],
+)
+def test_a_hash_that_is_not_checked_is_no_label(tmp_path, name, hint):
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x", name: "0" * 40}])
+    with pytest.raises(ValueError, match=f"line 1: column '{name}' is named like a hash.*{hint}"):
+        rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hashtag", "shape", "mode", "medium", "shade2", "digested"])
+def test_a_label_may_begin_like_a_hash(tmp_path, name):
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x", name: "blue"}])
+    assert rows(tmp_path)[0].label == {name: "blue"}
+
+
+def test_a_hash_that_is_no_text_is_refused(tmp_path):
+    import pyarrow as pa
+
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x", "sha256": 7}])
+    with pytest.raises(ValueError, match="line 1, column 'sha256': got 7, wanted text, in hex"):
+        rows(tmp_path)
+    columns = {"file": ["a.png"], "caption": ["x"], "md5": pa.array([bytes(16)], pa.binary())}
+    parquet(tmp_path / "t.parquet", columns)
+    with pytest.raises(ValueError, match="column 'md5': got binary, wanted text, in hex"):
+        rows(tmp_path / "t.parquet")
+
+
 def test_a_column_that_is_there_twice_is_named(tmp_path):
     """The last one won, and nobody was told."""
     import pyarrow as pa
@@ -356,6 +402,7 @@ def test_pictures_in_a_folder_of_parquets(tmp_path):
         ("00001.parquet/row 1", "two of 1", None),
     ]
     assert listed[0].label == {"url": "http://a.b/c.png", "status": "success"}
+    assert listed[0].sha256_upstream == "0" * 64
     assert [fetch(row) for row in listed[::2]] == [picture(0), picture(1)]
     with pytest.raises(FileNotFoundError, match="has no bytes"):
         fetch(listed[1])
@@ -467,7 +514,7 @@ def problems(path):
 
 
 def test_webdataset_and_img2dataset_tars(tmp_path):
-    about = {"caption": "from json", "url": "http://x", "width": 8, "sha256": "0" * 64}
+    about = {"caption": "from json", "url": "http://x", "width": 8, "sha256": "0" * 64, "md5": "1"}
     tar_of(
         tmp_path / "00000.tar",
         [
@@ -482,6 +529,7 @@ def test_webdataset_and_img2dataset_tars(tmp_path):
     one, two, three = rows(tmp_path)
     assert one.captions == ("from text", "from json")
     assert (one.label, one.sha256) == ({"url": "http://x"}, None)
+    assert one.sha256_upstream == "0" * 64, "of the file before img2dataset resized it"
     assert two.captions == ("one", "two")
     assert three.id == f"{tmp_path}#00001.tar/a/b"
     assert [fetch(row) for row in (one, two, three)] == [

@@ -1,12 +1,15 @@
 """What is published is whole; what exists is not created again; what a dead process left goes."""
 
+import errno
 import importlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from pathlib import Path
 
@@ -195,3 +198,23 @@ def test_nothing_heavy_is_imported():
         "print([m for m in ('fsspec', 'pyarrow', 'PIL', 'numpy', 'torch') if m in sys.modules])"
     )
     assert json.loads(subprocess.check_output([sys.executable, "-c", code]).decode()) == []
+
+
+def test_waits_for_a_store_have_full_jitter(monkeypatch):
+    """A crowd that failed together does not return together."""
+    random.seed(0)
+    rounds: list[list[float]] = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: rounds[-1].append(seconds))
+
+    def away(files, path):
+        raise ConnectionResetError(errno.ECONNRESET, "no answer")
+
+    for _ in range(60):
+        rounds.append([])
+        with pytest.raises(OSError, match="8 tries; run again once it answers"):
+            storage._ask("memory://jitter", away)
+    assert [len(waits) for waits in rounds] == [7] * 60
+    for attempt, waits in enumerate(zip(*rounds, strict=True), start=1):
+        most = min(32.0, 2.0 ** (attempt - 2))
+        assert all(0 <= it <= most for it in waits)
+        assert {int(5 * it / most) for it in waits} >= {*range(5)}, attempt
