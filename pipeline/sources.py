@@ -30,7 +30,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import IO, Any, Literal, NamedTuple, Protocol, TypeGuard
@@ -46,6 +46,8 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 TABLES = ("csv", "tsv", "jsonl", "parquet")
 FILE_FIELDS = ("file", "file_name", "path", "image", "url")
 CAPTION_FIELDS = ("caption", "text", "captions")
+_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst))$", re.I)
+_PACKED = re.compile(rf"{_TAR.pattern}|\.zip$|\.({'|'.join(TABLES)})\.(gz|bz2|xz|zst)$", re.I)
 _FOLDER_TABLES = ("captions.jsonl", "metadata.jsonl", "metadata.csv")
 _HASHES = ("sha256", "md5")
 """Columns and JSON fields with what a picture's file is expected to hash to, in hex."""
@@ -146,10 +148,14 @@ def open_source(url: str, *, options: SourceOptions | None = None) -> Source:
         raise ValueError(
             f"{url}: commands and chained URLs are refused; give a folder, a table or a .tar"
         )
-    url = storage.absolute(url)
+    given, url = url, storage.absolute(url)
+    extension = _extension(url)
+    if is_remote(url) and not _PACKED.search(url):
+        _check_web(given, url, extension)
     stamp = storage.stamp(url)
     if stamp is not None:
-        extension = _extension(url)
+        if _PACKED.search(url):
+            raise ValueError(f"{url}: compressed; decompress it first: pictures are read in place")
         if extension in TABLES:
             root = storage.absolute(options.root or storage.parent(url))
             return _Tables(url, options, {"": stamp}, (_Table("", root),))
@@ -161,6 +167,20 @@ def open_source(url: str, *, options: SourceOptions | None = None) -> Source:
     return _open_folder(url, options, storage.list_stamps(url))
 
 
+def _check_web(given: str, url: str, extension: str) -> None:
+    """ValueError where a URL is none of a table or a tar: the web lists no folders."""
+    if given.endswith("/") or extension not in (*TABLES, "tar"):
+        raise ValueError(
+            f"{given}: neither a table ({', '.join(TABLES)}) nor a .tar, and a folder on the web "
+            f"cannot be listed; name {url}/captions.jsonl instead"
+        )
+    if storage.is_html(url):
+        raise ValueError(
+            f"{given}: the answer is a page of HTML, no .{extension}; see where the address leads "
+            "(a login?). A folder on the web cannot be listed: name FOLDER/captions.jsonl instead"
+        )
+
+
 def _open_folder(url: str, options: SourceOptions, listing: Mapping[str, str]) -> Source:
     for name in _FOLDER_TABLES:
         if name in listing:
@@ -168,7 +188,9 @@ def _open_folder(url: str, options: SourceOptions, listing: Mapping[str, str]) -
     stems: dict[str, list[str]] = {}
     for name in listing:
         stems.setdefault(_extension(name), []).append(name.rpartition(".")[0])
+    packed = [name for name in listing if _PACKED.search(name)]
     if "tar" in stems:
+        _refuse_packed(url, packed, ".tar")
         tars = {name: stamp for name, stamp in listing.items() if _extension(name) == "tar"}
         return _Tars(url, options, tars)
     pictures = [stem for extension in PICTURES for stem in stems.get(extension, ())]
@@ -194,6 +216,7 @@ def _open_folder(url: str, options: SourceOptions, listing: Mapping[str, str]) -
         counts = ", ".join(f"{len(stems[kind])} .{kind}" for kind in kinds)
         raise ValueError(f"{url}: found {counts}; wanted tables of one kind: name those you mean")
     if kinds:
+        _refuse_packed(url, packed, f".{kinds[0]}")
         names = [name for name in listing if _extension(name) == kinds[0]]
         roots = [options.root or storage.parent(storage.join(url, name)) for name in names]
         tables = (
@@ -201,6 +224,7 @@ def _open_folder(url: str, options: SourceOptions, listing: Mapping[str, str]) -
             for name, root in zip(names, roots, strict=True)
         )
         return _Tables(url, options, listing, tuple(tables))
+    _refuse_packed(url, packed)
     found = ", ".join(list(listing)[:5]) or "nothing"
     if pictures:
         raise ValueError(
@@ -212,6 +236,14 @@ def _open_folder(url: str, options: SourceOptions, listing: Mapping[str, str]) -
         f"{url}: found {found}; wanted {', '.join(_FOLDER_TABLES)}, tars, tables "
         f"({', '.join(TABLES)}), or pictures each with a .txt beside it"
     )
+
+
+def _refuse_packed(url: str, packed: Sequence[str], among: str = "") -> None:
+    """ValueError for what would be left out of a folder that is read as files of that kind."""
+    meant = [it for it in packed if not among or among in it.lower() or _TAR.search(it)]
+    if meant:
+        more = f" and {len(meant) - 1} more" if len(meant) > 1 else ""
+        raise ValueError(f"{url}: {meant[0]}{more}: compressed; decompress it first")
 
 
 def _extension(name: str) -> str:

@@ -234,6 +234,18 @@ def stamp(url: str) -> str | None:
     return _remote_stamp(info) if info["type"] == "file" else None
 
 
+def is_html(url: str) -> bool:
+    """Whether a web server answers a page, and says so."""
+    try:
+        info = _ask(url, lambda files, path: files.info(path))
+    except FileNotFoundError:
+        return False
+    if info.get("mimetype") != "text/html":
+        return False
+    with open_read(url) as file:  # some servers say so of all that they do not know
+        return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+
+
 @contextlib.contextmanager
 def draft(folder: str, durable: bool = True) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
     """A hidden file to write into, and a function that publishes it under a URL, once.

@@ -235,16 +235,16 @@ def picture(seed, side=24):
     return out.getvalue()
 
 
-def fill(url, count=16):
-    """Three sources below a URL: a folder with captions, a tar, a parquet with pictures in it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def captions_file(url, count):
     lines = []
     for number in range(count):
         storage.publish_bytes(f"{url}/folder/{number}.png", picture(number))
         lines.append(json.dumps({"file": f"{number}.png", "caption": f"picture {number}"}))
     storage.publish_bytes(f"{url}/folder/captions.jsonl", "\n".join(lines).encode())
+    return f"{url}/folder"
+
+
+def tars(url, count):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for number in range(count):
@@ -256,11 +256,54 @@ def fill(url, count=16):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     storage.publish_bytes(f"{url}/tars/0.tar", out.getvalue())
+    return f"{url}/tars"
+
+
+def parquet(url, count):
+    """With the pictures in it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     out = io.BytesIO()
     pictures = [picture(200 + number) for number in range(count)]
     pq.write_table(pa.table({"image": pictures, "text": ["in a table"] * count}), out)
     storage.publish_bytes(f"{url}/table.parquet", out.getvalue())
-    return [f"{url}/folder", f"{url}/tars", f"{url}/table.parquet"]
+    return f"{url}/table.parquet"
+
+
+def sidecars(url, count):
+    for number in range(count):
+        storage.publish_bytes(f"{url}/sidecars/deep/{number}.png", picture(300 + number))
+        storage.publish_bytes(f"{url}/sidecars/deep/{number}.txt", b"words %d" % number)
+    return f"{url}/sidecars"
+
+
+def imagefolder(url, count):
+    """Hugging Face's, with a metadata.csv in each split."""
+    for split, numbers in (("train", range(count // 2)), ("test", range(count // 2, count))):
+        lines = ["file_name,text"]
+        for number in numbers:
+            storage.publish_bytes(f"{url}/imagefolder/{split}/{number}.png", picture(400 + number))
+            lines.append(f"{number}.png,of {split} {number}")
+        text = "\n".join(lines).encode()
+        storage.publish_bytes(f"{url}/imagefolder/{split}/metadata.csv", text)
+    return f"{url}/imagefolder"
+
+
+def csv_of_paths(url, count):
+    """Half of them below the table, half by their whole URL."""
+    lines = ["path,caption"]
+    for number in range(count):
+        storage.publish_bytes(f"{url}/table/pictures/{number}.png", picture(500 + number))
+        path = f"pictures/{number}.png" if number % 2 else f"{url}/table/pictures/{number}.png"
+        lines.append(f"{path},row {number}")
+    storage.publish_bytes(f"{url}/table/rows.csv", "\n".join(lines).encode())
+    return f"{url}/table/rows.csv"
+
+
+def fill(url, count=16, kinds=(captions_file, tars, parquet)):
+    """Three sources below a URL."""
+    return [kind(url, count) for kind in kinds]
 
 
 def the_line(sources, dataset):
@@ -280,8 +323,11 @@ def same(batches, others):
     return True
 
 
-def test_the_whole_road_is_as_on_a_disk(bucket, tmp_path):
-    sources, dataset = fill(f"{bucket}/in"), f"{bucket}/set"
+@pytest.mark.parametrize(
+    "kinds", [(captions_file, tars, parquet), (sidecars, imagefolder, csv_of_paths)]
+)
+def test_the_whole_road_is_as_on_a_disk(bucket, tmp_path, kinds):
+    sources, dataset = fill(f"{bucket}/in", kinds=kinds), f"{bucket}/set"
     there = the_line(sources, dataset)
     here = the_line(sources, str(tmp_path / "set"))
     assert same(there, here)

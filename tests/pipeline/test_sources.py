@@ -1,6 +1,7 @@
 """Each kind of source lists all of its rows, names what is wrong with it, and hands out no path."""
 
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -723,15 +724,36 @@ def test_drawn_scenes_refuse_what_they_do_not_know(query):
         ("empty", "found nothing; wanted captions.jsonl"),
         ("odd", "found readme.md; wanted"),
         ("odd/readme.md", "wanted a folder, a .tar or a table"),
+        ("packed/a.tar.gz", "a.tar.gz: compressed; decompress it first"),
+        ("packed/b.tgz", "b.tgz: compressed; decompress it first"),
+        ("packed/c.csv.gz", "c.csv.gz: compressed; decompress it first"),
+        ("packed", r"packed: a.tar.gz and 3 more: compressed; decompress it first"),
+        ("mixed", r"mixed: deep/b.tgz: compressed; decompress it first"),
+        ("tables", r"tables: b.csv.gz: compressed; decompress it first"),
     ],
 )
 def test_what_is_no_source_is_refused(tmp_path, monkeypatch, url, message):
     monkeypatch.chdir(tmp_path)
+    for name in ("a.tar.gz", "b.tgz", "c.csv.gz", "d.zip"):
+        (tmp_path / "packed").mkdir(exist_ok=True)
+        (tmp_path / "packed" / name).write_bytes(gzip.compress(b"x"))
+    (tmp_path / "mixed" / "deep").mkdir(parents=True)
+    tar_of(tmp_path / "mixed" / "a.tar", [("a.png", picture()), ("a.txt", b"a")])
+    (tmp_path / "mixed" / "deep" / "b.tgz").write_bytes(gzip.compress(b"x"))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.csv").write_text("file,caption\na.png,x\n")
+    (tmp_path / "tables" / "b.csv.gz").write_bytes(gzip.compress(b"x"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "readme.md").write_text("x")
     with pytest.raises(ValueError, match=message):
         open_source(url)
+
+
+def test_what_is_packed_beside_a_folders_own_table_is_nobodys_matter(tmp_path):
+    folder_of(tmp_path, [{"file": "a.png", "caption": "x"}])
+    (tmp_path / "backup.tgz").write_bytes(gzip.compress(b"x"))
+    assert len(rows(tmp_path)) == 1
 
 
 def test_the_fingerprint_is_that_of_the_listing(tmp_path):

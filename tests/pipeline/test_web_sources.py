@@ -35,6 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.ranges = True
+        self.types: dict[str, str] = {}
         self.changed = "Thu, 01 Jan 2026 00:00:00 GMT"
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -61,6 +62,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Last-Modified", self.server.changed)
+        if kind := self.server.types.get(self.path.lstrip("/")):
+            self.send_header("Content-Type", kind)
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{size}")
         self.end_headers()
@@ -159,6 +162,28 @@ def test_a_table_on_the_web_that_changed_within_its_size_is_read_again(web, tmp_
     web.files["t.csv"] = b"file,caption\nb.png,two\n"
     web.changed = "Fri, 02 Jan 2026 00:00:00 GMT"
     assert ingest([source], dataset, RULES).new == 1
+
+
+@pytest.mark.parametrize("path", ["", "/", "/data", "/data/", "/data/t.csv/"])
+def test_a_folder_on_the_web_is_refused_with_what_to_name(web, tmp_path, path):
+    page = b"<!DOCTYPE html><title>Index of /data/</title>"
+    web.files = dict.fromkeys(("", "data", "data/", "data/t.csv/"), page)
+    web.types = dict.fromkeys(web.files, "text/html")
+    said = rf"neither a table .* name {web.url}{path.rstrip('/')}/captions\.jsonl instead"
+    with pytest.raises(ValueError, match=said):
+        ingest([f"{web.url}{path}"], str(tmp_path / "set"), RULES)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_page_in_the_place_of_a_table_is_said_to_be_one(web, tmp_path, ranges):
+    web.ranges = ranges
+    web.files = {"t.csv": b"\n <html>please log in</html>", "u.csv": b"file,caption\na.png,one\n"}
+    web.files["a.png"] = picture(0)
+    web.types = dict.fromkeys(("t.csv", "u.csv"), "text/html; charset=utf-8")
+    with pytest.raises(ValueError, match=r"a page of HTML, no \.csv.*name FOLDER/captions"):
+        ingest([f"{web.url}/t.csv"], str(tmp_path / "set"), RULES)
+    # some servers say so of whatever they do not know
+    assert ingest([f"{web.url}/u.csv"], str(tmp_path / "set"), RULES).counts["kept"] == 1
 
 
 @pytest.mark.parametrize("name", ["Last-Modified", "last_modified", "LastModified", "ETag"])
