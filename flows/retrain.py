@@ -22,7 +22,7 @@ from .parallel import ENDING_SECONDS, train_stages
 from .progress import say, seconds
 from .promote_model import promote_model
 from .recipe import FROZEN
-from .score_model import GALLERY, SWEEP, drawn_by, score_model
+from .score_model import GALLERY, SWEEP, check_held_out, drawn_by, score_model
 from .settings import end_with_us, leaving_without_goodbyes, prepare_environment
 from .train_stage import train_stage
 
@@ -96,6 +96,7 @@ def run_line(line: Line) -> dict[str, Any]:
         now = time.monotonic()
         step("data", build_dataset(values, name), now)
         data = line.manifest()
+        check_held_out(data)
 
         def train(stages: Sequence[str]) -> None:
             for stage in stages:

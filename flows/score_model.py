@@ -86,6 +86,21 @@ def ask(line: Line, data: Manifest) -> Question:
     )
 
 
+def check_held_out(data: Manifest) -> None:
+    """ValueError where too few pictures are held out to score a model: better told before its
+    training than after.
+    """
+    from evaluation.scorecard import FEWEST
+
+    held = data.samples("heldout")
+    if held < FEWEST:
+        raise ValueError(
+            f"{data.dataset}, version {data.version}: {held} held out of {data.samples()} "
+            f"pictures, {FEWEST} needed to score a model; ingest more (of {4 * FEWEST} pictures "
+            f"with captions of their own {FEWEST} are), or raise data.ingest.heldout_share"
+        )
+
+
 def _shown(line: Line, data: Manifest) -> list[EncoderSpec]:
     """What a base is shown, and the pictures as they are: a champion may be told smaller ones."""
     pixels = pixels_spec(line.recipe.data.side)

@@ -38,6 +38,10 @@ _DTYPES = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I32": "<i4", "I64": "<i8"}
 STORABLE = ("float16", "float32", "uint8", "int64")
 """numpy's names of the dtypes that the fields of encoded files have."""
 _LARGE = 1 << 20  # bytes
+_IN_CACHE = 1 << 17  # numbers
+_BITS = {"float16": (np.int16, np.uint16), "float32": (np.int32, np.uint32)}
+_finite: set[int] = set()
+"""Files that were looked through: a process does so once, whatever it opens again."""
 _KEPT = 24  # a few batches of a few encodings
 _OPEN_FILES = 600  # a map keeps its file's descriptor, and 1,024 is the usual limit
 
@@ -544,11 +548,17 @@ def _open_index(encoding: Encoding, stored: _Stored, shard: Shard) -> dict[str, 
 
 
 def _open_encoded(
-    path: Path, encoding: Encoding, stored: Mapping[str, Field], samples: int, views: int = 1
+    path: Path,
+    encoding: Encoding,
+    stored: Mapping[str, Field],
+    samples: int,
+    views: int = 1,
+    *,
+    numbers: bool = True,
 ) -> dict[str, np.ndarray]:
-    """The arrays of one encoded shard, checked.
+    """The arrays of one encoded shard, checked; without `numbers` only their shapes.
 
-    ValueError when another encoder made them or they do not fit together.
+    ValueError when another encoder made them, they do not fit together or are not finite.
     """
     arrays, metadata = mapped(path)
     made_by = json.loads(metadata.get("darkroom", "{}")).get("fingerprint")
@@ -557,6 +567,8 @@ def _open_encoded(
             f"{path}: made by encoder {made_by}, wanted {encoding.name} ({encoding.fingerprint}); "
             "delete it and encode again"
         )
+    if numbers:
+        _check_finite(path, encoding, arrays)
     check(str(path), arrays, {"keys": KEY}, samples)
     if encoding.kind == "image":
         check(str(path), arrays, stored, samples * views)
@@ -576,6 +588,40 @@ def _open_encoded(
             "delete it and encode again"
         )
     return arrays
+
+
+def _check_finite(path: Path, encoding: Encoding, arrays: Mapping[str, np.ndarray]) -> None:
+    """ValueError where a number is NaN or Inf: what an encoder could not tell lies there as zeros.
+
+    Once a process: a learner would take the first of them for the end of its training.
+    """
+    status = path.stat()
+    file = hash((status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+    if file in _finite:
+        return
+    for name, rows in arrays.items():
+        if rows.dtype.name in _BITS and not _all_finite(rows.reshape(-1)):
+            bad = np.flatnonzero(~np.isfinite(rows).reshape(len(rows), -1).all(1))
+            raise ValueError(
+                f"{path}: field {name} of encoder {encoding.name} ({encoding.fingerprint}) has NaN "
+                f"or Inf in {len(bad)} of {len(rows)} rows (the first: {bad[0]}), wanted finite "
+                "numbers; delete the file and encode again"
+            )
+    _finite.add(file)
+
+
+def _all_finite(numbers: np.ndarray) -> bool:
+    """Of a flat array. As whole numbers NaN and Inf are the largest, of either sign: two maxima are
+    ten times as fast as np.isfinite on float16, and need no room.
+    """
+    signed, unsigned = _BITS[numbers.dtype.name]
+    infinite = np.array([np.inf, -np.inf], numbers.dtype)
+    most, least = infinite.view(signed)[0], infinite.view(unsigned)[1]
+    for start in range(0, len(numbers), _IN_CACHE):
+        some = numbers[start : start + _IN_CACHE]
+        if some.view(signed).max() >= most or some.view(unsigned).max() >= least:
+            return False
+    return True
 
 
 def _stored(encoding: Encoding, bucket: Bucket | None = None) -> _Stored:
@@ -627,7 +673,7 @@ def text_storage(manifest: Manifest, encoding: Encoding, padded_to: int) -> Text
     captions = stored = read = size = cut = 0
     for shard in manifest.split():
         path = storage.local_copy(encoding.arrays_url(shard.name))
-        arrays = _open_encoded(path, encoding, fields, shard.samples)
+        arrays = _open_encoded(path, encoding, fields, shard.samples, numbers=False)
         captions += len(arrays["caption_rows"])
         stored += len(arrays["pooled"])
         read += tokens.count(arrays)

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows import build_dataset, data_commands
+from flows import build_dataset, commands, data_commands
 from flows.line import Line
 from flows.recipe import RecipeError, check_stages, load
 from flows.settings import settings
 from pipeline import manifest
+from pipeline.encode import encode
+from pipeline.execute import Executor
+from pipeline.schema import EncoderSpec
 from pipeline.score import read_scores
 
 
@@ -142,3 +145,45 @@ def test_scorers_are_checked_before_anything_is_read(home):
     with pytest.raises(ValueError, match="the score 'nsfw', which no scorer gives"):
         ingest(source, rules=('scores={"nsfw": [null, 0.5]}',))
     assert not (home / "home" / "datasets" / "shades").exists()
+
+
+class Short:
+    """Reads 15 letters of a text, and makes nothing of one that ends with a 3."""
+
+    limit = 15
+
+    def __call__(self, texts):
+        lengths = np.array([[len(text)] for text in texts], np.float16)
+        lengths[[text.endswith("3") for text in texts]] = np.nan
+        return [np.ones((min(len(text), 15), 2), np.float16) for text in texts], lengths
+
+    def truncated(self, texts):
+        return np.array([len(text) > 15 for text in texts])
+
+
+def test_encode_tells_what_was_cut_and_what_was_rejected(home, monkeypatch):
+    """Bad inputs 22 and 39: captions are "shade number N", of 14 letters or 15."""
+    source = pictures(home / "one", 5, 10)
+    (home / "one" / "5.txt").write_text("shade number five")
+    ingest(source, rules=("heldout_share=0",))
+    line = Line(load("shapes", ["name=shades"]), settings())
+    data, spec = line.manifest(), EncoderSpec("clip", "text", "short")
+
+    def encode_stages(*_):
+        encode(data, [spec], lambda _: Short(), Executor(), max_rejected_share=1)
+
+    monkeypatch.setattr(commands, "_line", lambda *_: line)
+    monkeypatch.setattr(commands, "_prepare", lambda *_: (data, []))
+    monkeypatch.setattr(build_dataset, "encode_stages", encode_stages)
+    monkeypatch.setattr(build_dataset, "encoder_specs", lambda *_: [spec])
+    told = commands.encode("shapes", [])
+    assert told["rejected"] == {"clip": 1}
+    assert (told["texts"]["clip"]["captions"], told["texts"]["clip"]["cut"]) == (10, 1)
+    assert "  clip 10 captions, 1 cut, in " in told["text"]
+    assert "  clip rejected 1: not_finite" in told["text"]
+    (row,) = data_commands.explain("shades", "#13.png")["rows"]
+    assert [it["encoder"] for it in row["encoders"]] == ["clip"]
+    said = data_commands.explain("shades", "#13.png")["text"]
+    assert "  encoder clip (short) rejected it: not_finite" in said
+    shown = data_commands.show("shades", None, str(home / "page.html"))
+    assert shown["encoders_rejected"] == {"clip short": 1}

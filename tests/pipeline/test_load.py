@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from pipeline import manifest, storage, tokens
+from pipeline import load, manifest, storage, tokens
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.load import _KEPT, Loader, mapped, text_storage
@@ -584,6 +584,64 @@ def test_files_that_do_not_fit_are_refused(data, encodings, number, change, mess
         rewrite(Path(encodings[number].url, f"{shard.name}.safetensors"), change)
     with pytest.raises(ValueError, match=message):
         Loader(data, encodings, global_batch=13, seed=0).batch(0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("number", "name", "row"), [(0, "code", 6), (0, "mean", 0), (1, "tokens", 3), (2, "pooled", 1)]
+)
+def test_numbers_that_are_not_finite_are_refused(data, encodings, number, name, row, bad):
+    """Bad input 39: what an encoder rejected is zero there and listed, so this is another's."""
+    path = Path(encodings[number].url, f"{data.shards[0].name}.safetensors")
+    Loader(data, encodings, global_batch=13, seed=0).batch(0)  # a file of that name was looked at
+    rewrite(path, lambda arrays: arrays[name][row : row + 1].reshape(-1)[-1:].fill(bad))
+    encoder = f"{encodings[number].name} .{encodings[number].fingerprint}."
+    with pytest.raises(
+        ValueError, match=rf"{path}: field {name} of encoder {encoder}.*first: {row}"
+    ):
+        Loader(data, encodings, global_batch=13, seed=0).batch(0)
+
+
+def test_a_bucket_with_numbers_that_are_not_finite_is_refused(shaped, bucketed):
+    (path,) = Path(bucketed[0].url).glob(f"{shaped.shards[0].name}.4x8.safetensors")
+    rewrite(path, lambda arrays: arrays["code"].fill(np.nan))
+    loader = Loader(shaped, bucketed, global_batch=13, seed=0)
+    with pytest.raises(ValueError, match=f"{path}: field code of encoder codes"):
+        [loader.batch(step) for step in range(4)]
+
+
+def test_a_file_is_looked_through_once(data, encodings, monkeypatch):
+    looked = []
+
+    def counted(numbers, look=load._all_finite):
+        looked.append(numbers.nbytes)
+        return look(numbers)
+
+    monkeypatch.setattr(load, "_all_finite", counted)
+    monkeypatch.setattr(load, "_finite", set())
+    for _ in range(3):
+        Loader(data, encodings, global_batch=13, seed=0).batch(0)
+    of_file = [  # code and mean; tokens and pooled; tokens and pooled, of each shard
+        sum(1 for it in mapped(Path(e.arrays_url(s.name)))[0].values() if it.dtype.kind == "f")
+        for e in encodings
+        for s in data.shards
+    ]
+    assert len(looked) == sum(of_file) == 6 * 3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("size", [1, 7, load._IN_CACHE, load._IN_CACHE + 3])
+def test_finite_is_what_numpy_says(dtype, size):
+    draws = np.random.default_rng(0)
+    limits = np.finfo(dtype)
+    edges = [limits.max, limits.min, limits.tiny, -limits.tiny, 0.0, -0.0]
+    numbers = draws.choice(np.array(edges, dtype), size)
+    assert load._all_finite(numbers)
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        changed = numbers.copy()
+        changed[draws.integers(size)] = bad
+        assert not load._all_finite(changed)
+    assert load._all_finite(np.empty(0, dtype))
 
 
 def named(batch):

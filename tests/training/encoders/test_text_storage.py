@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,8 @@ def test_the_storybooks_text_takes_a_fourth_of_padded_text(clip, real_data, tmp_
     assert cut["t5_bytes"] == sum(len(caption.encode()) + 1 > 256 for caption in unique) > 0
 
     found = {n: text_storage(data, it, 77 if n == "clip" else 512) for n, it in made.items()}
+    for spec in specs:  # of all samples, not of unique captions
+        assert found[spec.name].cut == int(build(spec).truncated(captions).sum())
     for name, it in found.items():
         print(
             f"{name}: {it.captions} captions, {it.stored} stored ({cut[name]} of {len(unique)} "
@@ -133,6 +136,31 @@ def test_the_storybooks_text_takes_a_fourth_of_padded_text(clip, real_data, tmp_
 def grey(texts: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
     """As many tokens of width 3 as a text has letters."""
     return [np.ones((len(t), 3), np.float16) for t in texts], np.ones((len(texts), 2), np.float16)
+
+
+class Short:
+    """Reads three letters of a text."""
+
+    limit = 3
+
+    def __call__(self, texts):
+        return grey([text[:3] for text in texts])
+
+    def truncated(self, texts):
+        assert all(len(text) >= 3 for text in texts), "asked of those alone that fill the limit"
+        return np.array([len(text) > 3 for text in texts])
+
+
+def test_captions_that_were_cut_are_counted_sample_by_sample(tmp_path):
+    """Bad input 22. A caption that is stored once counts as often as it is shown."""
+    captions = [["aaaa", "bb"], ["aaaa"], ["ccc"], ["bb", "aaaa", "ddddd"]]
+    data = captioned(tmp_path, captions, shard_samples=2)
+    spec = EncoderSpec("text", "text", "short")
+    made = encode(data, [spec], lambda _: Short(), Executor(kind="local"))["text"]
+    found = text_storage(data, made, padded_to=3)
+    assert (found.captions, found.stored, found.cut) == (7, 6, 4)
+    whole = encode(data, [replace(spec, fingerprint="grey")], lambda _: grey, Executor())["text"]
+    assert text_storage(data, whole, padded_to=3).cut == 0
 
 
 def test_text_storage_counts_what_lies_on_disk(tmp_path):
