@@ -14,6 +14,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,6 +79,53 @@ def endless() -> bytes:
     return data[:27] + (70_000 - 1).to_bytes(3, "little") + data[30:]
 
 
+def adobe(transform: int, components: Sequence[int], blocks: int = 9) -> bytes:
+    """A CMYK JPEG of one colour, marker by marker: each block of a component is its constant term
+    alone. The APP14 marker says that inks are inverted, and by `transform` 2 that CMY is YCbCr.
+    """
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return bytes((0xFF, marker)) + struct.pack(">H", 2 + len(body)) + body
+
+    bits = ""
+    for block in range(blocks):
+        for value in components:
+            term = 0 if block else 8 * (value - 128)  # the difference to the block before
+            length = abs(term).bit_length()
+            low = term if term > 0 else term + (1 << length) - 1
+            bits += f"{length:04b}" + (f"{low:0{length}b}" if length else "") + "0"
+    bits += "1" * (-len(bits) % 8)
+    scan = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8))
+    side = 8 * int(blocks**0.5)
+    frame = struct.pack(">BHHB", 8, side, side, 4)
+    return (
+        b"\xff\xd8"
+        + segment(0xEE, b"Adobe" + struct.pack(">HHHB", 100, 0, 0, transform))
+        + segment(0xDB, b"\0" + bytes([1] * 64))
+        + segment(0xC0, frame + b"".join(bytes((it, 0x11, 0)) for it in range(1, 5)))
+        + segment(0xC4, b"\x00" + bytes((0, 0, 0, 12, *[0] * 12)) + bytes(range(12)))
+        + segment(0xC4, b"\x10" + bytes((1, *[0] * 15)) + b"\0")
+        + segment(0xDA, b"\4" + b"".join(bytes((it, 0)) for it in range(1, 5)) + b"\0\x3f\0")
+        + scan.replace(b"\xff", b"\xff\0")
+        + b"\xff\xd9"
+    )
+
+
+def inverted(cyan: int, magenta: int, yellow: int, black: int) -> list[int]:
+    """As Adobe stores inks: 255 is none."""
+    return [255 - it for it in (cyan, magenta, yellow, black)]
+
+
+def ycck(cyan: int, magenta: int, yellow: int, black: int) -> list[int]:
+    """The same as luma and chroma (JFIF), of the inks as they are, and inverted black."""
+    luma = 0.299 * cyan + 0.587 * magenta + 0.114 * yellow
+    blue, red = (yellow - luma) / 1.772, (cyan - luma) / 1.402
+    return [min(255, round(it)) for it in (luma, 128 + blue, 128 + red, 255 - black)]
+
+
+SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"><rect width="9"/></svg>'
+PDF = b"%PDF-1.7\n1 0 obj\n<< /Type /Catalog >>\nendobj\ntrailer << /Root 1 0 R >>\n%%EOF\n"
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0\0\0\x08mdat"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
 JPEG = picture(1, 64, 64, "JPEG")
 SHA256 = hashlib.sha256(JPEG).hexdigest()
@@ -116,7 +164,12 @@ CASES = {
     "line.png": Case(9, picture(2, 1, 20_000), "filtered:aspect"),
     "endless.webp": Case(9, endless(), "filtered:aspect", ("animated",)),
     "zip.jpg": Case(16, JPEG + zipped(), "kept:", ("trailing_bytes",)),
+    "inks.jpg": Case(11, adobe(0, inverted(0, 255, 255, 0)), "kept:"),
+    "luma.jpg": Case(11, adobe(2, ycck(0, 255, 255, 0)), "kept:"),
     "drawing.jpg": Case(17, EPS, "rejected:format"),
+    "vectors.svg": Case(17, SVG, "rejected:format"),
+    "page.pdf": Case(17, PDF, "rejected:format"),
+    "phone.heic": Case(17, HEIC, "rejected:format"),
     "blank.png": Case(21, picture(4), "rejected:no_caption", caption=" \x00\n\x1b"),
     "right.png": Case(21, picture(5), "kept:", caption="قطة سوداء"),
     "joined.png": Case(21, picture(6), "kept:", caption="cafe\u0301"),
@@ -165,6 +218,30 @@ def test_each_row_of_the_table(tmp_path, monkeypatch):
     assert {"sha256", "md5"}.isdisjoint(kept["flipped.jpg"].meta)
     assert kept["zip.jpg"].image == JPEG
     assert not zipfile.is_zipfile(io.BytesIO(kept["zip.jpg"].image))
+
+
+@pytest.mark.parametrize(("transform", "stored_as"), [(0, inverted), (2, ycck)])
+@pytest.mark.parametrize(
+    ("inks", "rgb"),
+    [
+        ((0, 0, 0, 0), (255, 255, 255)),
+        ((0, 0, 0, 255), (0, 0, 0)),
+        ((0, 255, 255, 0), (255, 0, 0)),
+        ((255, 0, 255, 0), (0, 255, 0)),
+        ((51, 102, 204, 51), (163, 122, 41)),  # (255 - ink) (255 - black) / 255
+    ],
+)
+def test_adobes_inks_have_the_colour_that_is_meant(tmp_path, transform, stored_as, inks, rgb):
+    """Bad input 11, by the bytes of the file alone: no library wrote it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(adobe(transform, stored_as(*inks)))
+    (folder / "a.txt").write_text("a colour")
+    version = ingest([str(folder)], str(tmp_path / "set"), RULES).manifest
+    sample = stored(version)["a.jpg"]
+    with Image.open(io.BytesIO(sample.image)) as shown:
+        assert (shown.mode, shown.size) == ("RGB", (24, 24))
+        assert np.abs(np.asarray(shown, int) - rgb).max() <= 3
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])

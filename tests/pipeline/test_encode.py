@@ -125,6 +125,17 @@ def test_every_row_is_the_encoders_answer_to_its_sample(tmp_path):
                 np.testing.assert_array_equal(text["pooled"][number], pooled[0])
 
 
+def test_each_picture_is_decoded_once_for_all_encoders(tmp_path, monkeypatch):
+    data, decodes, decode = dataset(tmp_path), [], images.decode
+    monkeypatch.setattr(images, "decode", lambda *it: decodes.append(1) or decode(*it))
+    reds = EncoderSpec("reds", "image", "reds01", side=6)
+    encode(data, [MEANS, reds, pixels_spec(5), WORDS], build, LOCAL)
+    assert len(decodes) == 14
+    assert len(files(tmp_path)) == 4 * 3
+    encode(data, [MEANS, WORDS], build, LOCAL)
+    assert len(decodes) == 14, "decoded for nothing"
+
+
 def test_only_what_is_missing_is_made_and_the_bytes_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv("BUILD_LOG", str(tmp_path / "log"))
     data = dataset(tmp_path / "data")
