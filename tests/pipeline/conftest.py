@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+import mmap
 import os
 import signal
+import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,32 +51,119 @@ def real_data():
     return folder
 
 
+_STEPS = ("replace", "link", "unlink", "fsync", "rmdir")
+"""Of os: what changes the disk."""
+
+
+def _forked(work):
+    """The exit status of a child that does the work; its signal, negative, where it was killed."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        work()
+    except BaseException as error:  # the parent only sees the status
+        sys.stderr.write(f"{error!r}\n")
+        os._exit(1)
+    os._exit(0)
+
+
+def _watched(at_step):
+    """In a child: have each step told of before it is done."""
+
+    def wrapped(call):
+        def watched(*args, **options):
+            at_step()
+            return call(*args, **options)
+
+        return watched
+
+    for name in _STEPS:
+        setattr(os, name, wrapped(getattr(os, name)))
+
+
+class _Event(ctypes.Structure):
+    """struct sigevent"""
+
+    _fields_ = (
+        ("value", ctypes.c_void_p),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("rest", ctypes.c_byte * 48),
+    )
+
+
+class _Time(ctypes.Structure):
+    """struct itimerspec"""
+
+    _fields_ = tuple((name, ctypes.c_long) for name in ("again", "again_ns", "seconds", "ns"))
+
+
+def _killed_in(seconds):
+    """Have the kernel kill this process: whoever waits in another may be late on a busy machine."""
+    library, timer = ctypes.CDLL(None), ctypes.c_void_p()
+    event = _Event(signal=signal.SIGKILL)
+    when = _Time(seconds=int(seconds), ns=max(1, int(seconds % 1 * 1e9)))
+    assert not library.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer))
+    assert not library.timer_settime(timer, 0, ctypes.byref(when), None)
+
+
 @pytest.fixture(scope="session")
 def killed_at():
-    """A function (step, work) -> exit status of a fork that does the work and dies (SIGKILL) at
-    that step of those that change what is on the disk."""
+    """A function (step, work, seconds) -> exit status of a fork that does the work and dies
+    (SIGKILL) so many seconds after it came to that step of those that change what is on the disk.
+    """
 
-    def run(step, work):
-        pid = os.fork()
-        if pid:
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        steps = iter(range(step))
+    def run(step, work, seconds=0.0):
+        steps = itertools.count()
 
-        def dying(call):
-            def wrapped(*args, **options):
-                if next(steps, None) is None:
+        def dying():
+            if next(steps) == step:
+                if seconds:
+                    _killed_in(seconds)
+                else:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **options)
 
-            return wrapped
+        return _forked(lambda: (_watched(dying), work()))
 
-        for name in ("replace", "link", "unlink", "fsync", "rmdir"):
-            setattr(os, name, dying(getattr(os, name)))
-        try:
+    return run
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """A function of work -> (its steps, the seconds that one takes) in a fork that nobody kills."""
+
+    def run(work):
+        shared = mmap.mmap(-1, 16)
+
+        def counting():
+            steps = itertools.count(1)
+            _watched(lambda: struct.pack_into("q", shared, 0, next(steps)))
+            began = time.monotonic()
             work()
-        except BaseException as error:  # the parent only sees the status
-            sys.stderr.write(f"{error!r}\n")
-            os._exit(1)
-        os._exit(0)
+            struct.pack_into("d", shared, 8, time.monotonic() - began)
+
+        assert _forked(counting) == 0
+        (steps, seconds) = struct.unpack("qd", shared)
+        return steps, seconds / steps
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def kills():
+    """A function that calls `kill(step, seconds)` with draws of what was `measured` until so many
+    have struck; of ten drawn nine must. `kill` says whether it has. Half strike at a step, half
+    between two."""
+
+    def run(wanted, rng, steps, each, kill):
+        struck = drawn = 0
+        while struck < wanted:
+            seconds = rng.uniform(0, each) if drawn % 2 else 0.0
+            struck += kill(rng.randrange(steps), seconds)
+            drawn += 1
+            assert struck >= 0.9 * drawn - 1, f"only {struck} of {drawn} kills struck"
+        print(f"{struck} of {drawn} kills struck, drawn from {steps} steps of {each * 1e3:.2f} ms")
+        assert struck >= 0.9 * drawn, f"only {struck} of {drawn} kills struck"
 
     return run

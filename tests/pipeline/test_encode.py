@@ -2,14 +2,15 @@
 
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -556,45 +557,27 @@ def test_names_are_unique(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_anywhere_and_run_again_gives_the_same_bytes(tmp_path, rounds):
+def test_killed_anywhere_and_run_again_gives_the_same_bytes(
+    tmp_path, rounds, killed_at, measured, kills
+):
     specs = [MEANS, WORDS, pixels_spec(4), REDS]
-    for place in ("cold", "warm"):
-        whole = dataset(tmp_path / place, shards=5)
-        began = time.monotonic()
-        encode(whole, specs, build, LOCAL)
-        seconds = time.monotonic() - began
+    whole = dataset(tmp_path / "whole", shards=5)
+    encode(whole, specs, build, LOCAL)
     wanted = files(whole.dataset)
     assert len(wanted) == 3 * 6 + 4 * 6
-    rng, early = random.Random(4), 0
-    for kill in range(kills := rounds(9, 94)):
-        data = dataset(tmp_path / str(kill), shards=5)
-        folder = Path(data.dataset, "encodings")
-        if not (child := os.fork()):
-            try:
-                encode(data, specs, build, LOCAL)
-            finally:
-                os._exit(0)
-        # By how far it got, not by the clock: a slow moment would make all of them early or late.
-        begun = rng.randrange(len(wanted))
-        end = time.monotonic() + 60
-        while time.monotonic() < end and sum(len(it[2]) for it in os.walk(folder)) < begun:
-            time.sleep(0.0005)
-        time.sleep(rng.uniform(0, seconds / len(wanted)))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        early += files(data.dataset).keys() != wanted.keys()
+    timed = dataset(tmp_path / "timed", shards=5)
+    steps, each = measured(lambda: encode(timed, specs, build, LOCAL))
+    numbers, early = itertools.count(), []
+
+    def kill(step, seconds):
+        data = dataset(tmp_path / str(next(numbers)), shards=5)
+        status = killed_at(step, lambda: encode(data, specs, build, LOCAL), seconds)
+        assert status in (0, -signal.SIGKILL)
+        early.append(files(data.dataset).keys() != wanted.keys())
         encode(data, specs, build, LOCAL)
         assert files(data.dataset) == wanted  # nothing hidden is left over either
-    assert early > kills // 2, "too many kills came too late to tell anything"
+        shutil.rmtree(data.dataset)
+        return status != 0
 
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-@pytest.mark.usefixtures("ray_session")
-def test_on_ray_the_bytes_are_the_same(tmp_path):
-    here, there = dataset(tmp_path / "here", shards=3), dataset(tmp_path / "there", shards=3)
-    specs = [pixels_spec(4), pixels_spec(4, BUCKETS, flip=True)]
-    for spec in specs:
-        encode(here, [spec], None, LOCAL)
-        encode(there, [spec], None, Executor(kind="ray", workers=2))
-    assert files(there.dataset) == files(here.dataset)
+    kills(rounds(9, 94), random.Random(4), steps, each, kill)
+    assert sum(early) > len(early) * 3 // 4, "too many came too late to tell anything"

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -641,11 +641,10 @@ def test_a_source_named_twice_is_refused(tmp_path):
 # ---- killed, and run again --------------------------------------------------------------------
 
 KILL_RULES = IngestRules(shard_samples=16, min_heldout=6, max_side=16)
-KILLERS = ("replace", "link", "unlink", "fsync", "rmdir")
 
 
 def forked(work):
-    """The exit status of a child process that does the work; its signal, negative, when killed."""
+    """The id of a child that does the work."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -659,23 +658,6 @@ def forked(work):
 
 def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def killed_at(count, work):
-    """Do the work, and die at the given number of steps that change what is on the disk."""
-    steps = iter(range(count))
-
-    def dying(call):
-        def wrapped(*args, **options):
-            if next(steps, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **options)
-
-        return wrapped
-
-    for name in KILLERS:
-        setattr(os, name, dying(getattr(os, name)))
-    work()
 
 
 @pytest.fixture
@@ -695,62 +677,69 @@ def undisturbed(tmp_path):
     return first, second, start, tree(tmp_path / "calm")
 
 
-def check_kills(tmp_path, undisturbed, kills):
-    first, second, start, grown = undisturbed
-    survived = 0
-    for index, kill in enumerate(kills):
-        dataset = str(tmp_path / f"killed{index}")
-        for sources, wanted in (([first], start), ([first, second], grown)):
-            work = functools.partial(ingest, sources, dataset, KILL_RULES)
-            status = kill(work)
-            assert status in (0, -signal.SIGKILL)
-            survived += status == 0
-            for version in manifest.versions(dataset):  # whatever is visible is whole
-                samples(dataset, manifest.read(dataset, version))
-            work()
-            assert tree(dataset) == wanted
+@pytest.fixture
+def disturbed(tmp_path, undisturbed, killed_at):
+    """A function (phase, step, seconds) -> whether the kill struck, once a second run has ended
+    like an undisturbed one. Phase 0 makes a data set, 1 lets it grow."""
+    first, second, *trees = undisturbed
+    numbers = itertools.count()
+    base = tmp_path / "base"
+    ingest([first], str(base), KILL_RULES)
+
+    def run(phase, step, seconds=0.0):
+        dataset = str(tmp_path / f"killed{next(numbers)}")
+        if phase:
+            shutil.copytree(base, dataset)
+        sources = [first, second] if phase else [first]
+        work = functools.partial(ingest, sources, dataset, KILL_RULES)
+        status = killed_at(step, work, seconds)
+        assert status in (0, -signal.SIGKILL)
+        for version in manifest.versions(dataset):  # whatever is visible is whole
+            samples(dataset, manifest.read(dataset, version))
+        work()
+        assert tree(dataset) == trees[phase]
         shutil.rmtree(dataset)
-    assert survived < 2 * len(kills), "the kills have to hit"
+        return status != 0
+
+    return run
 
 
-def at_step(count):
-    return lambda work: ended(forked(lambda: killed_at(count, work)))
+@pytest.fixture
+def phases(tmp_path, undisturbed, measured):
+    """(steps, seconds of one) of making a data set and of its growth."""
+    first, second, *_ = undisturbed
+    dataset = str(tmp_path / "measured")
+    return [
+        measured(functools.partial(ingest, sources, dataset, KILL_RULES))
+        for sources in ([first], [first, second])
+    ]
 
 
-def after(seconds):
-    def kill(work):
-        pid = forked(work)
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-        return ended(pid)
-
-    return kill
-
-
-def test_killed_runs_end_like_undisturbed_ones(tmp_path, undisturbed):
+def test_killed_runs_end_like_undisturbed_ones(disturbed, phases):
     rng = random.Random(1)
-    kills = [at_step(count) for count in (0, 3, 7, 12, 18)]
-    kills += [after(rng.uniform(0.0, 0.3)) for _ in range(2)]
-    check_kills(tmp_path, undisturbed, kills)
+    for phase, (steps, each) in enumerate(phases):
+        for step in (0, steps // 4, steps // 2, steps - 2, steps - 1):
+            assert disturbed(phase, step), "the kills have to hit"
+        assert disturbed(phase, rng.randrange(steps - 1), rng.uniform(0, each / 2))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_runs_killed_at_any_step_and_at_random_end_like_undisturbed_ones(
-    tmp_path, undisturbed, rounds
+    disturbed, phases, kills, rounds
 ):
-    """Each kill strikes twice: while a data set is made, and while it grows."""
+    """Half of the kills strike while a data set is made, half while it grows."""
     rng = random.Random(2)
-    kills = [at_step(rng.randrange(60)) for _ in range(rounds(2, 20))]
-    kills += [after(rng.uniform(0.0, 0.5)) for _ in range(rounds(3, 28))]
-    check_kills(tmp_path, undisturbed, kills)
+    for phase, (steps, each) in enumerate(phases):
+        kill = functools.partial(disturbed, phase)
+        kills(rounds(5, 48), rng, steps, each, kill)
 
 
-def test_shards_of_a_killed_run_over_other_rows_go(tmp_path):
+def test_shards_of_a_killed_run_over_other_rows_go(tmp_path, killed_at):
     first = source(tmp_path / "in", plain(60))
     dataset = tmp_path / "out"
     for steps in range(20, 200):
-        status = at_step(steps)(lambda: ingest([first], str(dataset), KILL_RULES))
+        status = killed_at(steps, lambda: ingest([first], str(dataset), KILL_RULES))
         if storage.list_names(str(dataset / "shards")) and storage.list_names(
             str(dataset / "staging")
         ):
