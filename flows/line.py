@@ -20,8 +20,9 @@ from pipeline import ingest, storage
 from pipeline import manifest as manifests
 from pipeline.manifest import Manifest, fingerprint
 from training import results
+from training.resuming import learning
 
-from .recipe import DENOISING, FROZEN, Recipe, RecipeError, learning
+from .recipe import DENOISING, FROZEN, Recipe, RecipeError
 from .settings import Settings
 
 CODE_VERSION = 1

@@ -22,6 +22,7 @@ from pipeline.execute import Executor
 from pipeline.ingest import NO_SCORERS, IngestRules, Scorers
 from pipeline.manifest import fingerprint
 from pipeline.schema import PICTURE_EMBEDDING
+from training.resuming import learning
 
 STAGES = (
     "autoencoder", "clip", "t5", "prior", "base", "sr1", "sr2", "classifier", "noisy_clip", "edit",
@@ -287,16 +288,6 @@ def check_places(executor: Executor, *urls: str) -> None:
             f"{here[0]}: each worker has a memory of its own; "
             "give a folder or an object store (s3://..., gs://...)"
         )
-
-
-def learning(training: Mapping[str, Any]) -> dict[str, Any]:
-    """A training config without what may differ between machines, or change when it goes on."""
-    machine = ("workers", "min_workers", "threads", "fsdp", "micro_batch")
-    machine += ("checkpoint_images", "log_images")
-    machine += ("keep_last", "keep_best", "keep_images", "accelerator")
-    if not training.get("patience_images"):  # which decides when it ends, and goes by these
-        machine += ("heldout_pictures", "heldout_images")
-    return {key: value for key, value in training.items() if key not in machine}
 
 
 def load(recipe: str, overrides: Iterable[str] = ()) -> Recipe:

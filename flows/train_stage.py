@@ -15,12 +15,13 @@ from pipeline.encode import pixels_spec
 from pipeline.manifest import Manifest
 from pipeline.schema import EncoderSpec, framing
 from training import results
+from training.resuming import learning
 
 from .build_dataset import encoder_specs
 from .cluster import ray_session
 from .line import Line
-from .progress import meter
-from .recipe import DENOISING, kind_of, learning
+from .progress import meter, say
+from .recipe import DENOISING, kind_of
 from .settings import leaving_without_goodbyes
 
 
@@ -69,6 +70,30 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
     )
 
 
+def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
+    """What to say before a stage is trained from nothing, of one that was begun for the same
+    recipe and the same network and is not finished: another key decides another result.
+    """
+    from training.job import changes
+
+    if storage.exists(storage.join(job.output, results.JOB)):
+        return None  # this one goes on
+    found: list[tuple[list[str], str]] = []
+    for path in sorted(Path(job.output).parent.glob(f"{name}-*/{results.JOB}")):
+        begun = storage.read_json(str(path))
+        same = all(begun["meta"].get(key) == job.meta[key] for key in ("recipe", "lineage"))
+        aside = begun["fingerprint"] != path.parent.name  # by --fresh
+        if same and not aside and results.committed(path.parent) is None:
+            found.append((changes(begun, job), str(path.parent)))
+    if not found:
+        return None
+    changed, folder = min(found, key=lambda it: len(it[0]))
+    return (
+        f"{name}: {'; '.join(changed)}: trained anew; the begun training lies in {folder}, and "
+        "goes on where it is asked for as it was begun"
+    )
+
+
 def train(
     line: Line, name: str, data: Manifest, parent_run: str | None = None
 ) -> tuple[dict[str, Any], bool]:
@@ -83,6 +108,8 @@ def train(
     from training.tracking import FINGERPRINT, Run
 
     job = make_job(line, name, data)
+    if told := begun_otherwise(line, name, job):
+        say(told)
     images = int(job.training_config().images)
     run = Run.start(
         line.recipe.name,
@@ -101,11 +128,11 @@ def train(
         artifact_location=line.settings.artifacts,
     )
     with ray_session(job.training_config().workers > 1), meter(f"train {name}") as progress, run:
-        told: dict[str, float | None] = {}
+        newest: dict[str, float | None] = {}
 
         def show(record: dict[str, Any]) -> None:
-            told.update(record)
-            progress(record["images_seen"], images, note(told))
+            newest.update(record)
+            progress(record["images_seen"], images, note(newest))
             run.log(record, record["images_seen"])
             _log_previews(run, job.output)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import math
 import resource
@@ -30,6 +31,7 @@ from pipeline import storage
 from . import checkpoint, measuring, repro, results, sharding
 from .accelerators import matmul_rate
 from .loop import Diverged, Progress, TrainingConfig, World, train
+from .resuming import differences
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .supervision import Interrupts, Stopped, Watchdog
 from .validation import Validation
@@ -47,7 +49,8 @@ class Job:
 
     kind: str
     fingerprint: str
-    """Covers everything that the result depends on; a directory belongs to one fingerprint."""
+    """Covers everything that the result depends on; a directory belongs to one fingerprint, and
+    going on with other values under the same one is refused."""
     config: dict[str, Any]
     training: dict[str, Any]
     dataset: str = ""
@@ -126,7 +129,7 @@ def run(
     """
     with nullcontext() if world else results.owning(job.output):
         if done := results.committed(job.output):
-            _same_fingerprint(job, done["fingerprint"], results.STAGE)
+            _check_begun(job, done, results.STAGE)
             return done
         world = world or World(device="cuda" if torch.cuda.is_available() else "cpu")
         with _threads(job.training_config().threads):
@@ -136,8 +139,7 @@ def run(
 def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dict[str, Any]:
     output, config, leads = Path(job.output), job.training_config(), world.rank == 0
     if (output / results.JOB).exists():
-        asked = storage.read_json(str(output / results.JOB))
-        _same_fingerprint(job, asked["fingerprint"], results.JOB)
+        _check_begun(job, storage.read_json(str(output / results.JOB)), results.JOB)
     elif leads:
         storage.publish_json(str(output / results.JOB), job.to_json())
 
@@ -538,11 +540,43 @@ def _agree(world: World, step: int) -> None:
         )
 
 
-def _same_fingerprint(job: Job, found: str, where: str) -> None:
-    if found != job.fingerprint:
+def changes(begun: dict[str, Any], job: Job) -> list[str]:
+    """What a job may not change that was begun as `begun`, a job.json, says: key by key, values
+    that are left out as the defaults that they are."""
+    from . import stages
+
+    def filled(of: Callable[[Any], Any], one: Any, other: Any) -> tuple[Any, Any]:
+        try:
+            return asdict(of(one)), asdict(of(other))
+        except ValueError:  # not of this version of the code, or a kind of somebody else
+            return one, other
+
+    asked = job.to_json()
+    configs = filled(lambda it: stages.config_of(job.kind, it), begun["config"], asked["config"])
+    trainings = filled(stages.training_of, begun["training"], asked["training"])
+    one, other = (
+        json.loads(json.dumps(values | {"config": config, "training": training}))
+        for values, config, training in zip((begun, asked), configs, trainings, strict=True)
+    )
+    return differences(one, other)
+
+
+def _check_begun(job: Job, found: dict[str, Any], where: str) -> None:
+    """ValueError unless the directory, whose `where` holds what was found, is of this training."""
+    begun = Path(job.output, results.JOB)
+    changed = changes(storage.read_json(str(begun)), job) if begun.exists() else []
+    named = "; ".join(changed)
+    if found["fingerprint"] != job.fingerprint:
         raise ValueError(
-            f"{job.output}/{where} is of training {found}, but this is training {job.fingerprint}: "
+            f"{job.output}/{where} is of training {found['fingerprint']}, but this is training "
+            f"{job.fingerprint}{f' ({named})' if named else ''}: "
             "give it a directory of its own, or remove that one"
+        )
+    if changed:
+        raise ValueError(
+            f"{begun}: {named}; this decides the result and may not change when a training goes "
+            "on: ask for what it was begun with, or give the new one a directory and a "
+            "fingerprint of its own"
         )
 
 

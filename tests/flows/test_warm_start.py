@@ -10,12 +10,13 @@ import pytest
 from evaluation.ledger import Entry, Ledger
 from flows import commands
 from flows.line import Line
-from flows.recipe import learning, load
+from flows.recipe import load
 from flows.settings import Settings
-from flows.train_stage import make_job
+from flows.train_stage import begun_otherwise, make_job
 from pipeline import manifest, storage
 from pipeline.manifest import Manifest, Shard, fingerprint
 from training import results
+from training.resuming import learning
 
 
 @pytest.fixture
@@ -113,6 +114,43 @@ def test_what_changes_no_result_may_change_when_a_training_goes_on(home, patienc
     resumed = make_job(again, "autoencoder", data)
     assert (resumed.output, resumed.training) == (job.output, asked)
     assert (make_job(other, "autoencoder", data).output == job.output) == (patience == 0)
+
+
+def test_what_is_trained_anew_says_what_was_begun(home):
+    """With which keys other than asked, and where it lies; not of what goes on, is finished, was
+    set aside, or is of another network or recipe."""
+    training = {"images": 64, "batch": 16}
+
+    def job_of(name: str = "shapes", **changes):
+        words = [f"t5.training={json.dumps(training | changes.pop('training', {}))}"]
+        words += [f"{key.replace('__', '.')}={json.dumps(it)}" for key, it in changes.items()]
+        line = Line(load(name, words), home)
+        return line, make_job(line, "t5", manifest.latest(line.dataset) or data_of(line))
+
+    def said(name: str = "shapes", **changes) -> str | None:
+        line, job = job_of(name, **changes)
+        return begun_otherwise(line, "t5", job)
+
+    _, begun = job_of()
+    assert said() is None, "nothing was begun"
+    storage.publish_json(str(Path(begun.output, results.JOB)), begun.to_json())
+    assert said() is None, "it goes on"
+    told = said(training={"batch": 32}, seed=7)
+    assert told is not None
+    assert told.startswith(
+        "t5: seed: begun with 0, asked 7; training.batch: begun with 16, asked 32: trained anew; "
+        f"the begun training lies in {begun.output}, and goes on"
+    )
+    assert said(training={"stall_seconds": 9, "max_skipped": 1, "preview_images": 8}) is None
+    assert said("shapes-flow", training={"batch": 32}) is None, "another recipe"
+    assert said(t5__config={"width": 32}, training={"batch": 32}) is None, "another network"
+    nearer, near = job_of(training={"batch": 32})
+    storage.publish_json(str(Path(near.output, results.JOB)), near.to_json())
+    assert f"lies in {near.output}," in (said(training={"batch": 32}, seed=7) or "")
+    Path(near.output).rename(f"{near.output}.old1")
+    assert f"lies in {begun.output}," in (said(training={"batch": 32}, seed=7) or "")
+    (Path(begun.output) / results.STAGE).write_text("{}")
+    assert begun_otherwise(nearer, "t5", near) is None, "finished"
 
 
 def test_it_decides_the_result_and_what_says_nothing_does_not(home):

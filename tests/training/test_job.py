@@ -37,7 +37,6 @@ STEPS_OF_A_PREVIEW = 4
 class TinyConfig:
     kind: str = "tiny"
     width: int = 16
-    fails_to_finish: bool = False
 
 
 class Tiny(Stage):
@@ -45,6 +44,7 @@ class Tiny(Stage):
     buffer."""
 
     kind = "tiny"
+    fails_to_finish = False
 
     def __init__(self, config: TinyConfig):
         super().__init__(config)
@@ -65,7 +65,7 @@ class Tiny(Stage):
         return {"loss": loss, "size": x.abs().mean()}
 
     def finish(self, loader):
-        if self.config.fails_to_finish:
+        if self.fails_to_finish:
             raise RuntimeError("no room")
         assert not self.training
         with torch.no_grad():
@@ -106,7 +106,9 @@ def build(job: Job, world):
     loader = TinyLoader(
         job.training["batch"], job.seed, world.rank, world.size, job.meta.get("pause", 0)
     )
-    return Tiny(TinyConfig(**job.config)), loader, "the data"
+    stage = Tiny(TinyConfig(**job.config))
+    stage.fails_to_finish = job.meta.get("fails_to_finish", False)
+    return stage, loader, "the data"
 
 
 def tiny(output: Path, **changes) -> Job:
@@ -176,7 +178,7 @@ def test_a_finished_directory_holds_what_is_promised(undisturbed):
     assert done["measured"]["final"] < 0.8 * lines(undisturbed)[0]["loss"]
     wanted = {"kind": "tiny", "fingerprint": "f1", "data_digest": "the data", "images_seen": 1200}
     assert wanted.items() <= done.items()
-    assert done["config"] == {"kind": "tiny", "width": 16, "fails_to_finish": False}
+    assert done["config"] == {"kind": "tiny", "width": 16}
     assert done["weights_sha256"] == job.storage.sha256(undisturbed / results.WEIGHTS)
     assert done["parameters"] == 4 * 16 + 16 + 16 * 4 + 4
     assert json.loads((undisturbed / results.CONFIG).read_text())["kind"] == "tiny"
@@ -207,6 +209,50 @@ def test_a_directory_belongs_to_one_training(undisturbed, tmp_path):
         run(tiny(tmp_path, fingerprint="f2"), build=build)
 
 
+MUONS = {"kind": "muon"}
+
+
+@pytest.mark.parametrize(
+    ("training", "more", "named"),
+    [
+        ({"learning_rate": 5.0}, {}, r"training.learning_rate: begun with 0.01, asked 5.0"),
+        ({"batch": 16}, {}, r"training.batch: begun with 8, asked 16"),
+        ({"images": 2400}, {}, r"training.images: begun with 1200, asked 2400"),
+        ({"optimizer": MUONS}, {}, r'training.optimizer.kind: begun with "adamw", asked "muon"'),
+        ({"ema_ramp": 0.5}, {}, r"training.ema_ramp: begun with 0.05, asked 0.5"),
+        ({}, {"seed": 4}, r"seed: begun with 3, asked 4"),
+        ({}, {"config": {"width": 8}}, r"config.width: begun with nothing, asked 8"),
+        ({}, {"version": 2}, r"version: begun with 0, asked 2"),
+        ({}, {"parent": "p"}, r'parent: begun with null, asked "p"'),
+    ],
+)  # fmt: skip
+def test_what_may_not_change_on_resume_is_named(tmp_path, undisturbed, training, more, named):
+    """Also where the fingerprint is the same, begun or finished; nothing is written then."""
+    with pytest.raises(Stopped):
+        run(tiny(tmp_path), job.World(stop=lambda: True), build=build)
+    before = (tmp_path / results.JOB).read_bytes()
+    for output in (tmp_path, undisturbed):
+        with pytest.raises(ValueError, match=rf"job.json: {named}(;.*)? ask for what it was begun"):
+            run(tiny(output, training=training, **more), build=never)
+    assert (tmp_path / results.JOB).read_bytes() == before
+    fields = {"fingerprint": "f2"} | more
+    told = rf"job.json is of training f1, but this is training f2 \(.*{named}"
+    with pytest.raises(ValueError, match=told):
+        run(tiny(tmp_path, training=training, **fields), build=never)
+
+
+def test_what_changes_no_result_may_change_on_resume(tmp_path, undisturbed):
+    """A value that is left out is its default."""
+    with pytest.raises(Stopped):
+        run(tiny(tmp_path), job.World(stop=lambda: True), build=build)
+    free = {"stall_seconds": 60.0, "max_skipped": 9, "preview_images": 400, "keep_images": 400}
+    same = {"ema_ramp": 0.05, "optimizer": {"kind": "adamw"}, "log_images": 56}
+    run(tiny(tmp_path, training=free | same | {"checkpoint_images": 320}), build=build)
+    assert lines(tmp_path) == lines(undisturbed)
+    weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
+    assert weights[0] == weights[1]
+
+
 def test_each_line_is_handed_over_as_it_is_written(tmp_path):
     records = []
     run(tiny(tmp_path), on_progress=records.append, build=build)
@@ -214,7 +260,7 @@ def test_each_line_is_handed_over_as_it_is_written(tmp_path):
 
 
 def test_what_fails_at_the_end_goes_on_from_the_end(tmp_path, undisturbed):
-    broken = tiny(tmp_path, config={"fails_to_finish": True})
+    broken = tiny(tmp_path, meta={"fails_to_finish": True})
     with pytest.raises(RuntimeError, match="no room"):
         run(broken, build=build)
     assert results.committed(tmp_path) is None
@@ -225,7 +271,7 @@ def test_what_fails_at_the_end_goes_on_from_the_end(tmp_path, undisturbed):
 
 
 def test_a_damaged_checkpoint_costs_an_interval_and_no_bit(tmp_path, undisturbed, caplog):
-    broken = tiny(tmp_path, config={"fails_to_finish": True})
+    broken = tiny(tmp_path, meta={"fails_to_finish": True})
     with pytest.raises(RuntimeError):
         run(broken, build=build)
     newest = checkpoint.visible(tmp_path / results.CHECKPOINTS)[-1]
@@ -351,7 +397,7 @@ def test_a_loss_that_no_longer_falls_ends_a_training_for_good(tmp_path, undistur
                 build=build,
             )
     with pytest.raises(RuntimeError, match="no room"):
-        run(tiny(broken, training=PATIENT, config={"fails_to_finish": True}), build=build)
+        run(tiny(broken, training=PATIENT, meta={"fails_to_finish": True}), build=build)
     assert reached(broken) == at + 320
     run(tiny(broken, training=PATIENT), build=build)
     assert_same(broken, whole)
