@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from training import accelerators, planning, stages
@@ -309,6 +310,37 @@ def test_the_probe_finds_rates():
     assert min(found.matmul.values()) > 1e8 and found.bandwidth > 1e8
     assert found.precision in found.matmul
     assert found.memory > 1e9
+
+
+class Operands(TorchDispatchMode):
+    """What products and copies are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "copy_"):
+            operand = args[0] if name == "mm" else args[1]
+            self.seen[f"{name} {operand.dtype}"] = operand
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_probe_computes_with_numbers_as_a_training_has_them():
+    """With constant ones a GPU draws less power, clocks higher, and is promised to be faster than
+    it is. The draws of whoever trains stay what they were."""
+    torch.manual_seed(3)
+    wanted = torch.randn(4)
+    torch.manual_seed(3)
+    with Operands() as operands:
+        accelerators.probe(seconds=0.01)
+    assert torch.equal(torch.randn(4), wanted)
+    assert {"mm torch.bfloat16", "mm torch.float32", "copy_ torch.float32"} <= operands.seen.keys()
+    for name in ("mm torch.bfloat16", "mm torch.float32", "copy_ torch.float32"):
+        sample = operands.seen[name].flatten()[:65536].float()
+        assert sample.std() == pytest.approx(1, abs=0.05), name
+        assert abs(sample.mean()) < 0.05, name
 
 
 def asked(memory, batch=32, workers=1, fsdp=False):

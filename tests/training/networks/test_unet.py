@@ -46,6 +46,33 @@ def test_efficient_unet_shapes(tiny, awake, cond, changes, shape, channels):
     assert out.std() > 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "published"),
+    [
+        # SDXL (Podell et al. 2023, table 1: 2.6 B), by its published weights
+        ({"attention": (0, 2, 10), "width": 2048, "pooled": 2816, "head": 64}, 2_567_463_684),
+        # Stable Diffusion 1 (Rombach et al. 2022), which has a level more: 860 M
+        ({"channel_mult": (1, 2, 4, 4), "attention": (1, 1, 1, 0), "width": 768}, 859_520_964),
+    ],
+)
+def test_sizes_of_the_published_class(changes, published):
+    """To a percent or two: LDM's transformers are wrapped in projections, which ours are not."""
+    made = {"channel_mult": (1, 2, 4), "pooled": 0, "head": 40} | changes
+    context = ContextConfig("text", made["width"], made["pooled"])
+    config = UNetConfig(
+        channels=320,
+        channel_mult=made["channel_mult"],
+        attention=made["attention"],
+        head_width=made["head"],
+        feedforward=4,
+        contexts=(context,),
+        context_width=made["width"],
+    )
+    with torch.device("meta"):
+        count = sum(p.numel() for p in UNet(config).parameters())
+    assert count == pytest.approx(published, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["unet", "dit", "efficient_unet"])
 def test_the_picture_to_enlarge_and_its_level(tiny, awake, kind):
     network = awake(tiny(kind, contexts=(), low_channels=4))
