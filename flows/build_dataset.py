@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prefect import flow, task
-from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
-
 from pipeline.encode import encode, pixels_spec
 from pipeline.ingest import IngestResult, ingest
 from pipeline.manifest import Manifest
@@ -18,12 +14,11 @@ from .cluster import ray_session
 from .line import Line
 from .progress import meter
 from .recipe import scorers
-from .settings import leaving_without_goodbyes
 
 
 def ingest_sources(line: Line) -> IngestResult:
     """Read what is new in the recipe's sources; nothing is read twice."""
-    with _ray(line), meter("ingest") as progress:
+    with ray_of(line), meter("ingest") as progress:
         return ingest(
             line.sources,
             line.dataset,
@@ -36,7 +31,7 @@ def ingest_sources(line: Line) -> IngestResult:
 
 def encode_pixels(line: Line, data: Manifest) -> None:
     """Decode every picture once, to the side that is learnt."""
-    with _ray(line), meter("pixels") as progress:
+    with ray_of(line), meter("pixels") as progress:
         encode(data, [pixels_spec(line.recipe.data.side)], None, line.recipe.executor, progress)
 
 
@@ -47,7 +42,7 @@ def encode_stages(line: Line, data: Manifest, stages: Sequence[str] | None = Non
 
     drawing = line.recipe.drawing if stages is None else stages
     specs = {it.fingerprint: it for name in drawing for it in encoder_specs(line, data, name)}
-    with _ray(line), meter("encode") as progress:
+    with ray_of(line), meter("encode") as progress:
         encode(data, list(specs.values()), encoders.build, line.recipe.executor, progress)
 
 
@@ -73,46 +68,5 @@ def encoder_specs(line: Line, data: Manifest, stage: str = "base") -> list[Encod
     return specs
 
 
-def _may_pass(task: Any, run: Any, state: Any) -> bool:
-    """Whether trying again may help: not where a file, a rule or a recipe was refused."""
-    return not isinstance(state.data, ValueError)
-
-
-_RETRIED: dict[str, Any] = {
-    "retries": 2,
-    "retry_delay_seconds": 5,
-    "retry_condition_fn": _may_pass,
-    "cache_policy": NO_CACHE,
-}
-
-
-@task(name="ingest", **_RETRIED)
-def ingest_task(line: Line) -> IngestResult:
-    return ingest_sources(line)
-
-
-@task(name="decode", **_RETRIED)
-def decode_task(line: Line, data: Manifest) -> None:
-    encode_pixels(line, data)
-
-
-@task(name="encode", **_RETRIED)
-def encode_task(line: Line, data: Manifest, stages: Sequence[str] | None = None) -> None:
-    encode_stages(line, data, stages)
-
-
-@flow(name="build-dataset", flow_run_name="data of {name}")
-def build_dataset(line: dict[str, Any], name: str) -> dict[str, Any]:
-    """Bring the data set up to date with its sources; leaves a table of what became of each row."""
-    it = Line.from_json(line)
-    with leaving_without_goodbyes(), _ray(it):
-        result = ingest_task(it)
-        decode_task(it, result.manifest)
-    rows = [{"outcome": what, "rows": count} for what, count in sorted(result.counts.items())]
-    text = f"{name}, version {result.manifest.version}, data {result.manifest.digest}"
-    create_table_artifact(rows, key=f"{it.slug}-rows", description=text)
-    return {"version": result.manifest.version, "new": result.new, "reused": result.reused}
-
-
-def _ray(line: Line) -> Any:
+def ray_of(line: Line) -> Any:
     return ray_session(line.recipe.executor.chosen == "ray")

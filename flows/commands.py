@@ -92,17 +92,24 @@ def convert(encoder: str, decoder: str, out: str) -> dict[str, Any]:
 
 
 def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) -> dict[str, Any]:
+    from training.starting import Start
+
     from .build_dataset import encode_stages
     from .train_stage import train as fit
 
+    start = Start.of_process()
     line = _line(recipe, overrides)
     line.recipe.stage(stage)
+    start.done("interpreter and recipe")
+    _check(line)
+    start.done("torch and checks")
     data, reused = _prepare(line, line.recipe.inputs(stage))
     if fresh:
         _forget(line, (stage,))
     if stage in DENOISING:
         encode_stages(line, data, (stage,))
-    done, found = fit(line, stage, data)
+    start.done("data")
+    done, found = fit(line, stage, data, start=start)
     where = str(line.stage_dir(stage, data))
     return {
         "stage": stage,

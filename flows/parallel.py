@@ -68,7 +68,7 @@ def train_stages(
     `encode(stage)` is called before a stage that draws begins. RuntimeError names the first stage
     that failed; the others were then told to end, and so they are by whatever else ends this.
     """
-    from .train_stage import train_stage
+    from .steps import train_stage
 
     values, done = line.to_json(), set[str]()
     for name in line.recipe.stages:
@@ -217,7 +217,7 @@ def _flow_run(client: SyncPrefectClient, parent: FlowRun, parameters: Mapping[st
     from prefect.states import Pending
     from prefect.tasks import Task
 
-    from .train_stage import train_stage
+    from .steps import train_stage
 
     name = parameters["name"]
     place = client.create_task_run(
@@ -261,7 +261,7 @@ def main() -> int:
 
     from prefect.flow_engine import load_flow_run, run_flow
 
-    from .train_stage import train_stage
+    from .steps import train_stage
 
     try:
         run = load_flow_run(UUID(order.pop("flow_run")))

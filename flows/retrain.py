@@ -16,7 +16,6 @@ from pipeline import storage
 from training import results
 
 from . import recipe as recipes
-from .build_dataset import build_dataset, encode_task
 from .line import Line
 from .parallel import ENDING_SECONDS, train_stages
 from .progress import say, seconds
@@ -24,7 +23,7 @@ from .promote_model import promote_model
 from .recipe import FROZEN
 from .score_model import GALLERY, SWEEP, check_held_out, drawn_by, score_model
 from .settings import end_with_us, leaving_without_goodbyes, prepare_environment
-from .train_stage import train_stage
+from .steps import build_dataset, encode_task, train_stage
 
 RUN_RECORD = 1
 """Format of the records of finished runs."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from prefect import flow
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
 from pipeline import storage
 from pipeline.encode import pixels_spec
@@ -16,13 +12,13 @@ from pipeline.manifest import Manifest
 from pipeline.schema import EncoderSpec, framing
 from training import results
 from training.resuming import learning
+from training.starting import Start
 
 from .build_dataset import encoder_specs
 from .cluster import ray_session
 from .line import Line
 from .progress import meter, say
 from .recipe import DENOISING, kind_of
-from .settings import leaving_without_goodbyes
 
 
 def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
@@ -95,11 +91,16 @@ def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
 
 
 def train(
-    line: Line, name: str, data: Manifest, parent_run: str | None = None
+    line: Line,
+    name: str,
+    data: Manifest,
+    parent_run: str | None = None,
+    start: Start | None = None,
 ) -> tuple[dict[str, Any], bool]:
     """(the stage's stage.json, whether it was there already). A pretrained stage has nothing to
-    train.
+    train. What the first update took to come, since `start`, is said at the first log point.
     """
+    start = start or Start()
     if line.recipe.stage(name).pretrained:
         return {"kind": name, "pretrained": line.recipe.stage(name).pretrained}, True
     if done := line.result(name, data):
@@ -127,10 +128,15 @@ def train(
         params={"config": job.config, "training": job.training},
         artifact_location=line.settings.artifacts,
     )
-    with ray_session(job.training_config().workers > 1), meter(f"train {name}") as progress, run:
+    workers = job.training_config().workers
+    between = "Ray and its workers" if workers > 1 else "directory"
+    start.done("job")
+    with ray_session(workers > 1), meter(f"train {name}") as progress, run:
         newest: dict[str, float | None] = {}
 
         def show(record: dict[str, Any]) -> None:
+            if not newest and (took := start.told(job.output, between)):
+                say(f"{name}: {took}")
             newest.update(record)
             progress(record["images_seen"], images, note(newest))
             run.log(record, record["images_seen"])
@@ -159,36 +165,3 @@ def _log_previews(run: Any, stage_dir: str) -> None:
     """Those that are new."""
     for path in sorted(Path(stage_dir, results.PREVIEWS).glob("[0-9]*.png")):
         run.image("preview", path, int(path.stem))
-
-
-@flow(name="train-stage", flow_run_name="train {name}")
-def train_stage(line: dict[str, Any], name: str, parent_run: str | None = None) -> dict[str, Any]:
-    """Train one stage of a recipe, or find it trained; leaves what was measured and a preview as
-    artifacts.
-    """
-    it = Line.from_json(line)
-    data = it.manifest()
-    with leaving_without_goodbyes():
-        stage, reused = train(it, name, data, parent_run)
-    told, slug = f"{name} of {it.recipe.name}", name.replace("_", "-")
-    create_markdown_artifact(
-        _summary(name, stage, reused), key=f"{it.slug}-{slug}", description=told
-    )
-    preview = it.stage_dir(name, data) / results.PREVIEW
-    if preview.exists():
-        picture = base64.b64encode(preview.read_bytes()).decode()
-        create_image_artifact(
-            f"data:image/png;base64,{picture}",
-            key=f"{it.slug}-{slug}-preview",
-            description=f"what {told} makes",
-        )
-    return {"stage": name, "reused": reused, "seconds": stage.get("seconds", 0.0)}
-
-
-def _summary(name: str, stage: dict[str, Any], reused: bool) -> str:
-    lines = [f"## {name}" + (" (found trained)" if reused else ""), "", "| | |", "|-|-|"]
-    shown = {k: stage.get(k) for k in ("images_seen", "seconds", "parameters", "fingerprint")}
-    for key, value in (shown | stage.get("measured", {})).items():
-        if not isinstance(value, list):  # the latents' scale and shift, channel by channel
-            lines.append(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
-    return "\n".join(lines)

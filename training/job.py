@@ -33,6 +33,7 @@ from .accelerators import matmul_rate
 from .loop import Diverged, Progress, TrainingConfig, World, train
 from .resuming import differences
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
+from .starting import Start
 from .supervision import Interrupts, Stopped, Watchdog
 from .validation import Validation
 
@@ -143,7 +144,7 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
     elif leads:
         storage.publish_json(str(output / results.JOB), job.to_json())
 
-    start = Start()
+    start = Start(output if leads else None)
     torch.manual_seed(job.seed)
     stage, loader, data_digest = build(job, world)
     start.done("stage and data")
@@ -350,27 +351,6 @@ def _commit(
     done = results.committed(job.output)
     assert done is not None
     return done
-
-
-class Start:
-    """Says, once, what the first update took to come, phase by phase."""
-
-    def __init__(self):
-        self._began = self._last = time.perf_counter()
-        self._phases: list[str] | None = []
-
-    def done(self, phase: str) -> None:
-        now = time.perf_counter()
-        if self._phases is not None:
-            self._phases.append(f"{phase} {now - self._last:.1f}")
-        self._last = now
-
-    def over(self, kind: str) -> None:
-        if self._phases is not None:
-            self.done("first update")
-            taken = self._last - self._began
-            log.info("%s: started in %.1f s: %s", kind, taken, ", ".join(self._phases))
-            self._phases = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ history.jsonl         a line per log point       preview.png   what it looks lik
 previews/             what it looked like at 000000100000.png images, and so on
 repro/                where it diverged: the update that did (see `training.repro`)
 job.json              what was asked             checkpoints/  what resuming needs
+started.json          what its newest start took, phase by phase
 averages/             snapshots of power-function averages, where they were asked for
 """
 
@@ -24,6 +25,7 @@ from pipeline import storage
 STAGE, JOB, CONFIG, HISTORY = "stage.json", "job.json", "config.json", "history.jsonl"
 WEIGHTS, PREVIEW, CHECKPOINTS = "weights.safetensors", "preview.png", "checkpoints"
 AVERAGES, PREVIEWS, REPRO = "averages", "previews", "repro"
+STARTED = "started.json"
 
 
 def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:

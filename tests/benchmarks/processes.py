@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 
@@ -21,6 +22,18 @@ def disk_bytes() -> int:
             name, _, value = line.partition(": ")
             total += int(value) if name == "read_bytes" else 0
     return total
+
+
+def end(root: int) -> None:
+    """SIGKILL a process of ours and all that descend from it, however deep (Ray opens
+    sessions)."""
+    family = _family()
+    tree = {root}
+    while more := {child for child, (parent, _) in family.items() if parent in tree} - tree:
+        tree |= more
+    for process in tree & family.keys():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def _family() -> dict[int, tuple[int, float]]:

@@ -25,7 +25,7 @@ SERVES = """
 import json, sys
 from flows.settings import prepare_environment
 prepare_environment()
-from flows.build_dataset import build_dataset
+from flows.steps import build_dataset
 build_dataset.serve("data", parameters=json.loads(sys.argv[1]), limit=1)
 """
 

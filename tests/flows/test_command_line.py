@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,10 +17,10 @@ from PIL import Image
 from pipeline.ingest import IngestRules, ingest
 
 
-def darkroom(home, *words: str) -> subprocess.CompletedProcess[str]:
+def darkroom(home, *words: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"DARKROOM_HOME": str(home)}
     command = [sys.executable, "-m", "flows", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=seconds)
 
 
 def test_json_is_the_last_line_of_stdout(tmp_path):
@@ -163,3 +165,78 @@ def test_an_average_of_another_length_is_made_afterwards(tmp_path):
     words += ["--images", "99"]
     wrong = darkroom(tmp_path, "posthoc", *words, "--sigma-rel", "0.07", "--out", out)
     assert wrong.returncode == 2 and "no snapshot of averages at 99 images" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_is_measured_and_drawn_in_training_arrives_in_mlflow(tmp_path):
+    """Held-out losses by noise level, pictures and the early stop, of a base that learns nothing,
+    so that it ends when its patience does."""
+    from mlflow import MlflowClient
+
+    from training import results, validation
+    from training.tracking import FINGERPRINT
+
+    training = {
+        "images": 3200,
+        "batch": 16,
+        "learning_rate": 1e-12,
+        "log_images": 32,
+        "preview_images": 64,
+        "heldout_pictures": 64,
+        "heldout_images": 80,
+        "patience_images": 160,
+        "patience_margin": 0.001,
+    }
+    clip = {
+        "embed": 24,
+        "image": {"kind": "vit", "side": 16, "patch": 4, "width": 32, "layers": 1},
+        "text": {"vocabulary": 1024, "context": 40, "width": 32, "layers": 1, "heads": 2},
+    }
+    network = {"kind": "unet", "in_channels": 3, "channels": 16, "channel_mult": [1]}
+    network |= {"attention": [1], "head_width": 16, "context_width": 32, "blocks": 1}
+    words = ["shapes-ddpm", "base", "data.scenes=400", 'executor={"kind": "local"}']
+    words += [f"clip.config={json.dumps(clip)}", "clip.training.images=128"]
+    words += [f"base.training={json.dumps(training)}", f"base.config.network={json.dumps(network)}"]
+    words += ['base.config.listens=["clip"]', 'base.config.preview={"steps": 2}']
+    done = darkroom(tmp_path, "train", *words, "--json", seconds=800)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^base: started in .*first update", done.stderr, re.MULTILINE)) == 1
+    where = json.loads(done.stdout.splitlines()[-1])["directory"]
+    stage, told = results.committed(where), results.history(where)
+    assert stage is not None
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("shapes-ddpm")
+    assert experiment is not None
+    (run,) = client.search_runs(
+        [experiment.experiment_id], f"tags.`{FINGERPRINT}` = '{stage['fingerprint']}'"
+    )
+
+    def series(name: str) -> dict[int, float]:
+        return {it.step: it.value for it in client.get_metric_history(run.info.run_id, name)}
+
+    losses = series("heldout_loss")
+    assert list(losses) == [80, 160, 240]
+    assert max(losses.values()) <= 1.001 * min(losses.values())
+    bands = [name for name in run.data.metrics if name.startswith(validation.BY_TIME)]
+    assert len(bands) > 2
+    for name in ("heldout_loss", "loss", "grad_norm", "data_wait_share", *bands):
+        assert series(name) == {it["images_seen"]: it[name] for it in told if name in it}, name
+    assert {frozenset(series(name)) for name in bands} == {frozenset(losses)}
+
+    folder = Path(client.download_artifacts(run.info.run_id, ""))
+    kept = json.loads((folder / "stage.json").read_text())
+    assert kept["stopped_early"] and kept["images_seen"] == 240
+    drawn = sorted(Path(where, results.PREVIEWS).iterdir())
+    assert [int(path.stem) for path in drawn] == [64, 128, 192, 240]
+    arrived = {
+        int(re.findall(r"step\W(\d+)", path.name)[0]): path
+        for path in (folder / "images").iterdir()
+        if path.suffix == ".png"
+    }
+    assert sorted(arrived) == [64, 128, 192, 240]
+    for path in drawn:
+        with Image.open(path) as one, Image.open(arrived[int(path.stem)]) as other:
+            assert one.size > (16, 16)
+            assert one.convert("RGB").tobytes() == other.convert("RGB").tobytes()

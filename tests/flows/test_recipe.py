@@ -203,6 +203,16 @@ def test_asking_what_a_recipe_means_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_to_train_one_stage_prefect_is_not_imported():
+    """That takes a second or more, and a command that is no flow has no use for it."""
+    code = (
+        "import sys; import flows.__main__, flows.build_dataset, flows.train_stage; "
+        "from training import distributed, tracking; print('prefect' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_an_autoencoder_that_looks_through_the_recipes_clip_comes_after_it():
     """Only where it does: identities of all other recipes stay what they were."""
     plain, seen = load("shapes"), load("shapes", ['autoencoder.config.perceptual={"weight": 0.5}'])
