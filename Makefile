@@ -31,8 +31,12 @@ soak: $(READY)
 	DARKROOM_SOAK=1 $(BIN)/python -m pytest -q -m soak --durations=0 --timeout=0
 	DARKROOM_SOAK=1 $(BIN)/python -m tests.benchmarks.growth
 
+# That the benchmarks measure what they say, and then what a training takes beside its network: each figure with its target,
+# met or missed, which decides nothing. The other benchmarks say in their first line how they are run.
 bench: $(READY)
 	$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks
+	$(BIN)/python -m tests.benchmarks.step
+	$(BIN)/python -m tests.benchmarks.checkpoints
 
 # The lock covers every platform and Python >= 3.11, and names no index.
 lock: $(READY)

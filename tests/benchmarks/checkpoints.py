@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import step
+from tests.benchmarks import step, targets
 from tests.benchmarks.step import PROCESSOR
 from training.checkpoint import Saver
 from training.loop import Progress, TrainingConfig, train
@@ -30,6 +30,9 @@ from training.networks import UNetConfig
 LARGE = UNetConfig(
     channels=136, embedding=640, channel_mult=(1, 2), head_width=34, contexts=step.NETWORK.contexts
 )
+
+RATIO, STALL_MS, BEHIND_SECONDS = 0.99, 300, 1.5
+"""Targets: without / with a save every 100 updates; what a save of LARGE takes."""
 
 
 def blocks(folder: str, into: Path, pairs: int, length: int) -> dict[str, list[float]]:
@@ -101,12 +104,14 @@ def main() -> None:
         print(
             f"a save every {options.every} updates: without / with{of} {ratio:.4f} (half of them "
             f"{least:.4f} to {most:.4f}), {1000 * middle[1]:.0f} ms a save in "
-            f"{updates:.1f} s; load {os.getloadavg()[0]:.1f}"
+            f"{updates:.1f} s; load {os.getloadavg()[0]:.1f}; {targets.at_least(ratio, RATIO)}"
         )
+    stall, writing = 1000 * statistics.median(stalls), statistics.median(behind)
     print(
-        f"{parameters / 1e6:.1f} M parameters: standstill {1000 * statistics.median(stalls):.0f} "
-        f"ms ({1000 * min(stalls):.0f} to {1000 * max(stalls):.0f}), behind it "
-        f"{statistics.median(behind):.2f} s of processor"
+        f"{parameters / 1e6:.1f} M parameters: standstill {stall:.0f} ms "
+        f"({1000 * min(stalls):.0f} to {1000 * max(stalls):.0f}; "
+        f"{targets.at_most(stall, STALL_MS, 'ms')}), behind it {writing:.2f} s of processor "
+        f"({targets.at_most(writing, BEHIND_SECONDS, 's')})"
     )
 
 

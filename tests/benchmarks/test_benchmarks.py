@@ -6,6 +6,11 @@ import gc
 import io
 import itertools
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +20,13 @@ from PIL import Image
 
 from pipeline import dedup
 from pipeline.execute import Executor
-from tests.benchmarks import checkpoints, gpu, loader, step
+from tests.benchmarks import checkpoints, gpu, loader, processes, start, step
 from tests.benchmarks import ingest as benchmark
 from tests.benchmarks.peers import loading
-from training import checkpoint, networks
+from training import checkpoint, networks, starting
 from training.loop import TrainingConfig, World
 from training.networks import UNetConfig
+from training.starting import Start
 
 
 @pytest.fixture
@@ -192,3 +198,51 @@ def test_the_networks_of_a_gpu_are_the_published_ones():
             for name in ("DiT-XL/2", "DiT-B/2")
         }
     assert sizes == pytest.approx({"DiT-XL/2": 675, "DiT-B/2": 130}, rel=0.02)
+
+
+def test_what_is_missed_is_said_and_ends_nothing(monkeypatch, capsys):
+    """What both print of figures that are given; targets have their sides."""
+    took = {
+        name + of: [seconds] * 40
+        for name, seconds in {"bare": 1.0, "ours": 1.1, "with": 1.0, "without": 1.0}.items()
+        for of in ("", step.PROCESSOR)
+    }
+    monkeypatch.setattr(step, "run", lambda *_: took | {"parameters": [5]})
+    monkeypatch.setattr(checkpoints, "blocks", lambda *_: took)
+    monkeypatch.setattr(checkpoints, "saves", lambda *_: (5, [0.3], [1.6]))
+    monkeypatch.setattr("sys.argv", ["benchmark", "--samples", "64"])
+    step.main()
+    told = capsys.readouterr().out
+    assert "bare / ours: 0.909 (half of them 0.909 to 0.909); target at least 0.98: MISSED" in told
+    assert "ours / bare 1.000; target at least 0.9: met" in told
+    assert told.count("target") == 3
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    checkpoints.main()
+    told = capsys.readouterr().out
+    assert told.count("target at least 0.99: met") == 2
+    assert "standstill 300 ms (300 to 300; target at most 300 ms: met)" in told
+    assert "behind it 1.60 s of processor (target at most 1.5 s: MISSED)" in told
+
+
+def test_what_a_start_says_is_read_back():
+    said = Start()
+    said.phases = {"torch and checks": 3.04, "nothing": 0.0, "first update": 2.0}
+    told = start.phases(f"x\nautoencoder: {starting._text(said.phases)}\n  loss 1.0\n")
+    assert told == {"torch and checks": 3.0, "first update": 2.0, "together": 5.0}
+    assert start.phases("nothing of that") == {}
+
+
+def test_a_process_is_ended_with_all_that_it_started():
+    sleeps = "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(600)"
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleeps!r}])"
+    with subprocess.Popen([sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True) as it:
+        assert it.stdout is not None
+        below = int(it.stdout.readline())
+        processes.end(it.pid)
+        assert it.wait() == -signal.SIGKILL
+    for _ in range(500):
+        stat = Path(f"/proc/{below}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    raise AssertionError("what it started lives on")
