@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from flows import commands
 from flows.line import Line
 from flows.recipe import load
 from flows.settings import Settings
-from flows.train_stage import begun_otherwise, make_job
+from flows.train_stage import begun_otherwise, make_job, train
 from pipeline import manifest, storage
 from pipeline.manifest import Manifest, Shard, fingerprint
-from training import results
+from training import distributed, results, tracking
 from training.resuming import learning
 
 
@@ -151,6 +152,29 @@ def test_what_is_trained_anew_says_what_was_begun(home):
     assert f"lies in {begun.output}," in (said(training={"batch": 32}, seed=7) or "")
     (Path(begun.output) / results.STAGE).write_text("{}")
     assert begun_otherwise(nearer, "t5", near) is None, "finished"
+
+
+def test_that_is_said_before_it_is_trained_and_ends_nothing(home, monkeypatch, capsys):
+    first, other = (line_of(home, f"t5.training.batch={batch}") for batch in (16, 32))
+    data = data_of(first)
+    begun = make_job(first, "t5", data)
+    storage.publish_json(str(Path(begun.output, results.JOB)), begun.to_json())
+    trained = []
+
+    def fit(job, on_progress):
+        trained.append((job.training["batch"], capsys.readouterr().err))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(distributed, "fit", fit)
+    monkeypatch.setattr(tracking.Run, "start", lambda *_, **__: contextlib.nullcontext())
+    for line in (other, first):
+        with pytest.raises(RuntimeError, match="enough"):
+            train(line, "t5", data)
+    (batch, said), goes_on = trained
+    assert batch == 32
+    assert "t5: training.batch: begun with 16, asked 32: trained anew" in said
+    assert f"the begun training lies in {begun.output}" in said
+    assert goes_on == (16, "")
 
 
 def test_it_decides_the_result_and_what_says_nothing_does_not(home):
