@@ -27,24 +27,29 @@ def disk_bytes() -> int:
 def end(root: int) -> None:
     """SIGKILL a process of ours and all that descend from it, however deep (Ray opens
     sessions)."""
-    family = _family()
-    tree = {root}
-    while more := {child for child, (parent, _) in family.items() if parent in tree} - tree:
-        tree |= more
-    for process in tree & family.keys():
+    for process in _tree(_all(), root):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
 def _family() -> dict[int, tuple[int, float]]:
     """Process -> (its parent, processor seconds), of this one and its living descendants."""
+    known = _all()
+    return {process: known[process] for process in _tree(known, os.getpid())}
+
+
+def _tree(known: dict[int, tuple[int, float]], root: int) -> set[int]:
+    tree = {root}
+    while more := {child for child, (parent, _) in known.items() if parent in tree} - tree:
+        tree |= more
+    return tree
+
+
+def _all() -> dict[int, tuple[int, float]]:
     known: dict[int, tuple[int, float]] = {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # gone since
             fields = Path("/proc", entry, "stat").read_text().rsplit(")", 1)[1].split()
             spent = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
             known[int(entry)] = int(fields[1]), spent
-    mine = {os.getpid()}
-    while more := {child for child, (parent, _) in known.items() if parent in mine} - mine:
-        mine |= more
-    return {process: known[process] for process in mine}
+    return known
