@@ -44,6 +44,14 @@ class NoRoom(OSError):
     """A full disk: which, and what is left of it."""
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a full disk, a quota or a limit on the size of a file is what went wrong."""
+    number = getattr(error, "errno", None)
+    if number is None and "os error 28" in str(error):  # safetensors writes from Rust
+        return True
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class Damaged(OSError):
     """A file that cannot be read, and will not be."""
 
@@ -555,24 +563,38 @@ class _Reader(io.RawIOBase):
         super().close()
 
 
+def append_line(file: io.FileIO, line: bytes) -> None:
+    """Append to an unbuffered file with one writer, all of the line or nothing. `NoRoom` where the
+    disk is full."""
+    with room(os.fsdecode(file.name), len(line)):
+        end, written = file.seek(0, os.SEEK_END), 0
+        try:
+            # A disk that fills up takes what fits and says so at the next write only.
+            while written < len(line):
+                written += file.write(line[written:])
+        except BaseException:
+            file.truncate(end)  # or the next line is glued to a part of this one
+            raise
+
+
 @contextlib.contextmanager
-def room(place: str) -> Generator[None]:
-    """A full disk, whoever noticed it, becomes `NoRoom`; `place` is a local path on it."""
+def room(place: str, wanted: int = 0) -> Generator[None]:
+    """A full disk, whoever noticed it, becomes `NoRoom`; `place` is a local path on it, `wanted`
+    how many bytes were to be written where that is known."""
     try:
         yield
     except NoRoom:
         raise
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if number is None and "os error 28" in str(error):  # safetensors writes from Rust
-            number = errno.ENOSPC
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full(error):
             raise
+        number = getattr(error, "errno", None) or errno.ENOSPC
         path = Path(place).absolute()  # which may not have been made yet
         room = shutil.disk_usage(next(it for it in (path, *path.parents) if it.exists()))
+        asked = f"{wanted:,} bytes were to be written, " if wanted else ""
         raise NoRoom(
             number,
-            f"{os.strerror(number)} ({room.free:,} of {room.total:,} bytes are free); "
+            f"{os.strerror(number)} ({asked}{room.free:,} of {room.total:,} bytes are free); "
             "make room and run again",
             place,
         ) from error

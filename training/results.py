@@ -14,6 +14,7 @@ averages/             snapshots of power-function averages, where they were aske
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ WEIGHTS, PREVIEW, CHECKPOINTS = "weights.safetensors", "preview.png", "checkpoin
 AVERAGES, PREVIEWS, REPRO = "averages", "previews", "repro"
 STARTED = "started.json"
 
+log = logging.getLogger(__name__)
+
 
 def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The content of stage.json where the stage is done, else None."""
@@ -35,12 +38,16 @@ def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def history(stage_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The log points so far, oldest first; a line that a killed process left torn is left out."""
-    path = Path(stage_dir, HISTORY)
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]  # a whole line ends in a newline
+    """The log points so far, oldest first; a line that a killed process left torn is left out, and
+    so, with a warning, is one that is not JSON."""
+    path, found = Path(stage_dir, HISTORY), list[dict[str, Any]]()
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # whole ones end in one
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            log.warning("%s, line %d, is left out: no JSON (%s): %.60r", path, number, error, line)
+    return found
 
 
 class History:
@@ -54,7 +61,8 @@ class History:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(_line(record))
+        """Add a log point, whole or not at all. `storage.NoRoom` where the disk is full."""
+        storage.append_line(self._file, _line(record))
 
     def close(self) -> None:
         self._file.close()

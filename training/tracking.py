@@ -8,6 +8,7 @@ deliver one twice changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ FINGERPRINT = "darkroom.stage_fingerprint"
 CHANGED = "darkroom.changed."
 """Begins the tags that say what a parameter is now, where a resumed training has another one than
 it began with: MLflow's parameters stay what they were first."""
-SPOOL, DELIVERED, FILES = "spool.jsonl", "delivered.json", "files"
+NOTHING = "nothing"
+SPOOL, DELIVERED, FILES, LOCK = "spool.jsonl", "delivered.json", "files", ".lock"
 _BATCH_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 30.0
 _BATCH_VALUES = 500  # MLflow takes at most 1,000 entities or 1 MB in one request
 _REFUSALS = {
@@ -119,25 +121,28 @@ class Run:
         if self._latest.get(_series(name), -1) >= images_seen:
             return
         file = self._new_file(".png")
-        if isinstance(picture, Path):
-            shutil.copyfile(picture, file)
-        else:
-            from PIL import Image
+        with storage.room(str(file)):
+            if isinstance(picture, Path):
+                shutil.copyfile(picture, file)
+            else:
+                from PIL import Image
 
-            Image.fromarray(picture).save(file)
+                Image.fromarray(picture).save(file)
         self._latest[_series(name)] = images_seen
         self._write("image", file=file.name, name=name, step=images_seen)
 
     def figure(self, path: str, figure: Any) -> None:
         """Log a matplotlib figure as an artifact; the suffix of `path` gives the format."""
         file = self._new_file(Path(path).suffix)
-        figure.savefig(file)
+        with storage.room(str(file)):
+            figure.savefig(file)
         self._write("artifact", file=file.name, path=path)
 
     def text(self, path: str, text: str) -> None:
         """Log a text as an artifact."""
         file = self._new_file(Path(path).suffix)
-        file.write_text(text, encoding="utf-8")
+        with storage.room(str(file), len(text)):
+            file.write_text(text, encoding="utf-8")
         self._write("artifact", file=file.name, path=path)
 
     def dict(self, path: str, values: Any) -> None:
@@ -147,7 +152,8 @@ class Run:
     def file(self, path: str, source: str | os.PathLike[str]) -> None:
         """Log a file, as it is now, as an artifact."""
         file = self._new_file(Path(path).suffix)
-        shutil.copyfile(source, file)
+        with storage.room(str(file), os.path.getsize(source)):
+            shutil.copyfile(source, file)
         self._write("artifact", file=file.name, path=path)
 
     def tag(self, tags: Mapping[str, Any]) -> None:
@@ -157,12 +163,14 @@ class Run:
     def finish(self, status: str = "FINISHED", timeout_seconds: float = 60) -> bool:
         """End the run as FINISHED, FAILED or KILLED. False: a part still waits in the spool."""
         if not self._file.closed:
-            self._write("finish", status=status)
-            self._file.close()
-            self._last.set()
-            self._wake.set()
-            self._thread.join(timeout_seconds)
-            self._given_up.set()
+            try:
+                self._write("finish", status=status)
+            finally:
+                self._file.close()
+                self._last.set()
+                self._wake.set()
+                self._thread.join(timeout_seconds)
+                self._given_up.set()
             if not self._courier.done():
                 log.warning("MLflow at %s: not all was delivered; see %s", self.uri, self.spool)
         return self._courier.done()
@@ -174,14 +182,16 @@ class Run:
         ended = (
             "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         )
-        self.finish(ended)
+        # Of a disk that is full the first error is the one to tell.
+        with contextlib.suppress(*([storage.NoRoom] if kind else [])):
+            self.finish(ended)
 
     def _new_file(self, suffix: str) -> Path:
         return self.spool / FILES / f"{self._count:08d}{suffix}"
 
     def _write(self, do: str, **content: Any) -> None:
         operation = {"do": do, "time": time.time_ns() // 1_000_000, **content}
-        self._file.write(json.dumps(operation, allow_nan=False).encode() + b"\n")
+        storage.append_line(self._file, json.dumps(operation, allow_nan=False).encode() + b"\n")
         self._count += 1
         if do != "metrics":  # these gather for a while
             self._wake.set()
@@ -209,6 +219,45 @@ def deliver(spool: str | os.PathLike[str], uri: str) -> None:
     _Courier(Path(spool), uri).deliver()
 
 
+def waiting(spool: str | os.PathLike[str]) -> int:
+    """How many entries of a spool MLflow does not have yet; asked without MLflow."""
+    courier = _Courier(Path(spool), "")
+    return sum(1 for _ in _operations(courier.spool, courier.offset))
+
+
+def catch_up(
+    spools: Iterable[str | os.PathLike[str]], uri: str, timeout_seconds: float = 10
+) -> bool:
+    """`deliver` what waits in any of them. A server that is away costs so many seconds at most, and
+    a warning; False then."""
+    late = [Path(spool) for spool in spools if waiting(spool)]
+    failed: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for spool in late:
+                deliver(spool, uri)
+        except Exception as error:  # what was reached is noted: the rest waits for the next time
+            failed.append(error)
+
+    if late:
+        # MLflow's own tries last minutes; whoever asks has nothing else to wait for.
+        thread = threading.Thread(target=work, name="late tracking", daemon=True)
+        thread.start()
+        thread.join(timeout_seconds)
+    if left := [str(spool) for spool in late if waiting(spool)]:
+        why = failed[0] if failed else f"no answer within {timeout_seconds:g} s"
+        log.warning(
+            "MLflow at %s has not all yet (%s): run the same command again when it can be reached, "
+            "and it gets the rest of %s",
+            uri,
+            why,
+            ", ".join(left),
+        )
+        return False
+    return True
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, the spelling of keys on the command line."""
     flat: dict[str, Any] = {}
@@ -227,20 +276,32 @@ class _Courier:
         self.spool, self.uri, self.run_id = spool, uri, None
         self.started = threading.Event()
         self._client: Any = None
-        noted = storage.read_json(str(spool / DELIVERED)) if (spool / DELIVERED).exists() else {}
-        self._offset: int = noted.get("offset", 0)
-        self._noted: str | None = noted.get("run_id")
+        self.offset = 0
+        self._noted: str | None = None
+        self._read()
+
+    def _read(self) -> None:
+        """How far whoever was last here has come."""
+        if (self.spool / DELIVERED).exists():
+            noted = storage.read_json(str(self.spool / DELIVERED))
+            self.offset, self._noted = noted["offset"], noted["run_id"]
 
     def done(self) -> bool:
         """Whether nothing waits."""
-        return self._offset >= (self.spool / SPOOL).stat().st_size
+        return self.offset >= (self.spool / SPOOL).stat().st_size
 
     def deliver(self) -> None:
         """Deliver all that waits. What MLflow refuses is logged and dropped; failures are
         raised."""
+        # The same command may run twice at once, and pictures that come twice are shown twice.
+        with storage.lock(str(self.spool / LOCK)):
+            self._read()
+            self._deliver()
+
+    def _deliver(self) -> None:
         from mlflow.exceptions import MlflowException
 
-        for end, operations in _batches(_operations(self.spool, self._offset)):
+        for end, operations in _batches(_operations(self.spool, self.offset)):
             do = operations[0]["do"]
             try:
                 self._run(do, operations)
@@ -250,7 +311,7 @@ class _Courier:
                 log.warning("MLflow at %s refused %s: %s", self.uri, do, error)
             if do == "start":
                 self.started.set()
-            self._offset = end
+            self.offset = end
             self._noted = self.run_id or self._noted
             noted = {"offset": end, "run_id": self._noted}
             storage.publish_json(str(self.spool / DELIVERED), noted)
@@ -259,6 +320,8 @@ class _Courier:
                     (self.spool / FILES / operation["file"]).unlink(missing_ok=True)
 
     def _run(self, do: str, operations: list[Operation]) -> None:
+        if do == NOTHING:
+            return
         if self._client is None:
             from mlflow import MlflowClient
 
@@ -376,16 +439,23 @@ class _Courier:
 
 
 def _operations(spool: Path, offset: int) -> Iterator[tuple[int, Operation]]:
-    """(offset after it, operation) of each whole line from `offset` on."""
-    if not (spool / SPOOL).exists():
+    """(offset after it, operation) of each whole line from `offset` on; one that is not JSON is
+    nothing to do, with a warning."""
+    path = spool / SPOOL
+    if not path.exists():
         return
-    with open(spool / SPOOL, "rb") as file:
+    with open(path, "rb") as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):
                 return
-            offset += len(line)
-            yield offset, json.loads(line)
+            before, offset = offset, offset + len(line)
+            try:
+                operation = json.loads(line)
+            except ValueError as error:
+                log.warning("%s, byte %d: left out, no JSON (%s): %.60r", path, before, error, line)
+                operation = {"do": NOTHING}
+            yield offset, operation
 
 
 def _batches(operations: Iterator[tuple[int, Operation]]) -> Iterator[tuple[int, list[Operation]]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from pipeline import storage
 from training import results
 
 
@@ -43,6 +47,50 @@ def test_resuming_leaves_no_line_twice_and_none_torn(tmp_path):
     history.close()
     lines = (tmp_path / results.HISTORY).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record(10), record(20), record(30)]
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Files take so many bytes and no more: a full disk that needs no root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_in_a_line_is_told_and_leaves_no_part_of_it(tmp_path):
+    history = results.History(tmp_path, 0)
+    history.append(record(10))
+    path = tmp_path / results.HISTORY
+    whole = path.stat().st_size
+    for more in (0, 1, 10):
+        with (
+            room_for(whole + more),
+            pytest.raises(storage.NoRoom, match=r"bytes were to be written.*make room") as told,
+        ):
+            history.append(record(20))
+        assert told.value.filename == str(path)
+        assert path.stat().st_size == whole
+    history.append(record(20))
+    history.close()
+    assert results.history(tmp_path) == [record(10), record(20)]
+
+
+def test_a_line_that_is_not_json_is_left_out_and_said(tmp_path, caplog):
+    lines = [json.dumps(record(images_seen)) for images_seen in (10, 20, 30, 40)]
+    lines[1] = lines[1][:9] + lines[1]  # as a full disk once left it
+    lines[2] = "\0" * 40  # as a machine that lost its power may
+    path = tmp_path / results.HISTORY
+    path.write_text("".join(line + "\n" for line in lines))
+    assert results.history(tmp_path) == [record(10), record(40)]
+    assert f"{path}, line 2, is left out" in caplog.text
+    assert f"{path}, line 3, is left out" in caplog.text
+    results.History(tmp_path, 40).close()
+    caplog.clear()
+    assert results.history(tmp_path) == [record(10), record(40)]
+    assert not caplog.text, "resuming leaves whole lines alone"
 
 
 def test_there_is_no_history_before_training(tmp_path):

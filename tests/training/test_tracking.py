@@ -6,11 +6,13 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import storage
 from training import tracking
 from training.tracking import FINGERPRINT, Run, deliver, flatten
 
@@ -235,6 +238,87 @@ def test_a_torn_line_is_forgotten(tmp_path, uri, client):
     with begin(tmp_path, uri) as run:
         run.log({"loss": 1.0}, 100)
     assert history(client, run.id(), "loss") == [(100, 1.0)]
+
+
+def test_a_disk_that_fills_up_in_a_line_of_the_spool_is_told(tmp_path, uri, client, nowhere):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    spool, tags = tmp_path / "spool" / tracking.SPOOL, {FINGERPRINT: "abc"}
+    with (  # noqa: PT012
+        pytest.raises(storage.NoRoom, match="make room") as told,
+        begin(tmp_path, nowhere, tags=tags) as run,
+    ):
+        run.log({"loss": 2.0}, 100)
+        size = spool.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+        try:
+            run.log({"loss": 1.0}, 200)
+        finally:
+            assert spool.stat().st_size == size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert told.value.filename == str(spool)
+    with begin(tmp_path, uri, tags=tags) as run:
+        run.log({"loss": 1.0}, 200)
+    assert history(client, run.id(), "loss") == [(100, 2.0), (200, 1.0)]
+
+
+def test_who_cannot_write_that_it_failed_tells_why_it_failed(tmp_path, nowhere):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(ZeroDivisionError), begin(tmp_path, nowhere) as run:  # noqa: PT012
+        size = (tmp_path / "spool" / tracking.SPOOL).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        raise ZeroDivisionError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run._file.closed
+    assert run._given_up.is_set()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_line_of_the_spool_that_is_not_json_costs_only_itself(
+    tmp_path, uri, client, nowhere, caplog, last
+):
+    run = begin(tmp_path, nowhere)
+    run.log({"loss": 2.0}, 100)
+    run.log({"loss": 1.5}, 200)
+    run.log({"loss": 1.0}, 300)
+    run.finish(timeout_seconds=0.5)
+    path = tmp_path / "spool" / tracking.SPOOL
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = -1 if last else 2
+    lines[bad] = lines[bad][:9] + lines[bad]
+    path.write_bytes(b"".join(lines))
+    caplog.clear()
+    deliver(tmp_path / "spool", uri)
+    assert "left out, no JSON" in caplog.text
+    assert tracking.waiting(tmp_path / "spool") == 0
+    [found] = client.search_runs([client.get_experiment_by_name("shapes").experiment_id])
+    steps = [step for step, _ in history(client, found.info.run_id, "loss")]
+    assert steps == [100, 200, 300] if last else [100, 300]
+
+
+def test_what_waits_is_delivered_late_and_once(tmp_path, uri, client, nowhere, caplog):
+    """Two that are at it at the same time do not show a picture twice."""
+    spool = tmp_path / "spool"
+    run = begin(tmp_path, nowhere)
+    run.log({"loss": 1.0}, 100)
+    run.image("preview", np.zeros((8, 8, 3), np.uint8), 100)
+    assert not run.finish(timeout_seconds=0.5)
+    assert tracking.waiting(spool) == 4  # start, metrics, image, finish
+    caplog.clear()
+    started = time.perf_counter()
+    assert not tracking.catch_up([spool, tmp_path / "none"], nowhere, timeout_seconds=5)
+    assert time.perf_counter() - started < 10
+    assert f"MLflow at {nowhere} has not all yet" in caplog.text
+    assert str(spool) in caplog.text
+    both = [threading.Thread(target=deliver, args=(spool, uri)) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert tracking.waiting(spool) == 0
+    assert tracking.catch_up([spool], nowhere), "nothing waits: nobody is asked"
+    [found] = client.search_runs([client.get_experiment_by_name("shapes").experiment_id])
+    assert pictures(found.info) == {"preview": [100]}
+    assert found.info.status == "FINISHED"
 
 
 def test_what_mlflow_refuses_does_not_hold_up_the_rest(tmp_path, uri, client, caplog):
