@@ -26,7 +26,7 @@ class UsageError(ValueError):
 
 
 def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any]:
-    from .retrain import NOTHING_TO_DO, finished, retrain, summary
+    from .retrain import NOTHING_TO_DO, deliver_late, finished, retrain, summary
 
     line = _line(recipe, overrides)
     if fresh:
@@ -37,6 +37,7 @@ def run(recipe: str, overrides: list[str], fresh: bool = False) -> dict[str, Any
         result = retrain(recipe, overrides)
     else:
         say(NOTHING_TO_DO)
+        deliver_late(line)
     return result | {
         "text": summary(line, result),
         "refused": not result["verdict"]["promote"],
@@ -514,6 +515,7 @@ def status() -> dict[str, Any]:
     from evaluation.ledger import Ledger
     from pipeline import manifest, storage
     from training import results
+    from training.tracking import waiting
 
     here = settings()
     data = {}
@@ -527,6 +529,7 @@ def status() -> dict[str, Any]:
         history = results.history(here.stage(name))
         seen = history[-1]["images_seen"] if history else 0
         stages[name] = {"done": done is not None, "images_seen": seen}
+        stages[name]["undelivered"] = waiting(here.stage(name) / results.TRACKING)
     models = {}
     for name in storage.list_names(here.ledger):
         ledger = Ledger(here.ledger, name)
@@ -538,6 +541,8 @@ def status() -> dict[str, Any]:
     text += ["", "stages"]
     for name, stage in stages.items():
         state = "done" if stage["done"] else f"at {stage['images_seen']} images"
+        late = stage["undelivered"]
+        state += f"; {late} entries wait for MLflow until the same command runs again" * bool(late)
         text.append(f"  {name}: {state}")
     text += ["", "models"]
     text += [

@@ -60,6 +60,16 @@ def finished(line: Line) -> dict[str, Any] | None:
     }
 
 
+def deliver_late(line: Line) -> None:
+    """What was tracked of a finished run when MLflow was away, where it can be reached now."""
+    from training.tracking import catch_up
+
+    data = line.manifest()
+    trained = [name for name in line.recipe.stages if not line.recipe.stage(name).pretrained]
+    spools = [line.stage_dir(name, data) / results.TRACKING for name in trained]
+    catch_up([*spools, _spool(line)], line.settings.mlflow_uri)
+
+
 @flow(name="retrain", flow_run_name="retrain {recipe}", log_prints=False)
 def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[str, Any]:
     """Bring a recipe's model up to date with its sources, and promote it if the gate lets it
@@ -72,6 +82,7 @@ def retrain(recipe: str = "shapes", overrides: list[str] | None = None) -> dict[
         end_with_us(server, ENDING_SECONDS if line.recipe.parallel > 1 else 0.0)
     if done := finished(line):
         say(NOTHING_TO_DO)
+        deliver_late(line)
         return done
     with leaving_without_goodbyes():
         return run_line(line)
@@ -153,11 +164,15 @@ def _tracked(line: Line) -> Any:
         line.recipe.name,
         f"{line.recipe.name} line",
         uri=line.settings.mlflow_uri,
-        spool=str(line.settings.run_record(identity).with_suffix(".tracking")),
+        spool=_spool(line),
         tags={FINGERPRINT: f"line-{identity}"},
         params=flatten(line.recipe.model_dump(mode="json")),
         artifact_location=line.settings.artifacts,
     )
+
+
+def _spool(line: Line) -> str:
+    return str(line.settings.run_record(line.recipe.identity).with_suffix(".tracking"))
 
 
 def _record(line: Line) -> str:

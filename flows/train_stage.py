@@ -104,6 +104,10 @@ def train(
     if line.recipe.stage(name).pretrained:
         return {"kind": name, "pretrained": line.recipe.stage(name).pretrained}, True
     if done := line.result(name, data):
+        from training.tracking import catch_up
+
+        # Of what was tracked when MLflow was away until the end, and longer.
+        catch_up([line.stage_dir(name, data) / results.TRACKING], line.settings.mlflow_uri)
         return done, True
     from training.distributed import fit
     from training.tracking import FINGERPRINT, Run
@@ -116,7 +120,7 @@ def train(
         line.recipe.name,
         name,
         uri=line.settings.mlflow_uri,
-        spool=storage.join(job.output, "tracking"),
+        spool=storage.join(job.output, results.TRACKING),
         parent_run_id=parent_run,
         tags={
             FINGERPRINT: job.fingerprint,

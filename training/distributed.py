@@ -8,13 +8,14 @@ survives the death of Ray.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from pipeline import storage
 
 from . import checkpoint, results, sharding
 from .accelerators import native_precision
@@ -42,8 +45,6 @@ _RAY_TRAIN = {
     # After the loss of a node Ray asks for all workers once more, before it knows of the loss.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # One more process to start, which tells a training that asks, and ours does not.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 _PASSED_ON = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG", "TORCH_DISTRIBUTED_DEBUG")
 log = logging.getLogger(__name__)
@@ -109,9 +110,9 @@ def _fit(job: Job, config: TrainingConfig, on_progress: OnProgress | None, build
 
 def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> Any:
     """What the workers return. They are started again for as long as they get anywhere: who trains
-    for a month loses more of them than any fixed number of tries."""
+    for a month loses more of them than any fixed number of tries. Not on a disk that is full."""
     import ray
-    from ray.train import TrainingFailedError
+    from ray.train import ControllerError, TrainingFailedError
 
     # Once: where a node of GPUs is lost for good, nobody wants the rest to go on by CPUs unasked.
     least = config.min_workers or config.workers
@@ -126,6 +127,8 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
         try:
             return _trainer(job, config, build, output, use_gpu).fit().return_value
         except TrainingFailedError as error:
+            if isinstance(error, ControllerError) and storage.is_full(error.controller_failure):
+                raise error.controller_failure from None
             if reached() <= before or (output / STOP).exists():
                 raise
             log.warning("workers failed %d times, but got further: going on: %s", TRIES, error)
@@ -165,9 +168,27 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_g
             name=f"{job.fingerprint}-{secrets.token_hex(4)}",
             storage_path=str(output / RAY),
             failure_config=FailureConfig(max_failures=TRIES - 1),
+            callbacks=[_no_tries_without_room()],
             worker_runtime_env={"env_vars": environment},
         ),
     )
+
+
+def _no_tries_without_room() -> Any:
+    """What Ray's controller asks when workers failed: it gives up at once where a disk is full. The
+    worker itself cannot say so by what it returns, for the others wait for it in a collective."""
+    from ray.train import UserCallback
+
+    class NoTriesWithoutRoom(UserCallback):
+        def after_exception(
+            self, run_context: Any, worker_exceptions: dict[int, Exception]
+        ) -> None:
+            for error in worker_exceptions.values():
+                said = getattr(error, "_base_exc", error)  # Ray wraps what a worker raised
+                if storage.is_full(said):
+                    raise said
+
+    return NoTriesWithoutRoom()
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -187,12 +208,45 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         fsdp=job.training_config().fsdp,
     )
     try:
-        run(job, world, None, settings["build"])
+        with _Events.of(job.output, world.rank):
+            run(job, world, None, settings["build"])
     except Stopped:
         return {"stopped": True}
     except Diverged as error:  # would happen again: no reason for Ray to try
         return {"diverged": {"message": str(error), "keys": error.keys}}
     return {}
+
+
+class _Events(logging.Handler):
+    """Appends a worker's warnings to the stage's events.jsonl, for the driver to say: what Ray logs
+    of workers is kept from it. All warn of the same but for the errors of a watchdog."""
+
+    def __init__(self, path: Path, rank: int):
+        super().__init__(logging.WARNING if rank == 0 else logging.ERROR)
+        self.path, self.rank = path, rank
+
+    @classmethod
+    @contextmanager
+    def of(cls, stage_dir: str, rank: int) -> Iterator[None]:
+        handler = cls(Path(stage_dir, results.EVENTS), rank)
+        packages = [logging.getLogger(name) for name in ("pipeline", "training")]
+        for logger in packages:
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for logger in packages:
+                logger.removeHandler(handler)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = {
+            "time": record.created,
+            "rank": self.rank,
+            "level": record.levelname,
+            "message": record.getMessage(),
+        }
+        with suppress(OSError), open(self.path, "ab", buffering=0) as file:  # a full disk
+            file.write(json.dumps(said).encode() + b"\n")  # at once: others append as well
 
 
 def of_process_group(
@@ -254,12 +308,18 @@ def of_process_group(
 
 def _follow(stage_dir: str, on_progress: OnProgress, workers: int) -> Callable[[], None]:
     """A function that hands over what is new in history.jsonl since it was called last, and says
-    when it is by more or fewer workers."""
+    when it is by more or fewer workers, and what workers warn of."""
     reported = max((r["images_seen"] for r in results.history(stage_dir)), default=0)
     path, size, present = Path(stage_dir, results.HISTORY), -1, workers
+    events = Path(stage_dir, results.EVENTS)
+    told = events.stat().st_size if events.exists() else 0
 
     def follow() -> None:
-        nonlocal reported, size, present
+        nonlocal reported, size, present, told
+        found, told = results.events(stage_dir, told)
+        for event in found:
+            level = logging.getLevelNamesMapping().get(event["level"], logging.WARNING)
+            log.log(level, "worker %d: %s", event["rank"], event["message"])
         if not path.exists() or path.stat().st_size == size:
             return
         size = path.stat().st_size

@@ -187,7 +187,9 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
                 path = output / results.AVERAGES
                 snapshots = checkpoint.Saver(path, job.fingerprint, keep=None, part=part)
                 stack.enter_context(snapshots)
-        watchdog = stack.enter_context(Watchdog(config.stall_seconds, end=world.restarts))
+        stacks = output / results.STACKS / f"{world.rank}.txt"
+        watchdog = Watchdog(config.stall_seconds, end=world.restarts, stacks=stacks)
+        stack.enter_context(watchdog)
         interrupts = Interrupts()
         if not world.sharded:  # of a checkpoint, one worker alone could write but a part
             stack.enter_context(interrupts)
@@ -328,7 +330,13 @@ def _commit(
 
     hidden = output / f".{results.WEIGHTS}"
     exported = {n: t.detach().cpu().contiguous() for n, t in stage.exported().items()}
-    save_file(exported, hidden)
+    try:
+        size = sum(t.numel() * t.element_size() for t in exported.values())
+        with storage.room(str(hidden), size):
+            save_file(exported, hidden)
+    except storage.NoRoom:
+        hidden.unlink(missing_ok=True)  # it takes what room there is
+        raise
     digest = storage.sha256(hidden)
     storage.publish_file(hidden, str(output / results.WEIGHTS))
     config = asdict(stage.config)

@@ -9,6 +9,9 @@ repro/                where it diverged: the update that did (see `training.repr
 job.json              what was asked             checkpoints/  what resuming needs
 started.json          what its newest start took, phase by phase
 averages/             snapshots of power-function averages, where they were asked for
+tracking/             what is tracked, until MLflow has it (see `training.tracking`)
+events.jsonl          warnings of workers that somebody else has started
+stacks/               what each worker was doing when nothing went on, by its rank
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ STAGE, JOB, CONFIG, HISTORY = "stage.json", "job.json", "config.json", "history.
 WEIGHTS, PREVIEW, CHECKPOINTS = "weights.safetensors", "preview.png", "checkpoints"
 AVERAGES, PREVIEWS, REPRO = "averages", "previews", "repro"
 STARTED = "started.json"
+EVENTS, STACKS, TRACKING = "events.jsonl", "stacks", "tracking"
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +44,30 @@ def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
 def history(stage_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The log points so far, oldest first; a line that a killed process left torn is left out, and
     so, with a warning, is one that is not JSON."""
-    path, found = Path(stage_dir, HISTORY), list[dict[str, Any]]()
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # whole ones end in one
-    for number, line in enumerate(lines, 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            log.warning("%s, line %d, is left out: no JSON (%s): %.60r", path, number, error, line)
-    return found
+    return _records(Path(stage_dir, HISTORY), 0)[0]
+
+
+def events(stage_dir: str | os.PathLike[str], after: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """({time, rank, level, message} of each event from byte `after` on, the byte after them)."""
+    return _records(Path(stage_dir, EVENTS), after)
+
+
+def _records(path: Path, after: int) -> tuple[list[dict[str, Any]], int]:
+    """(whole lines of a file of JSON from a byte on, the byte after them)."""
+    found, at = list[dict[str, Any]](), after
+    if not path.exists():
+        return found, at
+    with open(path, "rb") as file:
+        file.seek(after)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                log.warning("%s, byte %d: left out, no JSON (%s): %.60r", path, at, error, line)
+            at += len(line)
+    return found, at
 
 
 class History:

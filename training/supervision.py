@@ -3,6 +3,7 @@ waits for nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -10,10 +11,12 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
+_TELLING_SECONDS = 5.0
 HEARD = threading.Event()
 """Set from the moment that a training of this process keeps a signal: it ends by itself."""
 
@@ -67,12 +70,14 @@ class Interrupts:
 class Watchdog:
     """Dumps every thread's stack to stderr when `beat` was not called for `stall_seconds`.
 
-    With `end` the process then ends, for whoever restarts it: a hung collective cannot be
-    interrupted.
+    They are appended to the file `stacks` as well, for what workers of a cluster say to stderr is
+    nobody's to read. With `end` the process then ends, for whoever restarts it: a hung collective
+    cannot be interrupted. Without, as where one worker trains in the caller's process, it is told
+    again and again and nothing else is done.
     """
 
-    def __init__(self, stall_seconds: float, *, end: bool = False):
-        self.stall_seconds, self.end, self.stalls = stall_seconds, end, 0
+    def __init__(self, stall_seconds: float, *, end: bool = False, stacks: Path | None = None):
+        self.stall_seconds, self.end, self.stacks, self.stalls = stall_seconds, end, stacks, 0
         self._beat = time.monotonic()
         self._done = threading.Event()
 
@@ -93,8 +98,23 @@ class Watchdog:
             if silent < self.stall_seconds:
                 continue
             self.stalls += 1
-            log.error("no update for %.0f s; the stacks of all threads follow", silent)
+            # Should the file system be what hangs, who waits for it must be ended all the same.
+            telling = threading.Thread(target=self._tell, args=(silent,), daemon=True)
+            telling.start()
+            telling.join(_TELLING_SECONDS)
             faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
             if self.end:
                 os._exit(70)
             self.beat()
+
+    def _tell(self, silent: float) -> None:
+        log.error("no update for %.0f s; the stacks of all threads follow", silent)
+        if self.stacks is None:
+            return
+        with contextlib.suppress(OSError):  # they stand in stderr too
+            self.stacks.parent.mkdir(parents=True, exist_ok=True)
+            with self.stacks.open("a") as file:
+                said = f"{time.strftime('%Y-%m-%d %H:%M:%S')}: no update for {silent:.0f} s"
+                print(said, file=file, flush=True)
+                faulthandler.dump_traceback(file=file, all_threads=True)
+                print(file=file)

@@ -226,7 +226,7 @@ def waiting(spool: str | os.PathLike[str]) -> int:
 
 
 def catch_up(
-    spools: Iterable[str | os.PathLike[str]], uri: str, timeout_seconds: float = 10
+    spools: Iterable[str | os.PathLike[str]], uri: str, timeout_seconds: float = 30
 ) -> bool:
     """`deliver` what waits in any of them. A server that is away costs so many seconds at most, and
     a warning; False then."""

@@ -83,10 +83,11 @@ def test_a_line_that_is_not_json_is_left_out_and_said(tmp_path, caplog):
     lines[1] = lines[1][:9] + lines[1]  # as a full disk once left it
     lines[2] = "\0" * 40  # as a machine that lost its power may
     path = tmp_path / results.HISTORY
-    path.write_text("".join(line + "\n" for line in lines))
+    text = "".join(line + "\n" for line in lines)
+    path.write_text(text)
     assert results.history(tmp_path) == [record(10), record(40)]
-    assert f"{path}, line 2, is left out" in caplog.text
-    assert f"{path}, line 3, is left out" in caplog.text
+    for bad in lines[1:3]:
+        assert f"{path}, byte {text.index(bad)}: left out, no JSON" in caplog.text
     results.History(tmp_path, 40).close()
     caplog.clear()
     assert results.history(tmp_path) == [record(10), record(40)]
