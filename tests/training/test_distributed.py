@@ -5,8 +5,11 @@ Run as a script, this file forks the workers of groups: `test_distributed.py DIR
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline import storage
 from pipeline.plan import BatchPlan, dealt
 from training import checkpoint, measuring, repro, results
 from training.diffusion import normal
@@ -85,6 +89,9 @@ class Lines:
         self.plan, self.world, self.meta = BatchPlan((30, 41), "d", 5, BATCH), world, job.meta
         self.parts = job.training_config().micro_batches(world.size)
         self.data = np.random.default_rng(0).normal(size=(71, 4)).astype(np.float32)
+        if starts := job.meta.get("starts"):
+            with open(starts, "a") as file:
+                print(world.rank, file=file)
 
     samples = 71
 
@@ -109,6 +116,11 @@ class Lines:
 
     def _misfortune(self, step: int) -> None:
         time.sleep(self.meta.get("pause", 0))
+        ballast = Path(self.meta.get("fills", "/nowhere"))
+        if step == 25 and self.world.rank == 0 and ballast.exists() and not ballast.stat().st_size:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
         if step == 35 and self.world.rank == self.world.size - 1:
             for name in ("SIGKILL", "SIGSTOP"):
                 once = Path(self.meta.get(name, "/nowhere"))
@@ -187,6 +199,43 @@ def test_one_worker_is_this_process(alone, tmp_path):
     assert done == results.committed(tmp_path)
     assert records == results.history(tmp_path)
     assert (tmp_path / results.WEIGHTS).read_bytes() == (alone / results.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("log_updates", "where"), [(1, results.HISTORY), (STEPS, f"{results.CHECKPOINTS}/000000000400")]
+)
+def test_a_disk_that_fills_up_costs_no_more_than_the_last_interval(tmp_path, log_updates, where):
+    """F3: in a line of the history, or in a checkpoint; the same command goes on bit for bit."""
+    from tests.pipeline.test_faults import small_disk
+    from tests.training.test_job import CLOCKS
+
+    def lines(stage_dir: Path) -> list[dict]:
+        records = results.history(stage_dir)
+        return [{k: v for k, v in it.items() if k not in CLOCKS} for it in records]
+
+    often = {"log_images": BATCH * log_updates, "checkpoint_images": BATCH * 20}
+    fit(job(tmp_path / "calm", training=often, dropout=0.2), build=build)
+    with small_disk(tmp_path / "disk", 1024):
+        output, ballast = tmp_path / "disk" / "stage", tmp_path / "disk" / "ballast"
+        ballast.touch()
+        disturbed = job(output, training=often, dropout=0.2, fills=str(ballast))
+        for again in (False, True):
+            with pytest.raises(OSError, match=r"(?i)no space left.* make room") as caught:
+                fit(disturbed, build=build)
+            assert storage.is_full(caught.value)
+            assert str(output if again else output / where) in str(caught.value)
+            wanted = re.search(r"\d bytes were to be written|\(\d+\.\d MiB\)", str(caught.value))
+            assert wanted or again
+            directory = output / results.CHECKPOINTS
+            assert [it.name for it in directory.iterdir()] == ["000000000200"]
+            seen = [it["images_seen"] for it in results.history(output)]
+            assert seen == [BATCH * n for n in range(log_updates, len(seen) + 1, log_updates)]
+        ballast.unlink()
+        done = fit(disturbed, build=build)
+        assert done["images_seen"] == BATCH * STEPS
+        assert lines(output) == lines(tmp_path / "calm")
+        weights = [it / results.WEIGHTS for it in (output, tmp_path / "calm")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 CUT = {"micro_batch": 3, "dropout": 0.2, "log": True}
@@ -404,14 +453,49 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
 
 
 @rays
-def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, ray):
-    """Promise 5: the other hangs in a collective, until its watchdog or gloo gives up."""
+def test_a_full_disk_is_no_reason_for_ray_to_try_again(alone, tmp_path, ray):
+    """F3: the workers are started once, and again by the same command when there is room."""
+    from tests.pipeline.test_faults import small_disk
+
+    with small_disk(tmp_path / "disk", 4096):
+        output, ballast = tmp_path / "disk" / "stage", tmp_path / "disk" / "ballast"
+        ballast.touch()
+        starts = tmp_path / "starts"
+        disturbed = job(output, 2, fills=str(ballast), starts=str(starts))
+        with pytest.raises(OSError, match=r"(?i)no space left.* make room") as caught:
+            fit(disturbed, build=build)
+        assert storage.is_full(caught.value)
+        assert str(output) in str(caught.value)
+        assert sorted(starts.read_text().split()) == ["0", "1"]
+        assert reached(output) == 200
+        ballast.unlink()
+        fit(disturbed, build=build)
+        assert sorted(starts.read_text().split()) == ["0", "0", "1", "1"]
+        assert_close(output, alone)
+
+
+@rays
+def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, ray, caplog):
+    """Promise 5: the other hangs in a collective, until its watchdog or gloo gives up. It says so,
+    where it hung, and the driver passes on what it and the one who goes on said."""
     (tmp_path / "once").touch()
     output, hangs = tmp_path / "stage", {"SIGSTOP": str(tmp_path / "once")}
-    done = fit(job(output, 2, training={"stall_seconds": 15.0}, **hangs), build=build)
+    damaged = checkpoint.save(output / results.CHECKPOINTS, checkpoint.TrainState({}, 1, 10), "f")
+    (damaged / checkpoint.TENSORS).write_bytes(b"torn")
+    with caplog.at_level(logging.WARNING):
+        done = fit(job(output, 2, training={"stall_seconds": 15.0}, **hangs), build=build)
     assert not (tmp_path / "once").exists()
     assert done["images_seen"] == BATCH * STEPS
     assert_close(output, alone)
+    told, _ = results.events(output)
+    assert [it["message"] for it in told if "000000000010 is damaged" in it["message"]]
+    hung = [it for it in told if it["message"].startswith("no update for 1")]
+    assert [(it["rank"], it["level"]) for it in hung] == [(0, "ERROR")]
+    for it in told:
+        assert f"worker {it['rank']}: {it['message']}" in caplog.messages
+    stacks = (output / results.STACKS / "0.txt").read_text()
+    assert "no update for 1" in stacks
+    assert "in backward" in stacks
 
 
 @rays
