@@ -58,7 +58,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train the job's stage on as many workers as it asks for; the content of its stage.json.
 
-    One worker is this process, unless `force_ray`. More are Ray actors, each with a GPU where the
+    One worker is this process, unless `force_ray`; should it hang, that is told and no more: nobody
+    is there to start it again. More are Ray actors, each with a GPU where the
     cluster has enough of them; `output`, `dataset` and `inputs` must mean the same everywhere.
     `build` must then be picklable. On SIGTERM or Ctrl-C in the main thread they write a checkpoint
     at the next log point.
@@ -125,7 +126,10 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
     while True:
         before = reached()
         try:
-            return _trainer(job, config, build, output, use_gpu).fit().return_value
+            returned = _trainer(job, config, build, output, use_gpu).fit().return_value
+            if not (returned or {}).get("preempted") or (output / STOP).exists():
+                return returned
+            log.warning("a node is about to be taken away: going on from %s elsewhere", reached())
         except TrainingFailedError as error:
             if isinstance(error, ControllerError) and storage.is_full(error.controller_failure):
                 raise error.controller_failure from None
@@ -142,6 +146,9 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_g
     workers, least = config.workers, config.min_workers or config.workers
     for name, value in _RAY_TRAIN.items():
         os.environ.setdefault(name, value)
+    # A process more; and of a single node nobody could go on elsewhere.
+    watched = sum(node["Alive"] for node in ray.nodes()) > 1
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(watched))
     cores = int(ray.cluster_resources().get("CPU", 1))
     threads = config.threads or max(1, cores // workers)
     environment = {"OMP_NUM_THREADS": str(threads)}
@@ -153,6 +160,7 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_g
             "build": build,
             "threads": threads,
             "directory": os.getcwd(),
+            "watched": watched,
         },
         torch_config=TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=int(config.stall_seconds) or 1800
@@ -200,18 +208,26 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         os.chdir(settings["directory"])  # relative paths mean what they mean to the driver
     torch.set_num_threads(settings["threads"])
     job, context = Job.from_json(settings["job"]), ray.train.get_context()
+    preempted = False
+
+    def stops() -> bool:
+        nonlocal preempted
+        if settings["watched"]:  # all workers ask, and are told the same: it is a collective
+            preempted = ray.train.get_preemption_info() is not None
+        return preempted or Path(job.output, STOP).exists()
+
     world = of_process_group(
         context.get_world_rank(),
         context.get_world_size(),
         ray.train.torch.get_device(),
-        stop=(Path(job.output) / STOP).exists,
+        stop=stops,
         fsdp=job.training_config().fsdp,
     )
     try:
         with _Events.of(job.output, world.rank):
             run(job, world, None, settings["build"])
     except Stopped:
-        return {"stopped": True}
+        return {"stopped": True, "preempted": preempted}
     except Diverged as error:  # would happen again: no reason for Ray to try
         return {"diverged": {"message": str(error), "keys": error.keys}}
     return {}

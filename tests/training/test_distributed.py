@@ -490,7 +490,7 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
     told, _ = results.events(output)
     assert [it["message"] for it in told if "000000000010 is damaged" in it["message"]]
     hung = [it for it in told if it["message"].startswith("no update for 1")]
-    assert [(it["rank"], it["level"]) for it in hung] == [(0, "ERROR")]
+    assert (0, "ERROR") in [(it["rank"], it["level"]) for it in hung]
     for it in told:
         assert f"worker {it['rank']}: {it['message']}" in caplog.messages
     stacks = (output / results.STACKS / "0.txt").read_text()

@@ -240,33 +240,38 @@ def hosts(tmp_path) -> Iterator[tuple[Host, Host, Host]]:
         yield one, two, switch
 
 
+HEAD = "10.77.0.1:6399"
+BEGIN = ("--head", "--port=6399", "--node-ip-address=10.77.0.1", "--include-dashboard=false")
+JOIN = (f"--address={HEAD}", "--node-ip-address=10.77.0.2")
+THERE = {
+    "RAY_ADDRESS": HEAD,
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+}
+
+
 @rays
 def test_a_host_is_cut_off_and_comes_back(tmp_path, hosts):
     """What is drawn and the losses are those of one worker that nothing happened to."""
     one, two, switch = hosts
     it = Trouble(tmp_path / "trouble", 600, min_workers=1)
     whole = Trouble(tmp_path / "whole", 600, workers=1)
-    head = "10.77.0.1:6399"
     environment = it.environment | {  # dead after 5 s of silence, and not after 25
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "1000",
         "RAY_health_check_initial_delay_ms": "0",
     }
-    given = {"RAY_ADDRESS": head, "GLOO_SOCKET_IFNAME": "eth0"}
-    given["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
-    join = (f"--address={head}", "--node-ip-address=10.77.0.2")
-    begin = ("--head", "--port=6399", "--node-ip-address=10.77.0.1", "--include-dashboard=false")
     with nothing_left(it):
-        one.ray(*begin, environment=environment)
-        node = two.ray(*join, environment=environment)
+        one.ray(*BEGIN, environment=environment)
+        node = two.ray(*JOIN, environment=environment)
         it.go(0.05)
-        driver = it.start(*one.enter, **given)
+        driver = it.start(*one.enter, **THERE)
         it.until(lambda: it.logged() >= 350, driver)
         switch("ip link set two down")
         it.until(lambda: 1 in it.workers(), driver)
         switch("ip link set two up")
         node.wait()  # a raylet that was given up ends itself; whoever watches it starts another
-        two.ray(*join, environment=environment)
+        two.ray(*JOIN, environment=environment)
         it.go(0.3)
         it.until(lambda: it.workers()[-1] == 2, driver)
         it.go(0)
@@ -278,6 +283,35 @@ def test_a_host_is_cut_off_and_comes_back(tmp_path, hosts):
     assert it.repeated((1, 2)) <= 2 * (INTERVAL + BATCH)
     found = drawn(it.output.parent, "stage", 2) | drawn(it.output.parent, "stage", 1)
     assert found == drawn(whole.output.parent, "stage", 1)
+
+
+@rays
+def test_a_host_that_is_about_to_be_taken_away_costs_nothing(tmp_path, hosts):
+    """F2 of a spot instance: told beforehand, all write a checkpoint, and the other goes on."""
+    one, two, _ = hosts
+    never = {"checkpoint_images": 10**6}
+    it = Trouble(tmp_path / "trouble", 400, min_workers=1, **never)
+    whole = Trouble(tmp_path / "whole", 400, workers=1, **never)
+    with nothing_left(it):
+        one.ray(*BEGIN, environment=it.environment)
+        two.ray(*JOIN, environment=it.environment)
+        it.go(0.2)
+        driver = it.start(*one.enter, **THERE)
+        it.until(lambda: it.logged() >= 120, driver)
+        ray = Path(sys.executable).with_name("ray")
+        drain = ("drain-node", f"--address={HEAD}", "--reason=DRAIN_NODE_REASON_PREEMPTION")
+        drain += ("--reason-message=spot", "--deadline-remaining-seconds=100")
+        subprocess.run(
+            [*two.enter, sys.executable, ray, *drain], check=True, env=it.environment, timeout=100
+        )
+        it.until(lambda: 1 in it.workers(), driver)
+        it.go(0)
+        it.done(driver)
+    assert "a node is about to be taken away: going on from 000000000" in it.log.read_text()
+    run(whole.job, build=build)
+    assert_close(it.output, whole.output)
+    assert sorted(set(it.workers())) == [1, 2]
+    assert it.repeated((1, 2)) == 0
 
 
 if __name__ == "__main__":
