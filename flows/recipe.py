@@ -106,7 +106,7 @@ def kind_of(stage: str) -> str:
 
 
 class StageRecipe(_Part):
-    """One network: its config (training.stages) and its training (training.loop)."""
+    """One network: its config (training.stages) and its training (training.config)."""
 
     config: dict[str, Any] = {}
     training: dict[str, Any] = {}
@@ -331,7 +331,7 @@ def parse(body: Mapping[str, Any]) -> Recipe:
 
 def check_stages(recipe: Recipe) -> None:
     """Check the stage configs as the stages will: imports torch."""
-    from training.loop import TrainingConfig
+    from training.config import TrainingConfig
     from training.stages import CONFIGS, compares_rows, reconstruct
 
     for name in recipe.stages:

@@ -30,6 +30,7 @@ CORE = {
     "training.diffusion": [*SERVICES, "einops", "safetensors"],
     "training.networks": SERVICES,
     "training.stage": SERVICES,
+    "training.config": SERVICES,
     "training.loop": SERVICES,
     "training.ema": SERVICES,
     "training.posthoc": SERVICES,

@@ -28,8 +28,9 @@ from pipeline import storage
 
 from . import checkpoint, results, sharding
 from .accelerators import native_precision
+from .config import TrainingConfig
 from .job import Build, Job, OnProgress, build, run
-from .loop import Diverged, TrainingConfig, World
+from .loop import Diverged, World
 from .supervision import Interrupts, Stopped
 
 RAY, STOP = "ray", "stop"

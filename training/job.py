@@ -30,7 +30,8 @@ from pipeline import storage
 
 from . import checkpoint, measuring, repro, results, sharding
 from .accelerators import matmul_rate
-from .loop import Diverged, Progress, TrainingConfig, World, train
+from .config import TrainingConfig
+from .loop import Diverged, Progress, World, train
 from .resuming import differences
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .starting import Start

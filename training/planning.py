@@ -26,11 +26,11 @@ from torch.utils.flop_counter import flop_registry
 from pipeline.schema import PICTURE_EMBEDDING
 
 from .accelerators import Accelerator
+from .config import TrainingConfig
 from .denoising import filled
 from .ema import Ema, PowerAverages
 from .encoders.shapes import Shape, class_names, foreseen, patch_width
 from .encoders.sources import Source, here
-from .loop import TrainingConfig
 from .optimizer import Optimizer, gradient_norm
 from .sharding import blocks
 from .stage import Batch, Stage, distinct_tensors, trainable

@@ -17,11 +17,11 @@ from pipeline import storage
 
 from .autoencoding import AutoencoderStage, AutoencoderStageConfig
 from .classifying import ClassifierStage, ClassifierStageConfig
+from .config import TrainingConfig
 from .contrastive import ClipStage, ClipStageConfig
 from .denoising import BaseStage, BaseStageConfig
 from .denoising_text import T5Stage, T5StageConfig
 from .diffusionclip import EditStage, EditStageConfig
-from .loop import TrainingConfig
 from .noisy_contrastive import NoisyClipStage, NoisyClipStageConfig
 from .results import CONFIG, WEIGHTS
 from .stage import Stage, copy_exactly

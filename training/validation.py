@@ -18,7 +18,8 @@ import torch
 
 from . import measuring
 from .checkpoint import HELDOUT_LOSS
-from .loop import Progress, TrainingConfig, World
+from .config import TrainingConfig
+from .loop import Progress, World
 from .stage import Stage, evaluating, to_tensors
 
 BY_TIME = "heldout_loss_by_t/"

@@ -24,7 +24,8 @@ import torch
 from tests.benchmarks import step, targets
 from tests.benchmarks.step import PROCESSOR
 from training.checkpoint import Saver
-from training.loop import Progress, TrainingConfig, train
+from training.config import TrainingConfig
+from training.loop import Progress, train
 from training.networks import UNetConfig
 
 LARGE = UNetConfig(

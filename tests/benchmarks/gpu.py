@@ -38,7 +38,8 @@ from torch import nn
 
 from tests.benchmarks import step
 from training import accelerators, measuring
-from training.loop import TrainingConfig, World
+from training.config import TrainingConfig
+from training.loop import World
 from training.networks import DiTConfig
 from training.stage import to_tensors
 

@@ -40,10 +40,11 @@ from pipeline.schema import EncoderSpec, Encoding
 from pipeline.shards import write_shard
 from tests.benchmarks import targets
 from tests.benchmarks.loader import numbered
+from training.config import TrainingConfig
 from training.denoising import BaseStage, BaseStageConfig
 from training.distributed import of_process_group
 from training.job import Speed, Window
-from training.loop import TrainingConfig, World, train
+from training.loop import World, train
 from training.networks import ContextConfig, DenoiserConfig, UNetConfig
 from training.stage import to_tensors
 

@@ -24,7 +24,8 @@ from tests.benchmarks import checkpoints, gpu, loader, processes, start, step
 from tests.benchmarks import ingest as benchmark
 from tests.benchmarks.peers import loading
 from training import checkpoint, networks, starting
-from training.loop import TrainingConfig, World
+from training.config import TrainingConfig
+from training.loop import World
 from training.networks import UNetConfig
 from training.starting import Start
 

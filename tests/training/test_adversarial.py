@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from training import stages
 from training.adversarial import QUIET, AdversarialConfig, adaptive_weight, hinge
+from training.config import TrainingConfig
 from training.distributed import of_process_group
 from training.job import warm_start
-from training.loop import TrainingConfig, World, train
+from training.loop import World, train
 from training.stage import Stage, evaluating
 
 NETWORK = {"channels": 8, "channel_mult": [1, 2], "latent_channels": 3}

@@ -15,10 +15,11 @@ from torch import nn
 
 from training import checkpoint, encoders, posthoc, results, stages
 from training.alignment import Alignment, AlignmentConfig
+from training.config import TrainingConfig
 from training.encoders.perceptual import patches
 from training.encoders.sources import Source
 from training.job import Job, run
-from training.loop import TrainingConfig, train
+from training.loop import train
 from training.networks import DiTConfig, EfficientUNetConfig, Tap, UNetConfig, build
 
 SIDE = 16

@@ -14,7 +14,8 @@ from torch import nn
 from training import checkpoint
 from training.accelerators import native_precision
 from training.checkpoint import TrainState
-from training.loop import Diverged, TrainingConfig, World, train
+from training.config import TrainingConfig
+from training.loop import Diverged, World, train
 from training.optimizer import AdamWConfig, MuonConfig
 from training.stage import Stage
 

@@ -67,7 +67,7 @@ def test_losses_by_noise_level_are_means_over_their_rows(line, kind):
 @pytest.mark.parametrize("kind", ["autoencoder", "base", "classifier"])
 def test_flops_are_those_that_a_plan_counts(line, kind):
     from training import planning
-    from training.loop import TrainingConfig
+    from training.config import TrainingConfig
 
     stage = stages.load(line.stages[kind]).train().requires_grad_(True)
     encodings = {"base": ["autoencoder", "clip", "t5"]}.get(kind, ["pixels"])

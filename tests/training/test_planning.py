@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from training import accelerators, planning, stages
 from training.accelerators import Accelerator
+from training.config import TrainingConfig
 from training.encoders import shapes
 from training.encoders.shapes import Shape, foreseen
-from training.loop import TrainingConfig, train
+from training.loop import train
 from training.optimizer import AdamWConfig, MuonConfig
 from training.planning import Captions, Kernel, Tally, batch_of, count, estimate
 

@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 from pipeline.plan import dealt
 from training import stages
 from training.checkpoint import TrainState
-from training.loop import TrainingConfig, train
+from training.config import TrainingConfig
+from training.loop import train
 from training.networks import Codebook, CodebookConfig
 
 SIDE, BATCH = 16, 8

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training import stages
-from training.loop import TrainingConfig
+from training.config import TrainingConfig
 from training.stages import reconstruct
 
 
