@@ -10,8 +10,7 @@ state of a run is its weights, averages, optimizer state and a few integers.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,212 @@ from pipeline.plan import dealt
 from .checkpoint import POWER, TrainState
 from .config import TrainingConfig
 from .ema import Ema, PowerAverages
+from .health import Health
 from .optimizer import Optimizer, gradient_norm
 from .stage import Stage, copy_exactly, distinct_tensors, seed_of, to_tensors
+
+
+def train(
+    stage: Stage,
+    loader: Any,
+    config: TrainingConfig,
+    world: World | None = None,
+    state: TrainState | None = None,
+) -> Generator[Progress, None, None]:
+    """Train `stage` in place until `config.images`, from `state` on, and yield after each update.
+
+    Each worker's `loader` gives its micro-batches of the same global batches, one after another.
+    Raises Diverged; ValueError where `stage` or the workers do not go with the micro-batches.
+    """
+    world = world or World()
+    turns = _turns(stage, config, world)
+    device = next(stage.parameters()).device
+    if config.compile:
+        stage.compile()
+    model = world.wrap(stage.train())  # what comes next follows the parameters' layout
+    learner = Learner(stage, config, world)
+    if state:
+        learner.restore(state)
+    done, streak = (state.step, state.numbers["skipped"]) if state else (0, 0)
+    health = Health(config, device, world, streak)
+    del state  # it is a second copy of everything
+
+    with closing(loader.batches(start_step=done)) as loaded:
+        batches = Timed(loaded)
+        for step in range(done, config.steps):
+            started = time.perf_counter()
+            share = gradients(model, turns, batches, step, config, world)
+            world.average(learner.parameters.values())
+            loss, metrics = share.global_mean(config, world)
+            norm = gradient_norm(learner.parameters)
+
+            skip = health.skip(step, share, loss, norm)
+            if health.diverged(step):
+                blamed = health.blamed(step)
+                state = learner.capture(blamed.step, health.streak)
+                raise Diverged(blamed.message, blamed.keys, blamed.step, state)
+            rate = learner.apply(step, norm, skip)
+
+            yield Progress(
+                step=step + 1,
+                images_seen=(step + 1) * config.batch,
+                images=config.batch,
+                loss=loss,
+                metrics=metrics,
+                grad_norm=norm,
+                skipped=skip,
+                learning_rate=rate,
+                seconds=time.perf_counter() - started,
+                data_wait_seconds=batches.waited(),
+                ema=learner.ema,
+                capture=partial(learner.capture, step + 1, health.streak),
+            )
+
+
+def gradients(
+    model: nn.Module,
+    turns: list[Turn],
+    batches: Iterator[dict[str, Any]],
+    step: int,
+    config: TrainingConfig,
+    world: World,
+) -> Share:
+    """Add up, over the turns of a worker, the gradients of the mean loss over all rows of an
+    update's global batch."""
+    device, share, batch = next(model.parameters()).device, Share(), {}
+    half = config.precision_on(device) == "bf16"
+    for turn in turns:
+        if turn.weight:
+            batch = next(batches)
+        _seed(device, config.seed, step, turn.number)
+        with nullcontext() if turn.last else world.alone(model):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                outputs = model(to_tensors(batch, device))
+            losses = outputs.pop("loss").float()
+            (losses.sum() * turn.weight).backward()
+        if turn.weight:
+            share.add(batch.get("key", []), losses.detach(), outputs)
+    return share
+
+
+class Turn(NamedTuple):
+    """What a worker does at one of the micro-batches of an update."""
+
+    number: int
+    """Which of the global batch's micro-batches."""
+    weight: float
+    """Of each row's loss. 0: a repetition of the one before. Another worker has one more, and what
+    the workers do together (gathering a sharded weight) they must do as often."""
+    last: bool
+    """Whether the gradients are summed over the workers now."""
+
+
+def _turns(stage: Stage, config: TrainingConfig, world: World) -> list[Turn]:
+    if stage.compares_rows:
+        config.check_comparing(stage.kind)
+    parts = config.micro_batches(world.size, stage.compares_rows)
+    own, most = dealt(parts, world.rank, world.size), -(-parts // world.size)
+    # Workers' gradients get averaged: times their number, they add up to the mean over all rows.
+    weight = world.size / config.batch
+    return [
+        Turn(own[min(n, len(own) - 1)], weight if n < len(own) else 0.0, last=n == most - 1)
+        for n in range(most)
+    ]
+
+
+class Timed:
+    """An iterator that knows how long it was waited for."""
+
+    def __init__(self, values: Iterator[dict[str, Any]]):
+        self._values, self._seconds = values, 0.0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        asked = time.perf_counter()
+        value = next(self._values)
+        self._seconds += time.perf_counter() - asked
+        return value
+
+    def waited(self) -> float:
+        """Seconds since this was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class Share:
+    """What a worker's micro-batches came to, in one update."""
+
+    def __init__(self):
+        self.keys: list[str] = []
+        self.losses: list[Tensor] = []
+        self._metrics: list[dict[str, Tensor]] = []
+
+    def add(self, keys: list[str], losses: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.keys += keys
+        self.losses.append(losses)
+        self._metrics.append({name: value.detach() for name, value in metrics.items()})
+
+    def rows(self) -> list[tuple[str, bool]]:
+        """The key of each row, and whether its loss is finite."""
+        finite = torch.cat(self.losses).isfinite().tolist()
+        return list(zip(self.keys, finite))  # noqa: B905 - a batch may have no keys
+
+    def global_mean(self, config: TrainingConfig, world: World) -> tuple[Tensor, dict[str, Tensor]]:
+        """Means over the global batch, by one reduction; metrics count by the rows behind them."""
+        if world.size == 1 and len(self.losses) == 1:  # all rows are here: nothing to add up
+            return self.losses[0].mean(), self._metrics[0]
+        names = sorted(self._metrics[0])
+        first, *others = (
+            torch.stack([one.sum(), *(found[name].float() * len(one) for name in names)])
+            for one, found in zip(self.losses, self._metrics, strict=True)
+        )
+        loss, *means = (world.sum(sum(others, first)) / config.batch).unbind()
+        return loss, dict(zip(names, means, strict=True))
+
+
+class Learner:
+    """All that an update changes and a checkpoint holds: a stage, its optimizer's state and its
+    averages."""
+
+    def __init__(self, stage: Stage, config: TrainingConfig, world: World):
+        self.stage, self.config, self.world = stage, config, world
+        self.optimizer = Optimizer(config.optimizer, stage)
+        self.parameters = self.optimizer.parameters
+        self.ema = Ema(stage, config.ema_halflife_images, config.ema_ramp)
+        self.powers = PowerAverages(stage, config.ema_sigma_rel)
+
+    def apply(self, step: int, norm: Tensor, skip: Tensor) -> float:
+        """Update by the gradients, whose norm that is, or not where `skip`; the learning rate."""
+        before, after = step * self.config.batch, (step + 1) * self.config.batch
+        rate = self.config.rate(before)
+        self.optimizer.step(rate, norm, self.config.max_grad_norm, skip)
+        self.optimizer.zero_grad()
+        # Dead vectors of a codebook have no gradients. The averages follow what took their place.
+        self.stage.renew(before, self.config.batch, self.world.sum, skip)
+        self.ema.update(after)
+        self.powers.update(after)
+        return rate
+
+    def capture(self, step: int, streak: Tensor) -> TrainState:
+        """What a training that did `step` updates, the last `streak` of them skipped, goes on from;
+        the tensors are the live ones."""
+        parts = {
+            "weights": distinct_tensors(self.stage),
+            "ema": self.ema.tensors(),
+            POWER: self.powers.tensors(),
+            "optimizer": self.optimizer.tensors(),
+        }
+        tensors = {f"{part}/{n}": t.detach() for part, of in parts.items() for n, t in of.items()}
+        return TrainState(tensors, step, step * self.config.batch, {"skipped": int(streak)})
+
+    @torch.no_grad()
+    def restore(self, state: TrainState) -> None:
+        copy_exactly(state.part("weights"), distinct_tensors(self.stage), "the checkpoint")
+        self.ema.load(state.part("ema"), state.images_seen)
+        self.powers.load(state.part(POWER), state.images_seen)
+        self.optimizer.load(state.part("optimizer"))
 
 
 @dataclass(frozen=True)
@@ -97,197 +300,11 @@ class Diverged(ArithmeticError):
     """Too many updates in a row were not finite. `keys` names the samples behind them, `step` is
     the last of them, `state` what it would have changed."""
 
-    def __init__(self, message: str, keys: list[str], step: int = 0):
+    def __init__(
+        self, message: str, keys: list[str], step: int = 0, state: TrainState | None = None
+    ):
         super().__init__(message)
-        self.keys, self.step = keys, step
-        self.state: TrainState | None = None
-
-
-def train(
-    stage: Stage,
-    loader: Any,
-    config: TrainingConfig,
-    world: World | None = None,
-    state: TrainState | None = None,
-) -> Generator[Progress, None, None]:
-    """Train `stage` in place until `config.images`, from `state` on, and yield after each update.
-
-    Each worker's `loader` gives its micro-batches of the same global batches, one after another.
-    Raises Diverged; ValueError where `stage` or the workers do not go with the micro-batches.
-    """
-    world = world or World()
-    turns = _turns(stage, config, world)
-    device = next(stage.parameters()).device
-    if config.compile:
-        stage.compile()
-    model = world.wrap(stage.train())  # what comes next follows the parameters' layout
-    optimizer = Optimizer(config.optimizer, stage)
-    ema = Ema(stage, config.ema_halflife_images, config.ema_ramp)
-    powers = PowerAverages(stage, config.ema_sigma_rel)
-    done = _restore(state, stage, ema, powers, optimizer) if state else 0
-    health = Health(config, device, state.numbers["skipped"] if state else 0, world)
-    del state  # it is a second copy of everything
-    half = config.precision_on(device) == "bf16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-
-    with closing(loader.batches(start_step=done)) as batches:
-        for step in range(done, config.steps):
-            started = time.perf_counter()
-            images_seen = step * config.batch
-            share, batch, waited = Share(), {}, 0.0
-            for turn in turns:
-                if turn.counts:
-                    asked = time.perf_counter()
-                    batch = next(batches)
-                    waited += time.perf_counter() - asked
-                _seed(device, config.seed, step, turn.number)
-
-                with nullcontext() if turn.last else world.alone(model):
-                    with autocast:
-                        outputs = model(to_tensors(batch, device))
-                    losses = outputs.pop("loss").float()
-                    # Workers' gradients get averaged: times their number, this adds up to the mean
-                    # over all rows.
-                    (losses.sum() * (turn.counts * world.size / config.batch)).backward()
-                if turn.counts:
-                    share.add(batch.get("key", []), losses.detach(), outputs)
-
-            world.average(optimizer.parameters.values())
-            loss, metrics = share.global_mean(config, world)
-            norm = gradient_norm(optimizer.parameters)
-            try:
-                skip = health.check(step, share, loss + norm)
-            except Diverged as error:
-                error.state = _capture(stage, ema, powers, optimizer, health, step, images_seen)
-                raise
-            rate = config.rate(images_seen)
-            optimizer.step(rate, norm, config.max_grad_norm, skip)
-            optimizer.zero_grad()
-            stage.renew(images_seen, config.batch, world.sum, skip)
-            images_seen += config.batch
-            ema.update(images_seen)
-            powers.update(images_seen)
-
-            yield Progress(
-                step=step + 1,
-                images_seen=images_seen,
-                images=config.batch,
-                loss=loss,
-                metrics=metrics,
-                grad_norm=norm,
-                skipped=skip,
-                learning_rate=rate,
-                seconds=time.perf_counter() - started,
-                data_wait_seconds=waited,
-                ema=ema,
-                capture=partial(
-                    _capture, stage, ema, powers, optimizer, health, step + 1, images_seen
-                ),
-            )
-
-
-class Turn(NamedTuple):
-    """What a worker does at one of the micro-batches of an update."""
-
-    number: int
-    """Which of the global batch's micro-batches."""
-    counts: bool
-    """False: a repetition of weight 0. Another worker has one more, and what the workers do
-    together (gathering a sharded weight) they must do as often."""
-    last: bool
-    """Whether the gradients are summed over the workers now."""
-
-
-def _turns(stage: Stage, config: TrainingConfig, world: World) -> list[Turn]:
-    if stage.compares_rows:
-        config.check_comparing(stage.kind)
-    parts = config.micro_batches(world.size, stage.compares_rows)
-    own, most = dealt(parts, world.rank, world.size), -(-parts // world.size)
-    return [
-        Turn(own[min(n, len(own) - 1)], counts=n < len(own), last=n == most - 1)
-        for n in range(most)
-    ]
-
-
-class Share:
-    """What a worker's micro-batches came to, in one update."""
-
-    def __init__(self):
-        self.keys: list[str] = []
-        self.losses: list[Tensor] = []
-        self._metrics: list[dict[str, Tensor]] = []
-
-    def add(self, keys: list[str], losses: Tensor, metrics: dict[str, Tensor]) -> None:
-        self.keys += keys
-        self.losses.append(losses)
-        self._metrics.append({name: value.detach() for name, value in metrics.items()})
-
-    def finite(self) -> list[bool]:
-        """Of each row, whether its loss is."""
-        return torch.cat(self.losses).isfinite().tolist()
-
-    def global_mean(self, config: TrainingConfig, world: World) -> tuple[Tensor, dict[str, Tensor]]:
-        """Means over the global batch, by one reduction; metrics count by the rows behind them."""
-        if world.size == len(self.losses) == 1:
-            return self.losses[0].mean(), self._metrics[0]
-        names = sorted(self._metrics[0])
-        first, *others = (
-            torch.stack([one.sum(), *(found[name].float() * len(one) for name in names)])
-            for one, found in zip(self.losses, self._metrics, strict=True)
-        )
-        loss, *means = (world.sum(sum(others, first)) / config.batch).unbind()
-        return loss, dict(zip(names, means, strict=True))
-
-
-class Health:
-    """Counts the updates in a row that were not finite, on the device. The host looks at each one
-    on a CPU, at every sixteenth on a GPU; meanwhile none of them is applied."""
-
-    def __init__(self, config: TrainingConfig, device: torch.device, streak: int, world: World):
-        self.config, self.every = config, 1 if device.type == "cpu" else 16
-        self.world = world
-        self.streak = torch.tensor(streak, device=device)
-        self.worst = self.streak
-        # (the step, its share, whether skipped) of the batches that could be to blame
-        self.recent: deque[tuple[int, Share, Tensor]] = deque(
-            maxlen=self.every + config.max_skipped
-        )
-
-    def check(self, step: int, share: Share, value: Tensor) -> Tensor:
-        """Whether to skip this update, a bool scalar; Diverged when too many were skipped.
-
-        `value` is the same on all workers, so all of them skip, or diverge, together.
-        """
-        skip = ~torch.isfinite(value)
-        self.streak = (self.streak + 1) * skip
-        self.worst = torch.maximum(self.worst, self.streak)
-        self.recent.append((step, share, skip))
-        looking = step % self.every == 0 or step == self.config.steps - 1
-        if looking and int(self.worst) > self.config.max_skipped:
-            raise self._error(step)
-        return skip
-
-    def _error(self, step: int) -> Diverged:
-        own = [
-            list(zip(share.keys, share.finite()))  # noqa: B905 - a batch may have no keys
-            for _, share, skip in self.recent
-            if skip
-        ]
-        last = max((at for at, _, skip in self.recent if skip), default=step)
-        batches = zip(*self.world.gather(own), strict=True)
-        rows = [row for batch in batches for worker in batch for row in worker]
-        everyone, culprits = [key for key, _ in rows], [key for key, fine in rows if not fine]
-        named, config = culprits or everyone, self.config
-        more = f" and {len(named) - 16} more" if len(named) > 16 else ""
-        return Diverged(
-            f"step {step} ({step * config.batch} images): loss or gradient was not finite in "
-            f"{int(self.worst)} updates in a row ({config.max_skipped} may be skipped); none of "
-            f"them was applied. {'Samples with such a loss' if culprits else 'Their samples'}: "
-            f"{', '.join(named[:16])}{more}. Look at these samples, or lower learning_rate "
-            f"({config.learning_rate:g}) or max_grad_norm ({config.max_grad_norm:g})",
-            named,
-            last,
-        )
+        self.keys, self.step, self.state = keys, step, state
 
 
 def _seed(device: torch.device, *parts: int) -> None:
@@ -296,33 +313,3 @@ def _seed(device: torch.device, *parts: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-
-
-def _capture(
-    stage: Stage,
-    ema: Ema,
-    powers: PowerAverages,
-    optimizer: Optimizer,
-    health: Health,
-    step: int,
-    images_seen: int,
-) -> TrainState:
-    parts = {
-        "weights": distinct_tensors(stage),
-        "ema": ema.tensors(),
-        POWER: powers.tensors(),
-        "optimizer": optimizer.tensors(),
-    }
-    tensors = {f"{part}/{n}": t.detach() for part, named in parts.items() for n, t in named.items()}
-    return TrainState(tensors, step, images_seen, {"skipped": int(health.streak)})
-
-
-@torch.no_grad()
-def _restore(
-    state: TrainState, stage: Stage, ema: Ema, powers: PowerAverages, optimizer: Optimizer
-) -> int:
-    copy_exactly(state.part("weights"), distinct_tensors(stage), "the checkpoint")
-    ema.load(state.part("ema"), state.images_seen)
-    powers.load(state.part(POWER), state.images_seen)
-    optimizer.load(state.part("optimizer"))
-    return state.step
