@@ -162,32 +162,8 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         stage.prepare(loader)
     start.done("checkpoint" if state else "first weights")
 
-    unseen = measuring.heldout(loader) if config.heldout_pictures else None
-    if config.heldout_pictures and unseen is None:
-        raise ValueError(
-            f"heldout_pictures is {config.heldout_pictures}, but {job.dataset}, version "
-            f"{job.version}, has none that are held out and encoded: set it to 0 or ingest some"
-        )
-    numbers = state.numbers if state else {}
-    shown = _Shown(stage, world)
-    validation = Validation(shown.averaged, unseen, config, world, numbers)
-    flops = numbers.get("flops_per_image") or measuring.flops_per_image(stage, loader)
-    window = Window(numbers, Speed(flops, _peak(config, world)), world.device)
-    part = _part(world)
     with ExitStack() as stack:
-        history = saver = snapshots = None
-        if leads:
-            history = results.History(output, state.images_seen if state else 0)
-            stack.callback(history.close)
-        if leads or world.sharded:
-            saver = checkpoint.Saver(
-                output / results.CHECKPOINTS, job.fingerprint, keep=config.retention, part=part
-            )
-            stack.enter_context(saver)
-            if config.ema_sigma_rel:
-                path = output / results.AVERAGES
-                snapshots = checkpoint.Saver(path, job.fingerprint, keep=None, part=part)
-                stack.enter_context(snapshots)
+        between = _Between(job, world, stage, loader, state, on_progress, stack)
         stacks = output / results.STACKS / f"{world.rank}.txt"
         watchdog = Watchdog(config.stall_seconds, end=world.restarts, stacks=stacks)
         stack.enter_context(watchdog)
@@ -196,58 +172,148 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
             stack.enter_context(interrupts)
         updates = _reproducible(job, world, train(stage, loader, config, world, state))
         stack.enter_context(closing(updates))
-        for progress in () if validation.over else updates:
+        for progress in () if between.over else updates:
             watchdog.beat()
             start.over(job.kind)
-            window.add(progress)
-            last, due, stop = progress.step == config.steps, validation.due(progress), False
-            record, found = None, {}
-            if last or due or progress.passed(config.log_images):
-                record = window.close(progress) | {"workers": world.size}
-                stop = world.stop()
             signalled = interrupts.received is not None
-            told = stop or (signalled and world.size == 1)  # and all workers know it
-            # Who was told to stop has seconds.
-            if due and (config.patience_images or last or not told):
-                with window.aside():
-                    found = validation.measure(progress, watchdog.beat)
-                last = last or validation.over
-            if history and record is not None:
-                history.append(record | found)
-                on_progress(record | found)
-            stop = stop or signalled
-            if snapshots and (last or progress.passed(config.ema_snapshot_images)):
-                # Waits, because resuming from the next checkpoint does not come here again.
-                sigma_rel = {"sigma_rel": list(config.ema_sigma_rel)}
-                snapshots.save(progress.state.only(checkpoint.POWER, sigma_rel), wait=True)
-            if saver and (last or stop or progress.passed(config.checkpoint_images)):
-                state = progress.state
-                state.numbers |= window.numbers() | validation.numbers()
-                state.numbers["flops_per_image"] = flops
-                if found:
-                    state.numbers[checkpoint.HELDOUT_LOSS] = found[checkpoint.HELDOUT_LOSS]
-                saver.save(state, wait=last or stop)
-            # After the checkpoint: should drawing fail, what goes on from there is past it.
-            drawing = progress.passed(config.preview_images) and not (last or stop)
-            if drawing:
-                with window.aside(), shown.averaged(progress) as averaged:
-                    _draw(averaged, loader, job, progress.images_seen, world, watchdog.beat)
+            told = between.logs(progress) and world.stop()
+            stop = told or signalled
+            # All workers measure together, so all of them must know that one is to stop.
+            known = told or (signalled and world.size == 1)
+            last = between.log(progress, known, watchdog.beat)
+            between.snapshot(progress, last)
+            state = between.save(progress, last, stop)  # the last update's at the end
+            if not (last or stop):  # after the checkpoint: should drawing fail, that is written
+                between.draw(progress, watchdog.beat)
             if signalled:
                 interrupts.deliver()
             if stop:
                 raise Stopped(f"stopped at {progress.images_seen} images, as asked")
             if last:
                 break
-    if validation.over:
-        log.info("%s: no lower held-out loss since %d images", job.kind, validation.least_at)
+    return _end(job, world, stage, loader, data_digest, state, between)
+
+
+class _Between:
+    """What is done between two updates, each at its times: to log, with the held-out loss; to keep
+    a snapshot of the averages; to save; to draw. `stack` closes what is open for that."""
+
+    def __init__(
+        self,
+        job: Job,
+        world: World,
+        stage: Stage,
+        loader: Any,
+        state: checkpoint.TrainState | None,
+        on_progress: OnProgress,
+        stack: ExitStack,
+    ):
+        self.job, self.world, self.loader, self.on_progress = job, world, loader, on_progress
+        self.config = config = job.training_config()
+        unseen = measuring.heldout(loader) if config.heldout_pictures else None
+        if config.heldout_pictures and unseen is None:
+            raise ValueError(
+                f"heldout_pictures is {config.heldout_pictures}, but {job.dataset}, version "
+                f"{job.version}, has none that are held out and encoded: set it to 0 or ingest some"
+            )
+        numbers = state.numbers if state else {}
+        self.shown = _Shown(stage, world)
+        self.validation = Validation(self.shown.averaged, unseen, config, world, numbers)
+        self.flops = numbers.get("flops_per_image") or measuring.flops_per_image(stage, loader)
+        self.window = Window(numbers, Speed(self.flops, _peak(config, world)), world.device)
+        self.found: dict[str, float | None] = {}
+        """Held-out losses after this update."""
+        self.history = self.saver = self.snapshots = None
+        output, part, leads = Path(job.output), _part(world), world.rank == 0
+        if leads:
+            self.history = results.History(output, state.images_seen if state else 0)
+            stack.callback(self.history.close)
+        if leads or world.sharded:
+            path, keep = output / results.CHECKPOINTS, config.retention
+            self.saver = checkpoint.Saver(path, job.fingerprint, keep=keep, part=part)
+            stack.enter_context(self.saver)
+            if config.ema_sigma_rel:
+                path = output / results.AVERAGES
+                self.snapshots = checkpoint.Saver(path, job.fingerprint, keep=None, part=part)
+                stack.enter_context(self.snapshots)
+
+    @property
+    def over(self) -> bool:
+        """Whether the held-out loss has ended the training."""
+        return self.validation.over
+
+    def logs(self, progress: Progress) -> bool:
+        """Whether this update gets a line of history."""
+        return (
+            progress.step == self.config.steps
+            or self.validation.due(progress)
+            or progress.passed(self.config.log_images)
+        )
+
+    def log(self, progress: Progress, stop: bool, beat: Callable[[], None]) -> bool:
+        """Take the update down, and log where it is time; whether it is the last one."""
+        last, self.found = progress.step == self.config.steps, {}
+        self.window.add(progress)
+        if not self.logs(progress):
+            return last
+        record = self.window.close(progress) | {"workers": self.world.size}
+        patient = self.config.patience_images > 0  # what is due decides when the training ends
+        # Who was told to stop has seconds.
+        if self.validation.due(progress) and (patient or last or not stop):
+            with self.window.aside():
+                self.found = self.validation.measure(progress, beat)
+        if self.history:
+            self.history.append(record | self.found)
+            self.on_progress(record | self.found)
+        return last or self.over
+
+    def snapshot(self, progress: Progress, last: bool) -> None:
+        if self.snapshots and (last or progress.passed(self.config.ema_snapshot_images)):
+            sigma_rel = {"sigma_rel": list(self.config.ema_sigma_rel)}
+            # Waits, because resuming from the next checkpoint does not come here again.
+            self.snapshots.save(progress.state.only(checkpoint.POWER, sigma_rel), wait=True)
+
+    def save(self, progress: Progress, last: bool, stop: bool) -> checkpoint.TrainState | None:
+        """Where it is time; what was saved."""
+        due = last or stop or progress.passed(self.config.checkpoint_images)
+        if not (self.saver and due):
+            return None
+        state = progress.state
+        state.numbers |= self.window.numbers() | self.validation.numbers()
+        state.numbers["flops_per_image"] = self.flops
+        if self.found:
+            state.numbers[checkpoint.HELDOUT_LOSS] = self.found[checkpoint.HELDOUT_LOSS]
+        self.saver.save(state, wait=last or stop)
+        return state
+
+    def draw(self, progress: Progress, beat: Callable[[], None]) -> None:
+        if progress.passed(self.config.preview_images):
+            with self.window.aside(), self.shown.averaged(progress) as averaged:
+                _draw(averaged, self.loader, self.job, progress.images_seen, self.world, beat)
+
+
+def _end(
+    job: Job,
+    world: World,
+    stage: Stage,
+    loader: Any,
+    data_digest: str,
+    state: checkpoint.TrainState | None,
+    between: _Between,
+) -> dict[str, Any]:
+    """Commit the last averages; only the first worker does, and returns something."""
+    if between.over:
+        at = between.validation.least_at
+        log.info("%s: no lower held-out loss since %d images", job.kind, at)
+    leads, twin = world.rank == 0, between.shown.twin
     if world.sharded and state is not None:
         averages = sharding.gathered(state.averaged(), keep=leads)
         state = replace(state, tensors={f"weights/{n}": t for n, t in averages.items()})
     if not leads:
         return {}
     assert state is not None
-    whole = stage if shown.twin is None else shown.twin.to(world.device)
-    return _commit(job, whole, loader, data_digest, state, validation.over)
+    whole = stage if twin is None else twin.to(world.device)
+    return _commit(job, whole, loader, data_digest, state, between.over)
 
 
 class _Shown:
