@@ -63,7 +63,7 @@ def fit(
     is there to start it again. More are Ray actors, each with a GPU where the
     cluster has enough of them; `output`, `dataset` and `inputs` must mean the same everywhere.
     `build` must then be picklable. On SIGTERM or Ctrl-C in the main thread they write a checkpoint
-    at the next log point.
+    after the next update.
     """
     config = job.training_config()
     if config.workers == 1 and not force_ray:
@@ -297,9 +297,6 @@ def of_process_group(
     def alone(wrapped: Any) -> AbstractContextManager[None]:
         return wrapped.no_sync()
 
-    def any_stops() -> bool:
-        return bool(total(torch.tensor(float(stop()), device=device)) > 0)
-
     world = World(
         rank,
         size,
@@ -308,7 +305,7 @@ def of_process_group(
         alone,
         sum=total,
         gather=gather,
-        stop=any_stops,
+        stop=stop,
         restarts=True,
     )
     if not fsdp or size == 1:  # alone there is nobody to share with

@@ -15,6 +15,7 @@ import math
 import resource
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -167,31 +168,49 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         stacks = output / results.STACKS / f"{world.rank}.txt"
         watchdog = Watchdog(config.stall_seconds, end=world.restarts, stacks=stacks)
         stack.enter_context(watchdog)
-        interrupts = Interrupts()
-        if not world.sharded:  # of a checkpoint, one worker alone could write but a part
-            stack.enter_context(interrupts)
-        updates = _reproducible(job, world, train(stage, loader, config, world, state))
+        interrupts, stopping = stack.enter_context(Interrupts()), _Stopping()
+        heard = replace(world, stop=lambda: interrupts.received is not None or world.stop())
+        updates = _reproducible(job, world, train(stage, loader, config, heard, state))
         stack.enter_context(closing(updates))
         for progress in () if between.over else updates:
             watchdog.beat()
             start.over(job.kind)
-            signalled = interrupts.received is not None
-            told = between.logs(progress) and world.stop()
-            stop = told or signalled
-            # All workers measure together, so all of them must know that one is to stop.
-            known = told or (signalled and world.size == 1)
-            last = between.log(progress, known, watchdog.beat)
+            stop = stopping.after(progress)
+            last = between.log(progress, stop, watchdog.beat)
             between.snapshot(progress, last)
             state = between.save(progress, last, stop)  # the last update's at the end
             if not (last or stop):  # after the checkpoint: should drawing fail, that is written
                 between.draw(progress, watchdog.beat)
-            if signalled:
+            if stop and interrupts.received is not None:
                 interrupts.deliver()
             if stop:
                 raise Stopped(f"stopped at {progress.images_seen} images, as asked")
             if last:
                 break
     return _end(job, world, stage, loader, data_digest, state, between)
+
+
+class _Stopping:
+    """Whether to stop: all workers do after the same update, when one of them was asked to."""
+
+    LATER = 2
+    """On a GPU the answer of so many updates ago is read: it has been computed while others were
+    queued, and waiting for it keeps no device idle."""
+
+    def __init__(self):
+        self._answers: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+    def after(self, progress: Progress) -> bool:
+        if not progress.stop.is_cuda:
+            return bool(progress.stop)
+        answer, copied = progress.stop.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(progress.stop.device))
+        self._answers.append((answer, copied))
+        if len(self._answers) <= self.LATER:
+            return False
+        answer, copied = self._answers.popleft()
+        copied.synchronize()
+        return bool(answer)
 
 
 class _Between:
@@ -242,24 +261,17 @@ class _Between:
         """Whether the held-out loss has ended the training."""
         return self.validation.over
 
-    def logs(self, progress: Progress) -> bool:
-        """Whether this update gets a line of history."""
-        return (
-            progress.step == self.config.steps
-            or self.validation.due(progress)
-            or progress.passed(self.config.log_images)
-        )
-
     def log(self, progress: Progress, stop: bool, beat: Callable[[], None]) -> bool:
         """Take the update down, and log where it is time; whether it is the last one."""
-        last, self.found = progress.step == self.config.steps, {}
+        last, due = progress.step == self.config.steps, self.validation.due(progress)
+        self.found = {}
         self.window.add(progress)
-        if not self.logs(progress):
+        if not (last or due or progress.passed(self.config.log_images)):
             return last
         record = self.window.close(progress) | {"workers": self.world.size}
         patient = self.config.patience_images > 0  # what is due decides when the training ends
         # Who was told to stop has seconds.
-        if self.validation.due(progress) and (patient or last or not stop):
+        if due and (patient or last or not stop):
             with self.window.aside():
                 self.found = self.validation.measure(progress, beat)
         if self.history:

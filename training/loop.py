@@ -60,7 +60,7 @@ def train(
             started = time.perf_counter()
             share = gradients(model, turns, batches, step, config, world)
             world.average(learner.parameters.values())
-            loss, metrics = share.global_mean(config, world)
+            loss, metrics, stop = share.global_mean(config, world)
             norm = gradient_norm(learner.parameters)
 
             skip = health.skip(step, share, loss, norm)
@@ -78,6 +78,7 @@ def train(
                 metrics=metrics,
                 grad_norm=norm,
                 skipped=skip,
+                stop=stop,
                 learning_rate=rate,
                 seconds=time.perf_counter() - started,
                 data_wait_seconds=batches.waited(),
@@ -176,17 +177,23 @@ class Share:
         finite = torch.cat(self.losses).isfinite().tolist()
         return list(zip(self.keys, finite))  # noqa: B905 - a batch may have no keys
 
-    def global_mean(self, config: TrainingConfig, world: World) -> tuple[Tensor, dict[str, Tensor]]:
-        """Means over the global batch, by one reduction; metrics count by the rows behind them."""
+    def global_mean(
+        self, config: TrainingConfig, world: World
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss and metrics, means over the global batch, and how many workers are to stop, by one
+        reduction; metrics count by the rows behind them."""
+        stop = float(world.stop())
         if world.size == 1 and len(self.losses) == 1:  # all rows are here: nothing to add up
-            return self.losses[0].mean(), self._metrics[0]
+            return self.losses[0].mean(), self._metrics[0], torch.tensor(stop)
         names = sorted(self._metrics[0])
         first, *others = (
             torch.stack([one.sum(), *(found[name].float() * len(one) for name in names)])
             for one, found in zip(self.losses, self._metrics, strict=True)
         )
-        loss, *means = (world.sum(sum(others, first)) / config.batch).unbind()
-        return loss, dict(zip(names, means, strict=True))
+        asked = first.new_full((1,), stop)  # to copy it there would wait for the device
+        totals = world.sum(torch.cat([sum(others, first), asked]))
+        loss, *means = (totals[:-1] / config.batch).unbind()
+        return loss, dict(zip(names, means, strict=True)), totals[-1]
 
 
 class Learner:
@@ -252,7 +259,7 @@ class World:
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     """A JSON value from each worker, by rank."""
     stop: Callable[[], bool] = lambda: False
-    """Whether all of them are to stop; asked by all at each log point."""
+    """Whether this worker was asked to stop; all of them know with the loss of that update."""
     restarts: bool = False
     """Whether somebody starts a worker anew that ends."""
 
@@ -270,6 +277,8 @@ class Progress:
     """Before clipping."""
     skipped: Tensor
     """Whether the update was skipped, because the loss or the norm is not finite."""
+    stop: Tensor
+    """How many workers were asked to stop, the same to all of them."""
     learning_rate: float
     seconds: float
     data_wait_seconds: float

@@ -84,7 +84,7 @@ def made(request, line, tmp_path_factory) -> Made:
     )
     run(job)
     again = replace(job, output=str(root / "resumed"))
-    asked = iter([False, False, True])
+    asked = iter([*[False] * 14, True])
     with pytest.raises(Stopped, match="240 images"):
         run(again, World(stop=lambda: next(asked)))
     run(again)

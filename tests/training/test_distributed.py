@@ -32,6 +32,7 @@ from training.distributed import fit, of_process_group
 from training.job import Job, run
 from training.loop import Diverged, World
 from training.stage import Stage
+from training.supervision import Stopped
 
 BATCH, STEPS = 10, 60
 
@@ -122,7 +123,7 @@ class Lines:
                 while True:
                     file.write(bytes(4096))
         if step == 35 and self.world.rank == self.world.size - 1:
-            for name in ("SIGKILL", "SIGSTOP"):
+            for name in ("SIGKILL", "SIGSTOP", "SIGTERM"):
                 once = Path(self.meta.get(name, "/nowhere"))
                 if once.exists():
                     once.unlink()
@@ -247,23 +248,28 @@ PATIENT = {
     "patience_margin": 0.2,
 }
 HANGS = {"training": {"stall_seconds": 4.0}}
+RARELY = {"training": {"log_images": BATCH * STEPS, "checkpoint_images": BATCH * STEPS}}
+ONCE = ("sleep", "SIGTERM")
+"""What befalls a group's last worker before its first checkpoint."""
 GROUPS: dict[str, tuple[dict, list[tuple[int, int | None]]]] = {
-    "uneven": ({}, [(3, 3), (2, None)]),
-    "elastic": (CUT, [(4, 3), (2, 3), (4, None)]),
+    "uneven": ({}, [(3, 12), (2, None)]),
+    "elastic": (CUT, [(4, 12), (2, 12), (4, None)]),
     "three": (CUT, [(3, None)]),
     "lost": (
         {**CUT, "micro_batch": 0, "training": {"workers": 4, "min_workers": 2}},
-        [(4, 3), (2, None)],
+        [(4, 12), (2, None)],
     ),
     "poisoned": ({**CUT, "poison": list(range(20, 30)), "poisoned_row": 9}, [(3, None)]),
-    "patient": ({"training": PATIENT}, [(3, 5), (2, None)]),
+    "patient": ({"training": PATIENT}, [(3, 9), (2, None)]),
+    "asked": (RARELY, [(3, 7), (2, None)]),
+    "signalled": ({"SIGTERM": "once", **RARELY}, [(3, None), (3, None)]),
     "hung": ({"sleep": "sleep", "seconds": 600, **HANGS}, [(2, None), (2, None)]),
     "drawn": (
         {"drawing": (6, 0.8), "training": {"stall_seconds": 4.0, "preview_images": 300}},
         [(2, None)],
     ),
 }
-"""Name -> (how `job` is made, (workers, the log point after which they are stopped) in turn)."""
+"""Name -> (how `job` is made, (workers, the update after which they are stopped) in turn)."""
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +295,7 @@ def cut_alone(tmp_path_factory) -> Path:
 
 
 def test_three_workers_with_uneven_shares_do_what_one_does(alone, groups):
-    """Interrupted after 3 log points as three, and finished as two: the global sequence goes on."""
+    """Interrupted after 12 updates as three, and finished as two: the global sequence goes on."""
     directory, told = groups
     assert told["uneven"] == [120, 600]
     assert_close(directory / "uneven", alone)
@@ -354,6 +360,20 @@ def test_workers_that_measure_together_end_together(tmp_path, groups, monkeypatc
     assert len(losses[0]) == done["images_seen"] // 30
 
 
+@pytest.mark.parametrize(("name", "stopped"), [("asked", 70), ("signalled", 360)])
+def test_all_stop_after_the_update_at_which_one_is_asked_to(alone, groups, name, stopped):
+    """By another, or by a SIGTERM while the batch of step 35 is read; there is no log point before
+    the end."""
+    directory, told = groups
+    assert told[name] == [stopped, 600]
+    said = [Path(f"{directory}/{name}.stopped.{rank}").read_text() for rank in range(3)]
+    others = [f"Stopped: stopped at {stopped} images, as asked"] * 3
+    assert said == (others if name == "asked" else [*others[:2], "SystemExit: 143"])
+    first, second = (load_file(d / results.WEIGHTS) for d in (directory / name, alone))
+    for key, tensor in first.items():
+        assert (tensor - second[key]).norm() <= 1e-5 * tensor.norm(), key
+
+
 def test_who_waits_in_vain_says_where_and_ends(alone, groups):
     """The loader of one stands still, and so does the other in a collective: both end by their
     watchdogs, with the stacks of their threads, and started again they go on."""
@@ -404,15 +424,17 @@ def work(rank: int, size: int, output: Path, stop_after: int | None, made: dict)
         run(job(output, size, **made), world, None, build)
     except Diverged as error:
         Path(f"{output}.diverged.{rank}").write_text(json.dumps(error.keys))
+    except (Stopped, SystemExit) as error:
+        Path(f"{output}.stopped.{rank}").write_text(f"{type(error).__name__}: {error}")
     torch.distributed.destroy_process_group()
 
 
 def group(size: int, output: Path, stop_after: int | None, made: dict) -> list[int]:
     """How each worker ended."""
-    if "sleep" in made:
-        made = made | {"sleep": f"{output}.sleep"}
+    for name in made.keys() & set(ONCE):
+        made = made | {name: f"{output}.{name}"}
         if not reached(output):
-            Path(made["sleep"]).touch()
+            Path(made[name]).touch()
     children = []
     for rank in range(size):
         child = os.fork()
@@ -500,7 +522,7 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
 
 @rays
 def test_a_signal_makes_rays_workers_write_a_checkpoint(alone, tmp_path, ray):
-    """F2 with several workers: it is obeyed at the next log point."""
+    """F2 with several workers: it is obeyed after the next update."""
 
     sent = []
 
@@ -517,7 +539,6 @@ def test_a_signal_makes_rays_workers_write_a_checkpoint(alone, tmp_path, ray):
         signal.signal(signal.SIGTERM, before)
     assert results.committed(tmp_path) is None
     assert 80 < reached(tmp_path) < BATCH * STEPS
-    assert reached(tmp_path) % (BATCH * 4) == 0
     newest = checkpoint.visible(tmp_path / results.CHECKPOINTS)[-1]
     written = json.loads((newest / checkpoint.DESCRIPTION).read_bytes())["written"]
     assert 0 < written - sent[0] < 30

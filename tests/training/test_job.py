@@ -389,7 +389,7 @@ def test_a_loss_that_no_longer_falls_ends_a_training_for_good(tmp_path, undistur
     assert run(tiny(whole, training=PATIENT), build=never) == done
 
     for stops in range(2):
-        requests = iter([*[False] * (3 + 2 * stops), True])
+        requests = iter([*[False] * (27 + 14 * stops), True])
         with pytest.raises(Stopped):
             run(
                 tiny(broken, training=PATIENT),
@@ -418,7 +418,7 @@ def test_a_heldout_loss_of_nothing_is_refused(tmp_path):
 
 
 def test_stopping_on_request_goes_on_from_there(tmp_path, undisturbed):
-    requests = iter([False, False, True])
+    requests = iter([*[False] * 20, True])
     world = job.World(stop=lambda: next(requests))
     with pytest.raises(Stopped, match="168 images"):
         run(tiny(tmp_path), world, build=build)

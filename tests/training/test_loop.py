@@ -253,7 +253,8 @@ def test_a_worker_averages_over_the_global_batch():
     for rank, rows in enumerate((slice(0, 3), slice(3, 8))):
         world = World(rank, 2, sum=lambda tensor: summed.append(tensor) or tensor)
         next(train(Regression(), Rows(rows=rows), CONFIG, world))
-    loss, error = (summed[0] + summed[1]) / 8
+    loss, error, stop = (summed[0] + summed[1]) / 8
+    assert stop == 0
     assert loss == pytest.approx(float(whole.loss), rel=1e-6)
     assert error == pytest.approx(float(whole.metrics["error"]), rel=1e-6)
 

@@ -114,7 +114,7 @@ def test_a_length_and_a_time_of_a_snapshot_give_just_that(trained):
 
 @pytest.mark.parametrize("stops", [1, 7, 23])
 def test_interrupted_training_leaves_the_same_snapshots(trained, tmp_path, stops):
-    asked = iter([False] * (stops - 1) + [True])
+    asked = iter([False] * (10 * stops - 1) + [True])  # once per update
     with pytest.raises(Stopped):
         run(wandering(tmp_path, 0.05, 0.1), World(stop=lambda: next(asked)), build=build)
     run(wandering(tmp_path, 0.05, 0.1), build=build)

@@ -107,6 +107,7 @@ class Rows:
         self.plan, self.world = BatchPlan((30, 41), "d", 5, BATCH), world
         self.parts = job.training_config().micro_batches(world.size)
         self.full_from = job.meta.get("full_from", -1)
+        self.signal_at = job.meta.get("signal_at", -1)
         self.die_once = Path(job.meta.get("die_once", "/nowhere"))
         self.data = np.random.default_rng(0).normal(size=(71, 4)).astype(np.float32)
 
@@ -123,6 +124,8 @@ class Rows:
             if step == 9 and self.world.rank == 1 and self.die_once.exists():
                 self.die_once.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if step == self.signal_at and self.world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
             if step == self.full_from and self.world.rank == 1:
                 _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
@@ -183,15 +186,16 @@ GROUPS: dict[str, tuple[Made, list[tuple[int, int | None]]]] = {
     "fsdp": ({}, [(2, None)]),
     "muon-ddp": ({"fsdp": False, "optimizer": "muon"}, [(2, None)]),
     "muon": ({"optimizer": "muon"}, [(2, None)]),
-    "fewer": ({}, [(4, 3), (2, 3), (1, None)]),
-    "more": ({}, [(1, 3), (4, 2)]),
-    "stopped": ({}, [(2, 5)]),
+    "fewer": ({}, [(4, 6), (2, 6), (1, None)]),
+    "more": ({}, [(1, 6), (4, 4)]),
+    "stopped": ({}, [(2, 10)]),
+    "signalled": ({"signal_at": 6, "training": {"log_images": BATCH * STEPS}}, [(2, None)]),
     "full": ({"full_from": 9}, [(2, None)]),
     "four": ({}, [(4, None)]),
     "two": ({}, [(2, None)]),
     "long": (LONG, [(2, None)]),
 }
-"""Name -> (how `job` is made, (workers, the log point after which they are stopped) in turn)."""
+"""Name -> (how `job` is made, (workers, the update after which they are stopped) in turn)."""
 SLOW = ("muon-ddp", "muon", "more")
 COPIES = {"two": "four"}
 """What begins as a copy of another's checkpoints."""
@@ -328,6 +332,15 @@ def test_who_waits_for_what_the_first_one_measures_is_alive(groups):
     averages.load_state_dict(load_file(groups / "long" / results.WEIGHTS))
     batch = {name: torch.from_numpy(rows) for name, rows in data.items()}
     assert measured[0] == pytest.approx(averages(batch)["loss"].mean().item(), rel=1e-5)
+
+
+def test_a_signal_to_one_makes_all_write_their_part(groups):
+    """After the update for which it was reading when it came."""
+    said = [Path(f"{groups}/signalled.stopped.{rank}").read_text() for rank in (0, 1)]
+    assert said == [f"Stopped: stopped at {BATCH * 7} images, as asked", "SystemExit: 143"]
+    path = checkpoint.visible(groups / "signalled" / results.CHECKPOINTS)[-1]
+    assert checkpoint.load(path, "f").step == 7
+    assert len(list(path.glob("state-*-of-00002.safetensors"))) == 2
 
 
 def test_averages_of_another_length_come_from_sharded_snapshots(groups):
@@ -540,8 +553,8 @@ def work_at(mine: Job, rank: int, stop_after: int | None = None, build: Build = 
     world = joined(rank, size, met, training.fsdp, stop)
     try:
         run(mine, world, None, build)
-    except Stopped:
-        pass
+    except (Stopped, SystemExit) as error:
+        Path(f"{output}.stopped.{rank}").write_text(f"{type(error).__name__}: {error}")
     except OSError as error:
         Path(f"{output}.error.{rank}").write_text(f"{type(error).__name__}: {error}")
 
