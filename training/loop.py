@@ -65,7 +65,7 @@ def train(
 
             skip = health.skip(step, share, loss, norm)
             if health.diverged(step):
-                blamed = health.blamed(step)
+                blamed = health.blamed()
                 state = learner.capture(blamed.step, health.streak)
                 raise Diverged(blamed.message, blamed.keys, blamed.step, state)
             rate = learner.apply(step, norm, skip)
@@ -276,7 +276,8 @@ class Progress:
     grad_norm: Tensor
     """Before clipping."""
     skipped: Tensor
-    """Whether the update was skipped, because the loss or the norm is not finite."""
+    """Whether the update was skipped, because the loss or the norm is not finite, or because too
+    many were already, which a host that looks now and then has still to find out."""
     stop: Tensor
     """How many workers were asked to stop, the same to all of them."""
     learning_rate: float
@@ -307,7 +308,8 @@ class Progress:
 
 class Diverged(ArithmeticError):
     """Too many updates in a row were not finite. `keys` names the samples behind them, `step` is
-    the last of them, `state` what it would have changed."""
+    the last of them, `state` what it would have changed. (Averages have gone on towards the weights
+    that stayed, until somebody looked.)"""
 
     def __init__(
         self, message: str, keys: list[str], step: int = 0, state: TrainState | None = None

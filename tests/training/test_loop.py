@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import checkpoint
+from training import checkpoint, health
 from training.accelerators import native_precision
 from training.checkpoint import TrainState
 from training.config import TrainingConfig
@@ -219,6 +219,54 @@ def test_too_many_in_a_row_stop_and_name_the_samples():
         list(train(Regression(), rows, CONFIG))
     assert rows.asked[-1] == 8
     assert caught.value.keys == ["k40", "k49", "k58", "k67"]
+
+
+@pytest.mark.parametrize("optimizer", [AdamWConfig(), MuonConfig()], ids=lambda c: c.kind)
+def test_who_looks_now_and_then_stops_the_same_training_at_the_same_state(monkeypatch, optimizer):
+    """As on a GPU: what follows is finite, and is not applied before somebody looks."""
+    config = replace(CONFIG, images=8 * 40, optimizer=optimizer)
+    poison, found = {12: 0, **dict.fromkeys(range(19, 23), 1)}, []
+    for every, looked in ((1, 22), (16, 32)):
+        monkeypatch.setattr(health, "looks_every", lambda _, every=every: every)
+        rows, stage, skipped = Rows(poison=poison), Regression(dropout=0.5), []
+        with pytest.raises(Diverged, match=r"step 22 \(176 images\).* in 4 updates in a") as caught:
+            skipped += (bool(p.skipped) for p in train(stage, rows, config))
+        assert rows.asked[-1] == looked
+        assert skipped[22:] == [True] * (looked - 22)
+        assert caught.value.step == 22
+        assert caught.value.keys == [f"k{8 * step + 1}" for step in range(19, 23)]
+        found.append(caught.value)
+    one, other = (error.state for error in found)
+    assert str(found[0]) == str(found[1])
+    assert (one.step, one.images_seen, one.numbers) == (22, 176, {"skipped": 4})
+    assert (other.step, other.images_seen, other.numbers) == (22, 176, {"skipped": 4})
+    assert one.tensors.keys() == other.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert name.startswith("ema/") or tensor.equal(other.tensors[name]), name
+
+
+def test_who_looks_now_and_then_goes_on_with_what_recovers(monkeypatch):
+    config = replace(CONFIG, images=8 * 40)
+    poison = dict.fromkeys((2, 3, 4, 17, 18, 19, 21, 30, 31, 33), 0)
+    losses, final = [], []
+    for every in (1, 16):
+        monkeypatch.setattr(health, "looks_every", lambda _, every=every: every)
+        stage = Regression(dropout=0.5)
+        losses.append([float(p.loss) for p in train(stage, Rows(poison=poison), config)])
+        final.append(weights(stage))
+    assert len(losses[0]) == 40
+    torch.testing.assert_close(*losses, rtol=0, atol=0, equal_nan=True)
+    assert all(p.equal(final[1][name]) for name, p in final[0].items())
+
+
+def test_a_run_that_recovers_is_not_stopped_where_fewer_may_be_skipped_now():
+    rows = Rows(poison=dict.fromkeys(range(4, 7), 0))
+    state = next(itertools.islice(train(Regression(), rows, CONFIG), 6, None)).state
+    assert state.numbers == {"skipped": 3}
+    strict = replace(CONFIG, max_skipped=1)
+    assert len(list(train(Regression(), rows, strict, state=state))) == 13
+    with pytest.raises(Diverged, match="step 7"):
+        list(train(Regression(), Rows(poison={7: 0}), strict, state=state))
 
 
 def test_a_finite_update_in_between_starts_the_count_anew():

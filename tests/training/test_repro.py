@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from training import repro, results
+from training import health, repro, results
 from training.job import Job, World, run
 from training.loop import Diverged
 from training.stage import Stage
@@ -73,7 +73,10 @@ def builder(bad: dict[int, int], seen: list[torch.Tensor] | None = None):
     return build
 
 
-def test_the_update_that_diverged_is_run_again(tmp_path):
+@pytest.mark.parametrize(("every", "looked"), [(1, 29), (16, 32)])
+def test_the_update_that_diverged_is_run_again(tmp_path, monkeypatch, every, looked):
+    """Also where nobody looks before others, which were finite, would have been applied."""
+    monkeypatch.setattr(health, "looks_every", lambda _: every)
     seen: list[torch.Tensor] = []
     bad = {27: 1, 28: 3, 29: 0}
     with pytest.raises(Diverged, match="29/0. .*To run that update again: python -m") as caught:
@@ -83,7 +86,7 @@ def test_the_update_that_diverged_is_run_again(tmp_path):
     told = json.loads(file.read_text())
     assert told["step"] == 29 and told["keys"] == ["27/1", "28/3", "29/0"]
 
-    drawn = seen[-1]
+    drawn = seen[29 - looked - 1]
     seen.clear()
     found = repro.again(file, builder(bad, seen))
     assert torch.equal(seen[-1], drawn)  # weights, dropout and batch are those
