@@ -1,7 +1,11 @@
 """The base stage: what it is told, and when not; draws by position; latents of deviation 1."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import torch
 from training import stages
 from training.diffusion import DiffusionConfig, SamplerConfig, classifier_free, uniform
 from training.networks import ContextConfig
-from training.results import committed
+from training.results import JOB, committed, history
 from training.stage import to_tensors
 from training.stages import reconstruct
 
@@ -46,6 +50,38 @@ def random_batch(rows=8, channels=3, side=4):
     draws = np.random.default_rng(0)
     moments = draws.normal(size=(rows, 2 * channels, side, side)).astype(np.float16)
     return {"moments": moments, "position": np.arange(rows)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "network",
+    [{}, {"kind": "dit", "width": 32, "depth": 2, "head_width": 8, "feedforward": 2}],
+    ids=["unet", "dit"],
+)
+def test_compiled_it_has_the_losses_that_it_has_otherwise(line, tmp_path, network):
+    """Within 1e-5 of their value. In a process of its own: no compiler sees through what checks
+    shapes here."""
+    outputs = [tmp_path / "plain", tmp_path / "compiled"]
+    for output in outputs:
+        asked = json.loads(Path(line.stages["base"], JOB).read_bytes())
+        asked["config"]["network"] = network or asked["config"]["network"]
+        asked["training"] |= {"images": 96, "log_images": 16, "threads": 1}
+        asked["training"]["compile"] = output.name == "compiled"
+        Path(f"{output}.json").write_text(json.dumps(asked | {"output": str(output)}))
+    script = """
+import json, sys
+from training.job import Job, run
+for path in sys.argv[1:]:
+    run(Job.from_json(json.load(open(path))))
+"""
+    command = [sys.executable, "-c", script, *(f"{output}.json" for output in outputs)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    wanted, found = ([it["loss"] for it in history(output)] for output in outputs)
+    assert len(wanted) == 6
+    assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_its_learning_lowers_the_loss(line):

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -425,6 +426,14 @@ def test_stopping_on_request_goes_on_from_there(tmp_path, undisturbed):
     assert reached(tmp_path) == 168
     run(tiny(tmp_path), build=build)
     assert_same(tmp_path, undisturbed)
+
+
+@pytest.mark.gpu
+def test_a_gpus_answer_is_read_two_updates_later():
+    stopping = job._Stopping()
+    answers = [torch.tensor(float(step == 3), device="cuda") for step in range(6)]
+    told = [stopping.after(SimpleNamespace(stop=answer)) for answer in answers]
+    assert told == [False] * 5 + [True]
 
 
 def test_jobs_are_json(tmp_path):

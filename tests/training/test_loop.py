@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -393,6 +394,42 @@ def test_workers_add_up_their_gradients_once_per_update(rank, rows, parts, told)
     world = World(rank, 2, alone=alone)
     next(train(Told(), Rows(rows=rows, parts=parts), replace(CONFIG, micro_batch=3), world))
     assert order == told
+
+
+def compiled(backend: str | Callable[..., object]) -> Regression:
+    class Compiled(Regression):
+        def compile(self, *args, **kwargs):
+            super().compile(*args, backend=backend, **kwargs)
+
+    return Compiled()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_it_trains_as_it_does_otherwise():
+    """From the graphs that are traced, run as they are: the same losses and weights."""
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, traced = Regression(), compiled(as_it_is)
+    wanted = [float(p.loss) for p in train(plain, Rows(), CONFIG)]
+    assert [float(p.loss) for p in train(traced, Rows(), replace(CONFIG, compile=True))] == wanted
+    assert graphs
+    assert all(p.equal(weights(traced)[name]) for name, p in weights(plain).items())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("micro_batch", "parts"), [(0, 1), (3, 3)])
+def test_compiled_for_this_machine_its_losses_are_those(micro_batch, parts):
+    """Within 1e-5 of their value over 20 updates, also with micro-batches of two sizes."""
+    config = replace(CONFIG, micro_batch=micro_batch)
+    wanted = [float(p.loss) for p in train(Regression(), Rows(parts=parts), config)]
+    config, stage = replace(config, compile=True), compiled("inductor")
+    found = [float(p.loss) for p in train(stage, Rows(parts=parts), config)]
+    assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_what_compares_rows_is_not_cut():

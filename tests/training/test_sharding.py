@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.plan import BatchPlan, dealt
-from training import checkpoint, measuring, posthoc, results, sharding
+from training import checkpoint, measuring, posthoc, results, sharding, stages
 from training.distributed import fit, of_process_group
 from training.job import Build, Job, run
 from training.job import build as usual
@@ -238,7 +238,7 @@ def script(*arguments: object) -> str:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -452,15 +452,22 @@ def test_rays_workers_share_a_model_even_when_one_dies(alone, tmp_path, ray):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
     """Real networks and data; held-out losses, measurements and pictures of the averages. Also with
-    states that are drawn to a frozen tower's, and with a codebook whose dead vectors begin anew."""
+    states that are drawn to a frozen tower's, with a codebook whose dead vectors begin anew, with
+    transformers that text is read by or runs through, with blocks computed again, and in bf16."""
     plain = ("autoencoder", "t5", "base", "classifier", "clip", "noisy_clip")
     codebook = {"codebook": {"codes": 32, "revive_images": 16}}
+    heard = stages.load(line.stages["base"]).config.network.contexts
+    joint = {**DIT, "text": "joint", "contexts": [asdict(it) for it in heard]}
     made = {kind: (kind, dict[str, Any]()) for kind in plain} | {
         "aligned": ("base", {"alignment": {"block": 1, "hidden": 32}}),
         "revived": ("autoencoder", {"network": codebook}),
+        "dit": ("base", {"network": DIT}),
+        "joint": ("base", {"network": joint}),
+        "recomputed": ("base", {"network": {"recompute": True}}),
+        "bf16": ("base", {"network": joint | {"recompute": True}}),
     }
     jobs, asked_of = (
         [],
@@ -470,7 +477,9 @@ def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
         asked = copy.deepcopy(asked_of[kind])
         if name == "aligned":  # the tower sees the pictures
             asked["encodings"] += asked_of["autoencoder"]["encodings"]
-        network = asked["config"].get("network", {}) | more.get("network", {})
+        network = more.get("network", {})
+        if "kind" not in network:
+            network = asked["config"].get("network", {}) | network
         asked["config"] |= more | ({"network": network} if network else {})
         asked["training"] |= {
             "images": 96,
@@ -478,6 +487,7 @@ def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
             "micro_batch": 0 if "clip" in kind else 4,
             "log_images": 32,
             "checkpoint_images": 48,
+            "precision": "bf16" if name == "bf16" else "fp32",
             "heldout_pictures": 16 if name == "base" else 0,
             "preview_images": 48,
             "workers": 2,
@@ -512,6 +522,9 @@ def test_every_kind_of_stage_learns_the_same_sharded(line, tmp_path):
             off = (found - expected).norm()
             assert off <= 1e-3 * expected.norm().clamp(min=1e-2), (kind, name)
         assert (sharded / results.PREVIEW).exists() == (wanted / results.PREVIEW).exists()
+
+
+DIT = {"kind": "dit", "width": 32, "depth": 2, "head_width": 8, "feedforward": 2}
 
 
 def reached(stage_dir: Path) -> int:
@@ -643,8 +656,6 @@ if __name__ == "__main__":
     # What each child would import again.
     import torch._dynamo
     import torch.distributed.fsdp
-
-    import training.stages  # noqa: F401
 
     torch.set_num_threads(1)
     logging.disable()
