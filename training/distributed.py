@@ -8,6 +8,7 @@ survives the death of Ray.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ from .loop import Diverged, World
 from .supervision import Interrupts, Stopped
 
 RAY, STOP = "ray", "stop"
+PREEMPTION_UPDATES = 16
+"""Every how many of them workers ask whether a node is about to be taken away."""
 TRIES = 4
 """So many failures end a run of Ray's; another one is begun where it left a new checkpoint."""
 POLL_SECONDS = 0.5
@@ -209,12 +212,13 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
         os.chdir(settings["directory"])  # relative paths mean what they mean to the driver
     torch.set_num_threads(settings["threads"])
     job, context = Job.from_json(settings["job"]), ray.train.get_context()
-    preempted = False
+    preempted, updates = False, itertools.count()
 
     def stops() -> bool:
         nonlocal preempted
-        if settings["watched"]:  # all workers ask, and are told the same: it is a collective
-            preempted = ray.train.get_preemption_info() is not None
+        # All workers ask, and are told the same: a collective, dearer than an update may be.
+        if settings["watched"] and next(updates) % PREEMPTION_UPDATES == 0:
+            preempted = preempted or ray.train.get_preemption_info() is not None
         return preempted or Path(job.output, STOP).exists()
 
     world = of_process_group(

@@ -169,7 +169,8 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
         watchdog = Watchdog(config.stall_seconds, end=world.restarts, stacks=stacks)
         stack.enter_context(watchdog)
         interrupts, stopping = stack.enter_context(Interrupts()), _Stopping()
-        heard = replace(world, stop=lambda: interrupts.received is not None or world.stop())
+        # The world is asked each time: its answer may need all workers.
+        heard = replace(world, stop=lambda: world.stop() or interrupts.received is not None)
         updates = _reproducible(job, world, train(stage, loader, config, heard, state))
         stack.enter_context(closing(updates))
         for progress in () if between.over else updates:
