@@ -45,9 +45,16 @@ def differences(begun: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
 
 def _deciding(job: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in job.items() if key not in PLACES}
+    # Moved as a whole they keep their names, in which fingerprints stand.
+    kept |= {key: _name(kept[key]) for key in ("dataset", "parent") if kept.get(key)}
+    kept["inputs"] = {stage: _name(place) for stage, place in kept.get("inputs", {}).items()}
     training = learning(kept.get("training", {}))
     training.pop("seed", None)  # the job's own counts
     return kept | {"training": training}
+
+
+def _name(place: str) -> str:
+    return place.rstrip("/").rpartition("/")[2]
 
 
 def _differences(

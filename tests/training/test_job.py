@@ -28,6 +28,7 @@ from torch import nn
 from pipeline.plan import BatchPlan
 from training import checkpoint, job, results
 from training.job import Job, run
+from training.resuming import differences
 from training.stage import Stage, to_tensors
 from training.supervision import Stopped
 
@@ -252,6 +253,21 @@ def test_what_changes_no_result_may_change_on_resume(tmp_path, undisturbed):
     assert lines(tmp_path) == lines(undisturbed)
     weights = [(d / results.WEIGHTS).read_bytes() for d in (tmp_path, undisturbed)]
     assert weights[0] == weights[1]
+
+
+def test_a_home_that_moved_as_a_whole_changes_nothing(tmp_path):
+    begun, moved = (
+        tiny(
+            tmp_path,
+            dataset=f"{home}/datasets/shapes",
+            inputs={"clip": f"{home}/stages/clip-1"},
+            parent=f"{home}/stages/base-0",
+        ).to_json()
+        for home in ("/old", "s3://bucket/new")
+    )
+    assert differences(begun, moved) == []
+    moved["inputs"]["clip"] = "/old/stages/clip-2"
+    assert differences(begun, moved) == ['inputs.clip: begun with "clip-1", asked "clip-2"']
 
 
 def test_each_line_is_handed_over_as_it_is_written(tmp_path):
