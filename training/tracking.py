@@ -32,6 +32,8 @@ CHANGED = "darkroom.changed."
 it began with: MLflow's parameters stay what they were first."""
 NOTHING = "nothing"
 SPOOL, DELIVERED, FILES, LOCK = "spool.jsonl", "delivered.json", "files", ".lock"
+LAST_SECONDS = 60.0
+"""How long the end of a run waits for MLflow."""
 _BATCH_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 30.0
 _BATCH_VALUES = 500  # MLflow takes at most 1,000 entities or 1 MB in one request
 _REFUSALS = {
@@ -160,8 +162,9 @@ class Run:
         """Set tags."""
         self._write("tags", tags=_texts(tags))
 
-    def finish(self, status: str = "FINISHED", timeout_seconds: float = 60) -> bool:
-        """End the run as FINISHED, FAILED or KILLED. False: a part still waits in the spool."""
+    def finish(self, status: str = "FINISHED", timeout_seconds: float | None = None) -> bool:
+        """End the run as FINISHED, FAILED or KILLED, and wait a minute, or as long as is said, for
+        MLflow to have it. False: a part still waits in the spool."""
         if not self._file.closed:
             try:
                 self._write("finish", status=status)
@@ -169,7 +172,7 @@ class Run:
                 self._file.close()
                 self._last.set()
                 self._wake.set()
-                self._thread.join(timeout_seconds)
+                self._thread.join(LAST_SECONDS if timeout_seconds is None else timeout_seconds)
                 self._given_up.set()
             if not self._courier.done():
                 log.warning("MLflow at %s: not all was delivered; see %s", self.uri, self.spool)

@@ -240,7 +240,10 @@ def test_a_torn_line_is_forgotten(tmp_path, uri, client):
     assert history(client, run.id(), "loss") == [(100, 1.0)]
 
 
-def test_a_disk_that_fills_up_in_a_line_of_the_spool_is_told(tmp_path, uri, client, nowhere):
+def test_a_disk_that_fills_up_in_a_line_of_the_spool_is_told(
+    tmp_path, uri, client, nowhere, monkeypatch
+):
+    monkeypatch.setattr(tracking, "LAST_SECONDS", 0.5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     spool, tags = tmp_path / "spool" / tracking.SPOOL, {FINGERPRINT: "abc"}
     with (  # noqa: PT012
@@ -256,12 +259,14 @@ def test_a_disk_that_fills_up_in_a_line_of_the_spool_is_told(tmp_path, uri, clie
             assert spool.stat().st_size == size
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert told.value.filename == str(spool)
+    monkeypatch.undo()
     with begin(tmp_path, uri, tags=tags) as run:
         run.log({"loss": 1.0}, 200)
     assert history(client, run.id(), "loss") == [(100, 2.0), (200, 1.0)]
 
 
-def test_who_cannot_write_that_it_failed_tells_why_it_failed(tmp_path, nowhere):
+def test_who_cannot_write_that_it_failed_tells_why_it_failed(tmp_path, nowhere, monkeypatch):
+    monkeypatch.setattr(tracking, "LAST_SECONDS", 0.5)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(ZeroDivisionError), begin(tmp_path, nowhere) as run:  # noqa: PT012
         size = (tmp_path / "spool" / tracking.SPOOL).stat().st_size
