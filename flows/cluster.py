@@ -29,6 +29,9 @@ def ray_session(wanted: bool = True) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     before = signal.getsignal(signal.SIGTERM)
     root = Path(__file__).resolve().parent.parent
+    # Ray's workers give way to everybody else (nice 15), though they are what was asked for: beside
+    # other work on two cores they did not even get to start.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         # Without "local" a session that another command has here for itself would be joined.
         address=address or "local",

@@ -20,6 +20,8 @@ import pytest
 # Before torch is imported by any test: on a busy machine two OpenMP threads are slower than one.
 for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(threads, "1")
+# Ray's workers are as urgent as the tests that wait for them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 if importlib.util.find_spec("beartype") is not None:
     from jaxtyping import install_import_hook

@@ -371,6 +371,7 @@ def _ray(config: TrainingConfig) -> Iterator[None]:
             main = threading.current_thread() is threading.main_thread()
             before = signal.getsignal(signal.SIGTERM)
             address = os.environ.get("RAY_ADDRESS", "local")
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by itself: it starves
             ray.init(address=address, include_dashboard=False, log_to_driver=False)
             if main and before is not None:
                 signal.signal(signal.SIGTERM, before)  # ray.init takes it and never gives it back
