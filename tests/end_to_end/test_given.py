@@ -85,7 +85,9 @@ def test_sr3_enlarges_what_it_is_given(darkroom, home, tmp_path):
 
     page = tmp_path / "compared.html"
     rows = commands.compare(["shapes-sr3", "shapes-sr3?steps=1"], str(page), 12, None)["rows"]
-    assert rows[0]["psnr"] != rows[1]["psnr"]
+    near = [it["measures"]["psnr"] for it in rows]
+    assert near[0]["mean"] != near[1]["mean"]
+    assert near[1]["against_first"]["mean"] == pytest.approx(near[1]["mean"] - near[0]["mean"])
     assert '<th scope="col">Given</th>' in page.read_text()
 
     port, log = darkroom.free_port(), tmp_path / "serve.log"
