@@ -37,6 +37,7 @@ bench: $(READY)
 	$(BIN)/python -m pytest -q -s -m "not gpu" tests/benchmarks
 	$(BIN)/python -m tests.benchmarks.step
 	$(BIN)/python -m tests.benchmarks.checkpoints
+	$(BIN)/python -m tests.benchmarks.planned
 
 # The lock covers every platform and Python >= 3.11, and names no index.
 lock: $(READY)

@@ -7,19 +7,14 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-from flows.build_dataset import encode_pixels, ingest_sources
-from flows.line import Line
 from flows.plan import encoder_shapes, plan
 from flows.presets import PRESETS
 from flows.recipe import RecipeError, load
-from flows.settings import settings
-from flows.train_stage import make_job
-from training import accelerators, job, planning, stages
+from training import planning, stages
 from training.generator import StageSampler
 from training.stages import reconstruct
 
@@ -186,36 +181,6 @@ def test_a_wrong_device_is_bad_usage(home):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 2, done.stderr
     assert "did you mean 'h100'" in json.loads(done.stdout.splitlines()[-1])["error"]
-
-
-@pytest.fixture(scope="module")
-def patient_probe():
-    """It takes the best of several; where other work has the machine, those must be many."""
-    return accelerators.probe(seconds=4)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", ["autoencoder", "clip", "t5"])
-def test_the_planned_speed_is_that_of_a_training_within_a_factor_of_three(
-    stage, home, patient_probe, monkeypatch
-):
-    """On this machine, by its probe. The training's is by the processor, which other work on the
-    machine hardly touches."""
-    monkeypatch.setattr(accelerators, "probe", lambda: patient_probe)
-    words = ["data.scenes=600", "executor.kind=local", f"{stage}.training.threads=1"]
-    words += [f"{stage}.training.{it}" for it in ("images=1920", "batch=64", "log_images=64")]
-    planned = plan("shapes", words, device=None)["stages"][stage]["images_per_second"]
-    line = Line(load("shapes", words), settings())
-    ingest_sources(line)
-    encode_pixels(line, line.manifest())
-    spent: list[tuple[int, float]] = []
-    job.run(
-        make_job(line, stage, line.manifest()),
-        on_progress=lambda it: spent.append((it["images_seen"], time.process_time())),
-    )
-    (first, began), (last, ended) = spent[4], spent[-1]
-    assert planned / 3 < (last - first) / (ended - began) < planned * 3
 
 
 @pytest.mark.slow
