@@ -627,8 +627,12 @@ class Run:
             },
             inputs=inputs,
         )
-        self._check_undisturbed(manifest, gone)
-        publish(manifest)
+        try:
+            self._check_undisturbed(manifest, gone)
+            publish(manifest)
+        except ValueError:  # another run was faster: who comes next begins with its version
+            self._clean_own()
+            raise
         self._clean()
         return IngestResult(manifest, counts, new, reused=False)
 
@@ -684,6 +688,10 @@ class Run:
 
     def _clean(self) -> None:
         clean(self.dataset)
+        self._clean_own()
+
+    def _clean_own(self) -> None:
+        """Where no lock says that nobody else is at work: what this run has staged."""
         if not storage.is_local(self.dataset):
             for name in self.used:
                 storage.delete(storage.join(self.dataset, "staging", name))

@@ -153,8 +153,8 @@ def measured():
 @pytest.fixture(scope="session")
 def kills():
     """A function that calls `kill(step, seconds)` with draws of what was `measured` until so many
-    have struck; of ten drawn nine must. `kill` says whether it has. Half strike at a step, half
-    between two."""
+    have struck; of ten drawn nine must, and of a few one may miss. `kill` says whether it has. Half
+    strike at a step, half between two."""
 
     def run(wanted, rng, steps, each, kill):
         struck = drawn = 0
@@ -164,6 +164,5 @@ def kills():
             drawn += 1
             assert struck >= 0.9 * drawn - 1, f"only {struck} of {drawn} kills struck"
         print(f"{struck} of {drawn} kills struck, drawn from {steps} steps of {each * 1e3:.2f} ms")
-        assert struck >= 0.9 * drawn, f"only {struck} of {drawn} kills struck"
 
     return run
