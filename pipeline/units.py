@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from .rows import read_lines
 from .sources import Damaged, OverLong, fetch_image, release
 
 Record = dict[str, Any]
+_PORTION = 32 << 20  # bytes of pictures that a writer holds
 HASHES = ("sha256", "md5", "sha256_upstream")
 """What a row may know of its picture's file; the last is of what that was made of. It stays in the
 sample's JSON: a file that is changed where it lies decodes all the same."""
@@ -175,8 +175,7 @@ def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
         return found
 
     def stored(samples: Iterator[Record]) -> Iterator[shards.ShardSample]:
-        # a shard of photographs need not fit in memory
-        while some := list(itertools.islice(samples, 128)):
+        for some in _portions(samples):
             data = pictures(some)
             for it in some:
                 captions = tuple(it["captions"])
@@ -190,6 +189,20 @@ def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
         return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
 
     return work
+
+
+def _portions(samples: Iterator[Record]) -> Iterator[list[Record]]:
+    """As many at once as there is room for: a shard of photographs need not fit in memory, and each
+    portion opens nearly all staged files, for names are in no order of theirs."""
+    some, size = list[Record](), 0
+    for it in samples:
+        some.append(it)
+        size += it["length"]
+        if size >= _PORTION:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def captioner(dataset: str) -> Callable[[Record], Record]:
