@@ -14,6 +14,7 @@ import logging
 import math
 import resource
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -513,7 +514,8 @@ class Window:
         """The most that was allocated on the device, or resident."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most << 10  # bytes there, KiB elsewhere
 
     def _read(self) -> dict[str, list[Any]]:
         """All values as numbers, by one look at the device."""

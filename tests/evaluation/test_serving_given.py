@@ -292,20 +292,35 @@ def test_an_editing_model_says_what_to_give(editing):
     assert "what is red there becomes blue" in page
 
 
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """A function that registers a package as a model's first version: (what MLflow loads, the
+    registry's address)."""
+    import mlflow
+
+    from evaluation import registry
+
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+
+    def made(package, name):
+        assert str(registry.register(package, name, tracking_uri=uri)) == "1"
+        assert registry.facts(f"{name}/1", tracking_uri=uri, lineage=())["infra"] is True
+        return mlflow.pyfunc.load_model(f"models:/{name}/1"), uri
+
+    return made
+
+
 @pytest.mark.slow
-def test_mlflow_and_its_server_edit(editing, make, shown, tmp_path, monkeypatch):
+def test_mlflow_and_its_server_edit(editing, make, shown, registered):
     import mlflow
     from fastapi.testclient import TestClient
     from mlflow.exceptions import MlflowException
 
     from evaluation import registry
 
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    version = registry.register(editing, "edits", tracking_uri=uri)
-    assert registry.facts(f"edits/{version}", tracking_uri=uri, lineage=())["infra"] is True
-    mlflow.set_tracking_uri(uri)
-    served = mlflow.pyfunc.load_model(f"models:/edits/{version}")
+    served, uri = registered(editing, "edits")
     signature = served.metadata.signature
     assert signature.inputs.input_names() == ["prompt", "picture"]
     assert signature.inputs.required_input_names() == []
@@ -318,7 +333,7 @@ def test_mlflow_and_its_server_edit(editing, make, shown, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="wanted rows with a prompt or a picture, got neither"):
         served.predict(["a ring"])
 
-    _, app, examples = registry.application(f"edits/{version}", tracking_uri=uri)
+    _, app, examples = registry.application("edits/1", tracking_uri=uri)
     assert [json.loads(it)["dataframe_records"] for it in examples] == [
         [{"prompt": "a red circle"}],
         [{"picture": "BASE64 OF A PNG FILE"}],
@@ -353,38 +368,21 @@ def test_mlflow_and_its_server_edit(editing, make, shown, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_mlflow_takes_label_maps(synthesis, maps, tmp_path, monkeypatch):
-    import mlflow
-
-    from evaluation import registry
-
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    version = registry.register(synthesis, "maps", tracking_uri=uri)
-    assert registry.facts(f"maps/{version}", tracking_uri=uri, lineage=())["infra"] is True
-    mlflow.set_tracking_uri(uri)
-    served = mlflow.pyfunc.load_model(f"models:/maps/{version}")
+def test_mlflow_takes_label_maps(synthesis, maps, registered):
+    served, _ = registered(synthesis, "maps")
     wanted = opened(synthesis).generator([""], seed=3, map=maps[:1])
     drawn = served.predict(pd.DataFrame([{"map": png(maps[0])}]), params={"seed": 3})
     np.testing.assert_array_equal(pixels(drawn), wanted)
 
 
 @pytest.mark.slow
-def test_mlflow_and_its_server_take_what_the_generator_takes(
-    packaged, model, low, tmp_path, monkeypatch
-):
-    import mlflow
+def test_mlflow_and_its_server_take_what_the_generator_takes(packaged, model, low, registered):
     from fastapi.testclient import TestClient
     from mlflow.exceptions import MlflowException
 
     from evaluation import registry
 
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    version = registry.register(packaged, "told", tracking_uri=uri)
-    assert registry.facts(f"told/{version}", tracking_uri=uri, lineage=())["infra"] is True
-    mlflow.set_tracking_uri(uri)
-    served = mlflow.pyfunc.load_model(f"models:/told/{version}")
+    served, uri = registered(packaged, "told")
     row = {"prompt": "a ring", "colour": "blue", "low": png(low[0])}
     wanted = model.generator(["a ring"], seed=3, low=low[:1], labels=[{"colour": "blue"}])
     drawn = served.predict(pd.DataFrame([row]), params={"seed": 3})
@@ -396,8 +394,8 @@ def test_mlflow_and_its_server_take_what_the_generator_takes(
     with pytest.raises(MlflowException, match="missing inputs"):
         served.predict(["a ring"])
 
-    name, app, (example,) = registry.application(f"told/{version}", tracking_uri=uri)
-    assert name == f"told/{version}"
+    name, app, (example,) = registry.application("told/1", tracking_uri=uri)
+    assert name == "told/1"
     record = json.loads(example)["dataframe_records"][0]
     assert record == {
         "prompt": "a red circle", "colour": "red", "low": "BASE64 OF A PNG FILE",

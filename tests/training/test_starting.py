@@ -47,8 +47,9 @@ def test_an_earlier_start_is_not_told(tmp_path):
     assert asking.told(tmp_path, "workers") is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process is not asked for its age")
 def test_it_counts_from_the_start_of_the_process():
+    """Elsewhere than on Linux, where a process is not asked for its age, from when it is told."""
+    slept = 1 if sys.platform == "linux" else 0
     code = (
         "import time; time.sleep(1); from training.starting import Start; "
         "start = Start.of_process(); start.done('all'); "
@@ -58,4 +59,4 @@ def test_it_counts_from_the_start_of_the_process():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     began, took = map(float, done.stdout.split())
     assert before - 0.2 <= began <= before + 10
-    assert 1 <= took <= time.time() - before + 0.2
+    assert slept <= took <= time.time() - before + 0.2
