@@ -40,6 +40,7 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 from PIL import Image
 
 from pipeline import storage
+from training import tracking
 from training.results import WEIGHTS
 
 from .ledger import Entry, Ledger
@@ -93,7 +94,7 @@ def register(
     """
     folder = Path(package_dir)
     manifest = verify(folder)
-    client = MlflowClient(tracking_uri)
+    client = tracking.client(tracking_uri)
     with contextlib.suppress(MlflowException):  # it exists
         client.create_registered_model(_checked(name))
     if known := _registered(client, name, manifest["package"]):
@@ -153,7 +154,7 @@ def application(model: str, *, tracking_uri: str | None = None) -> tuple[str, An
 
     folder, _ = locate(model, tracking_uri=tracking_uri)
     given = storage.read_json(str(folder / "generator" / "generator.json")).get("given", {})
-    version = find(MlflowClient(tracking_uri), model)
+    version = find(tracking.client(tracking_uri), model)
     mlflow.set_tracking_uri(tracking_uri or mlflow.get_tracking_uri())
     name = candidate(version.name, version.version)
     served = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
@@ -168,7 +169,7 @@ def locate(model: str, *, tracking_uri: str | None = None) -> tuple[Path, str | 
     """The local package folder of a model, and the sha256 that its manifest was registered with."""
     if (Path(model) / MANIFEST).is_file():
         return Path(model), None
-    client = MlflowClient(tracking_uri)
+    client = tracking.client(tracking_uri)
     version = find(client, model)
     if MANIFEST_TAG not in version.tags:
         raise ValueError(
@@ -212,7 +213,7 @@ def candidate(name: str, version: int | str) -> str:
 
 def canonical(model: str, *, tracking_uri: str | None = None) -> str:
     """What a ledger calls a registered model, named in any of the ways `load` understands."""
-    version = find(MlflowClient(tracking_uri), model)
+    version = find(tracking.client(tracking_uri), model)
     return candidate(version.name, version.version)
 
 
@@ -229,7 +230,7 @@ def stages(model: str, *, tracking_uri: str | None = None) -> dict[str, str]:
 
 def tag(model: str, tags: Mapping[str, str], *, tracking_uri: str | None = None) -> None:
     """Set tags of a registered version."""
-    client = MlflowClient(tracking_uri)
+    client = tracking.client(tracking_uri)
     version = find(client, model)
     for key, value in tags.items():
         client.set_model_version_tag(version.name, version.version, key, value)
@@ -247,7 +248,7 @@ def promote(
     ValueError when there is no such version, or it is no package of ours.
     """
     name = candidate(ledger.name, version)
-    if MANIFEST_TAG not in find(MlflowClient(tracking_uri), name).tags:
+    if MANIFEST_TAG not in find(tracking.client(tracking_uri), name).tags:
         raise ValueError(f"{name}: not registered by darkroom; register its package first")
     entry = Entry(kind="promote", candidate=name, verdict=verdict)
     return settle(ledger, lambda _: entry, tracking_uri=tracking_uri)
@@ -275,7 +276,7 @@ def project(ledger: Ledger, *, tracking_uri: str | None = None) -> dict[str, int
     champion serves, previous is where a rollback leads, challenger is a candidate that the newest
     entry refused. Others' aliases stay.
     """
-    client = MlflowClient(tracking_uri)
+    client = tracking.client(tracking_uri)
     for attempt in range(_TRIES):
         entries = ledger.entries()
         last = entries[-1] if entries else None
@@ -308,7 +309,7 @@ def delete(ledger: Ledger, version: int, *, tracking_uri: str | None = None) -> 
     for role, kept in (("champion", ledger.champion()), ("previous", ledger.previous())):
         if name == kept:
             raise ValueError(f"{name} is the {role}; promote another version before deleting it")
-    client = MlflowClient(tracking_uri)
+    client = tracking.client(tracking_uri)
     find(client, name)
     client.delete_model_version(ledger.name, str(version))
 

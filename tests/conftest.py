@@ -9,6 +9,7 @@ import io
 import json
 import os
 import socketserver
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,20 @@ SOAK = os.environ.get("DARKROOM_SOAK", "0") not in ("", "0")
 def rounds():
     """`rounds(few, all)`: how often to repeat; all of it in `make soak`."""
     return lambda few, all: all if SOAK else few
+
+
+@pytest.fixture(autouse=True)
+def _own_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test tells MLflow is forgotten after it: MLflow keeps its tracking URI in the
+    environment as well, where it would reach the processes that later tests start."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if "mlflow" in sys.modules:
+        import mlflow
+
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

@@ -217,6 +217,28 @@ class Run:
             self._wake.clear()
 
 
+def client(uri: str | None = None) -> Any:
+    """MLflow's client at `uri`, by default where MLflow's own settings point.
+
+    MLflow makes the tables of a new SQLite database one by one: two processes that do so at once
+    fail, and what a killed one leaves is refused for good. So here one process makes them, beside,
+    and the database appears whole.
+    """
+    import mlflow
+
+    uri = uri or mlflow.get_tracking_uri()
+    if uri.startswith("sqlite:") and (name := _database(uri)):
+        path = os.path.abspath(name)
+        place = os.path.dirname(path)
+        with storage.lock(f"{path}.lock"):
+            if not os.path.exists(path) or not os.path.getsize(path):
+                storage.sweep(place)
+                with storage.draft(place) as (file, publish):
+                    _make_database(file.name)
+                    publish(path)
+    return mlflow.MlflowClient(uri)
+
+
 def deliver(spool: str | os.PathLike[str], uri: str) -> None:
     """Deliver what an earlier run left behind; raises what MLflow raises when it is away."""
     _Courier(Path(spool), uri).deliver()
@@ -326,9 +348,7 @@ class _Courier:
         if do == NOTHING:
             return
         if self._client is None:
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(self.uri)
+            self._client = client(self.uri)
         if do == "start":
             self._start(operations[0])
             return
@@ -439,6 +459,21 @@ class _Courier:
 
     def _finish(self, operation: Operation) -> None:
         self._client.set_terminated(self.run_id, operation["status"], operation["time"])
+
+
+def _database(uri: str) -> str | None:
+    """The file of an SQLite database; None for one in memory."""
+    from sqlalchemy import make_url
+
+    name = make_url(uri).database
+    return None if name in (None, "", ":memory:") or name.startswith("file:") else name
+
+
+def _make_database(path: str) -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(f"sqlite:///{path}", "./mlruns")  # as MLflow's own client does
+    store.engine.dispose()
 
 
 def _operations(spool: Path, offset: int) -> Iterator[tuple[int, Operation]]:

@@ -21,6 +21,7 @@ from PIL import Image
 from evaluation import registry
 from evaluation.ledger import Entry, Ledger
 from pipeline import storage
+from training import tracking
 
 NAME = "tiny"
 
@@ -29,7 +30,7 @@ NAME = "tiny"
 def empty_database(tmp_path_factory) -> Path:
     """MLflow's tables take seconds to make: they are made once and copied."""
     path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+    tracking.client(f"sqlite:///{path}")
     return path
 
 

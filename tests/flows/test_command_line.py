@@ -210,6 +210,7 @@ def test_what_is_measured_and_drawn_in_training_arrives_in_mlflow(tmp_path):
     if client.get_experiment_by_name("shapes-ddpm") is None:  # a minute was not enough: it waits
         again = darkroom(tmp_path, "train", *words, seconds=300)
         assert again.returncode == 0, again.stderr
+        assert "has not all yet" not in again.stderr, again.stderr
     experiment = client.get_experiment_by_name("shapes-ddpm")
     assert experiment is not None
     (run,) = client.search_runs(

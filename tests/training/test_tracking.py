@@ -29,10 +29,8 @@ from training.tracking import FINGERPRINT, Run, deliver, flatten
 @pytest.fixture(scope="session")
 def template(tmp_path_factory) -> Path:
     """An MLflow database: to make one takes seconds, to copy it nothing."""
-    from mlflow import MlflowClient
-
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+    tracking.client(f"sqlite:///{path}")
     return path
 
 
@@ -450,3 +448,38 @@ def test_a_server_that_dies_during_a_training_has_all_of_it_in_the_end(
         finally:
             os.killpg(running.pid, signal.SIGKILL)
             running.wait()
+
+
+MAKE = """
+import sys
+
+from training import tracking
+
+tracking.client(sys.argv[1]).create_experiment(sys.argv[2])
+"""
+
+
+def _maker(uri: str, name: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", MAKE, uri, name])
+
+
+def test_two_processes_may_make_the_database_at_once(tmp_path):
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    both = [_maker(uri, name) for name in ("a", "b")]
+    for it in both:
+        assert it.wait(120) == 0
+    names = {it.name for it in tracking.client(uri).search_experiments()}
+    assert names == {"Default", "a", "b"}
+
+
+def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path):
+    """MLflow makes its tables one by one, and refuses for good what a killed process left."""
+    path = tmp_path / "mlflow.db"
+    uri = f"sqlite:///{path}"
+    it = _maker(uri, "a")
+    while not any(draft.stat().st_size for draft in tmp_path.rglob("draft")):
+        assert it.poll() is None
+    it.kill()
+    it.wait()
+    assert not path.exists()
+    assert [e.name for e in tracking.client(uri).search_experiments()] == ["Default"]
