@@ -14,7 +14,6 @@ from .settings import settings
 PICTURE_BYTES = 0.6
 """Of a stored picture per pixel of the square of its side: .39 to .77 at 256 and 512 px, JPEGs of
 quality 95 of 40 photographs and 40 illustrations."""
-KEPT_CHECKPOINTS = 2
 UNPLANNED = "edit"
 """Its update carries out what its inputs, trained networks, do: there is nothing to count yet."""
 
@@ -133,6 +132,7 @@ def _stage(
         "hours": it.hours,
         "device_hours": it.device_hours,
         "checkpoint_bytes": update.checkpoint,
+        "checkpoints": training.keep_last + training.keep_best,
         "advice": it.advice(device),
     }
 
@@ -190,8 +190,9 @@ def _storage(
         "samples_from": samples.source,
         "bytes_per_sample": each | {"total": total},
         "total_bytes": None if samples.count is None else total * samples.count,
-        "checkpoint_bytes": KEPT_CHECKPOINTS
-        * sum(stage["checkpoint_bytes"] for stage in stages.values()),
+        "checkpoint_bytes": sum(
+            stage["checkpoint_bytes"] * stage["checkpoints"] for stage in stages.values()
+        ),
     }
 
 

@@ -58,6 +58,9 @@ Latents = Float[Tensor, "batch channel *place"]
 """Of pictures [B, C, height, width]; embeddings are [B, C]."""
 EMBEDDING_TOKENS = 4
 """Of them the network makes so many of the picture's embedding (Ramesh et al. 2022, sec. 2.1)."""
+PREVIEWED = 16 * 256**2
+"""Places of all pictures of a preview together: 16 of 256 px, or one of 1024, whose full-size maps
+take gigabytes each."""
 HALF_BYTE = 127.5
 """Bytes in one unit of the data, which lies in [-1, 1]."""
 LEAST_LEVEL = 0.01
@@ -439,11 +442,13 @@ class BaseStage(Stage):
     def preview(
         self, loader: Any, seed: int, beat: Callable[[], None] = lambda: None
     ) -> np.ndarray | None:
-        """Samples for fixed captions, held-out if there are any: uint8 [n, H, W, 3], n <= 16."""
+        """Samples for fixed captions, held-out if there are any: uint8 [n, H, W, 3], n <= 16, and
+        fewer where they are large."""
         if self.config.data == "embedding":
             return None
         shown = alike(heldout(loader) or loader)[0]
-        batch = to_tensors(shown.rows(fixed_rows(shown.samples, 16)), self.shift.device)
+        count = max(1, min(16, PREVIEWED // math.prod(self.latent_shape.tolist()[1:])))
+        batch = to_tensors(shown.rows(fixed_rows(shown.samples, count)), self.shift.device)
         position = torch.arange(len(batch["position"]), device=self.shift.device)
         with evaluating(self):
             eps = normal(seed, "preview", position, self.latent_shape.tolist())

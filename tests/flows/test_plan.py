@@ -14,7 +14,8 @@ import torch
 from flows.plan import encoder_shapes, plan
 from flows.presets import PRESETS
 from flows.recipe import RecipeError, load
-from training import planning, stages
+from training import accelerators, planning, stages
+from training.denoising import PREVIEWED
 from training.generator import StageSampler
 from training.stages import reconstruct
 
@@ -251,3 +252,21 @@ def test_presets_of_real_size_claim_what_the_plan_says(name):
         (number,) = re.findall(rf"([\d,]+){unit}", claimed)
         assert int(number.replace(",", "")) == pytest.approx(value, abs=0.51), unit
     assert ("fit" in claimed) == (not base["fits"])
+
+
+@pytest.mark.parametrize("name", [*AT_SCALE, *PUBLISHED])
+def test_presets_of_real_size_are_watched_for_less_than_a_hundredth_of_the_time(name):
+    """Against the three forwards of an update, in fp32; who draws keeps all workers waiting."""
+    rates, workers = accelerators.accelerator("h100").matmul, 8 if name in AT_SCALE else 64
+    recipe = load(name)
+    for part in recipe.drawing:
+        config = stages.config_of("base", recipe.stage(part).config)
+        training = stages.training_of(recipe.stage(part).training)
+        side = config.side or recipe.data.side // 8
+        pictures = 0 if config.data == "embedding" else max(1, min(16, PREVIEWED // side**2))
+        drawn = 2 * config.preview.steps * pictures * workers / training.preview_images
+        measured = training.heldout_pictures / training.checkpoint_images
+        assert measured > 0
+        assert rates["bf16"] / rates["fp32"] * (measured + drawn) / 3 < 0.01, part
+        assert training.keep_best
+        assert training.patience_images == 0

@@ -1,6 +1,7 @@
 """The base stage: what it is told, and when not; draws by position; latents of deviation 1."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import stages
+from training import denoising, stages
 from training.diffusion import DiffusionConfig, SamplerConfig, classifier_free, uniform
 from training.networks import ContextConfig
 from training.results import JOB, committed, history
@@ -426,6 +427,14 @@ def test_a_learned_uncertainty_weighs_training_alone():
         stage.uncertainty.linear.weight += 0.1
     assert (stage(batch)["loss"] != before[0]).all()
     assert torch.equal(stage.heldout_loss(batch), before[1])
+
+
+def test_previews_of_large_pictures_are_fewer(line, base, monkeypatch):
+    base.inputs = {"autoencoder": line.stages["autoencoder"]}
+    places = math.prod(base.latent_shape.tolist()[1:])
+    for room, count in ((3 * places + 1, 3), (places - 1, 1), (99 * places, 16)):
+        monkeypatch.setattr(denoising, "PREVIEWED", room)
+        assert len(base.preview(line.loader(*FIELDS), 0)) == count
 
 
 def test_previews_are_drawn_from_fixed_captions(line, base):
