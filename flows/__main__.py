@@ -1,8 +1,8 @@
 """The command line: `darkroom COMMAND ...`, or `python -m flows COMMAND ...`.
 
 Exit codes: 0 done, 1 failed, 2 bad usage or recipe, 3 a gate said no. With --json the last line of
-stdout is one
-JSON object; everything else goes to stderr.
+stdout is one JSON object; everything else goes to stderr. A command in which a training hangs is
+started again in place, by the same command line.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.filters import visible
 
-from . import commands, data_commands, doctor, plan
+from . import commands, data_commands, doctor, hanging, plan
 from .progress import say
 from .settings import end_on_sigterm, prepare_environment
 
@@ -269,6 +269,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The exit code. Without `arguments` this process is the command's and nobody else's."""
+    command = hanging.Command() if arguments is None else None
     known, extra = parser().parse_known_args(arguments)
     options = vars(known)
     late = [word for word in extra if "=" in word and not word.startswith("-")]
@@ -287,14 +289,24 @@ def main(arguments: list[str] | None = None) -> int:
         options["recipe"] = "shapes"
     prepare_environment()
     end_on_sigterm()
-    with _stdout_kept() as answer:
+    with _stdout_kept() as stdout:
+
+        def tell(result: dict[str, Any]) -> None:
+            if as_json:
+                stdout.answer(json.dumps(result, default=str))
+            elif "text" in result:
+                stdout.answer(visible(result["text"]))
+            if "error" in result:
+                say(visible(f"darkroom: {result['error']}"))  # it may quote what strangers wrote
+
+        def leave(code: int, error: str) -> NoReturn:
+            tell({"error": error})
+            os._exit(code)
+
+        if command:
+            command.owns(leave, stdout.give_back)
         code, result = outcome(run, options)
-        if as_json:
-            answer(json.dumps(result, default=str))
-        elif "text" in result:
-            answer(visible(result["text"]))
-    if "error" in result:
-        say(visible(f"darkroom: {result['error']}"))  # it may quote what strangers wrote
+        tell(result)
     return code
 
 
@@ -311,7 +323,7 @@ def outcome(
     except BaseException as error:
         if (code := _told_to_end(error)) is not None:
             said = "interrupted" if code == 128 + signal.SIGINT else "stopped"
-            return code, {"error": f"{said}; the same command goes on from here"}
+            return code, {"error": said + hanging.GOES_ON}
         if os.environ.get("DARKROOM_DEBUG"):
             raise
         where = "" if isinstance(error, ValueError | OSError) else " (DARKROOM_DEBUG=1 shows where)"
@@ -337,19 +349,22 @@ def _told_to_end(error: BaseException | None) -> int | None:
 class _stdout_kept:
     """Whatever a library prints goes to stderr; stdout gets the answer alone."""
 
-    def __enter__(self) -> Callable[[str], None]:
+    def __enter__(self) -> _stdout_kept:
         sys.stdout.flush()
         self._kept = os.dup(1)
         os.dup2(2, 1)
-        return self._answer
+        return self
 
-    def _answer(self, text: str) -> None:
+    def answer(self, text: str) -> None:
         with os.fdopen(os.dup(self._kept), "w") as out:
             out.write(text.rstrip("\n") + "\n")
 
+    def give_back(self) -> None:
+        os.dup2(self._kept, 1)
+
     def __exit__(self, *_: object) -> None:
         sys.stdout.flush()
-        os.dup2(self._kept, 1)
+        self.give_back()
         os.close(self._kept)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from . import hanging
 from . import recipe as recipes
 from .line import Line
 from .progress import meter, say
@@ -98,7 +99,8 @@ def train(recipe: str, stage: str, overrides: list[str], fresh: bool = False) ->
     from .build_dataset import encode_stages
     from .train_stage import train as fit
 
-    start = Start.of_process()
+    again = hanging.before.began
+    start = Start.of_process() if again is None else Start(began=again)
     line = _line(recipe, overrides)
     line.recipe.stage(stage)
     start.done("interpreter and recipe")
@@ -613,9 +615,12 @@ def _prepare(line: Line, stages: tuple[str, ...]) -> tuple[Any, list[str]]:
 
 
 def _forget(line: Line, stages: tuple[str, ...]) -> None:
-    """Set aside what was trained: it is made anew, and nothing is lost."""
+    """Set aside what was trained: it is made anew, and nothing is lost. Once in a command, however
+    often that is begun again."""
     from pipeline import manifest
 
+    stages = tuple(it for it in stages if it not in hanging.before.aside)
+    hanging.before.aside += stages
     data = manifest.latest(line.dataset)
     if data is None:
         return

@@ -25,6 +25,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from training import supervision
 
+from . import hanging
+from .progress import say
 from .recipe import DENOISING, Recipe
 from .settings import end_on_sigterm, prepare_environment
 
@@ -66,7 +68,8 @@ def train_stages(
     a flow's run.
 
     `encode(stage)` is called before a stage that draws begins. RuntimeError names the first stage
-    that failed; the others were then told to end, and so they are by whatever else ends this.
+    that failed; the others were then told to end, and so they are by whatever else ends this. One
+    that hangs is started again, for as long as it gets further.
     """
     from .steps import train_stage
 
@@ -77,6 +80,7 @@ def train_stages(
             yield name, train_stage(values, name, run_id), started
             done.add(name)
     running: dict[str, StageProcess] = {}
+    patience: dict[str, hanging.Patience] = {}
     try:
         while len(done) < len(line.recipe.stages):
             for name in startable(line.recipe, done, running):
@@ -88,7 +92,16 @@ def train_stages(
             time.sleep(POLL_SECONDS)
             for name in [name for name, it in running.items() if it.ended]:
                 it = running.pop(name)
-                if said := it.failure():
+                said = it.failure()
+                if it.hung:
+                    folder = str(line.stage_dir(name, data))
+                    patience[name] = patience.get(name, hanging.Patience()).after(folder)
+                    said = patience[name].told(folder)
+                    if not patience[name].over:
+                        say(hanging.AGAIN.format(folder))
+                        running[name] = StageProcess(line, name, run_id, it.slot, it.started)
+                        continue
+                if said:
                     raise RuntimeError(f"stage {name}: {said}{_told(running)}")
                 done.add(name)
                 yield name, {"stage": name, "reused": False}, it.started
@@ -119,13 +132,21 @@ def _end(running: list[StageProcess]) -> None:
 class StageProcess:
     """A process that trains one stage: `python -m flows.parallel`."""
 
-    def __init__(self, line: Line, name: str, run_id: str | None, slot: int):
+    def __init__(
+        self,
+        line: Line,
+        name: str,
+        run_id: str | None,
+        slot: int,
+        started: float | None = None,
+    ):
         from prefect.context import FlowRunContext
 
         context = FlowRunContext.get()
         assert context is not None and context.flow_run is not None, "called outside a flow's run"
         self._client: SyncPrefectClient = context.client  # pyright: ignore[reportAttributeAccessIssue]
-        self.name, self.slot, self.started = name, slot, time.monotonic()
+        self.name, self.slot = name, slot
+        self.started = time.monotonic() if started is None else started
         order = {"line": line.to_json(), "name": name, "parent_run": run_id}
         self._run = _flow_run(self._client, context.flow_run, order)
         api = {"PREFECT_API_URL": str(self._client.api_url).rstrip("/")}
@@ -151,6 +172,11 @@ class StageProcess:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
+    @property
+    def hung(self) -> bool:
+        """Whether it ended because the training in it hung."""
+        return self._process.returncode == supervision.HUNG
+
     def tell_to_end(self) -> None:
         """By what its caller's death would tell it as well."""
         assert self._process.stdin
@@ -175,11 +201,11 @@ class StageProcess:
             self._said = _answer(lines[-1]) if code == 1 and lines else {}
         if code == 0:
             return None
-        why = f"ended with exit code {code}"
+        why = "a training in it hung" if self.hung else f"ended with exit code {code}"
         if code < 0:
             why = f"killed by {signal.Signals(-code).name}"
             why += ", as a rule for memory: lower `parallel`" if code == -signal.SIGKILL else ""
-        _close(self._client, self._run, why)  # unless the run has ended by itself
+        hanging.crash(self._client, self._run, why)  # unless the run has ended by itself
         return self._said.get("error", why)
 
     def _say(self, stream: IO[str]) -> None:
@@ -229,16 +255,6 @@ def _flow_run(client: SyncPrefectClient, parent: FlowRun, parameters: Mapping[st
     )
 
 
-def _close(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
-    """A killed process has told Prefect nothing."""
-    from prefect.states import Crashed
-
-    with contextlib.suppress(Exception):  # a server that is away is no second failure
-        state = client.read_flow_run(run.id).state
-        if state is None or not state.is_final():
-            client.set_flow_run_state(run.id, Crashed(message=why), force=True)
-
-
 def _end_with_the_caller() -> None:
     if not sys.stdin.read():  # dead: what is said to it from now on would fail
         with open(os.devnull, "w") as nobody:
@@ -254,6 +270,7 @@ def _end_with_the_caller() -> None:
 def main() -> int:
     """What a stage's process does; {"error": ...} on stdout where it fails."""
     end_on_sigterm()
+    hanging.owned_by(hanging.end)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     prepare_environment()

@@ -13,8 +13,11 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from . import hanging
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,18 @@ def leaving_without_goodbyes() -> Iterator[None]:
 
     Where a supervisor ends a whole group of processes, Prefect's server has ended too; what Prefect
     has to say at the end, five times over and longer apart each time, took two minutes and a half.
+    Where the process ends because a training in it hangs, Prefect is told that the run crashed.
     """
+    from prefect.context import FlowRunContext
     from prefect.settings import get_current_settings
 
+    context = FlowRunContext.get()
+    assert context is not None and context.flow_run is not None, "called outside a flow's run"
+    hanging.ends_where_prefect_started_us(context.flow_run)
+    why = "a training in it hung"
     try:
-        yield
+        with hanging.at_the_end(partial(hanging.crash, context.client, context.flow_run, why)):
+            yield
     except Exception:
         raise
     except BaseException:  # Ctrl-C, SIGTERM as Prefect or we put it
@@ -132,12 +142,13 @@ if not ended.poll(1000 * seconds):
 
 def end_with_us(process: subprocess.Popen[Any], after_seconds: float = 0.0) -> None:
     """From now on a process that we started gets SIGTERM when this one is killed, SIGKILL included,
-    if it has not ended `after_seconds` later.
+    if it has not ended `after_seconds` later; and before this one where a training in it hangs.
 
     For one that another library starts, which leaves no room for PR_SET_PDEATHSIG, and ends by
     `atexit` alone. A process beside us waits for our end: then its stdin closes. Only on Linux,
     where a pidfd names a process, and never another one that got its number.
     """
+    hanging.ends_with_us(process)
     try:
         named = os.pidfd_open(process.pid)
     except (AttributeError, OSError):  # not Linux, an old kernel, or it has ended
@@ -157,3 +168,4 @@ def end_with_us(process: subprocess.Popen[Any], after_seconds: float = 0.0) -> N
         guard.communicate()
 
     atexit.register(let_go)
+    hanging.farewells.append(let_go)

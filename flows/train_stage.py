@@ -14,6 +14,7 @@ from training import results
 from training.resuming import learning
 from training.starting import Start
 
+from . import hanging
 from .build_dataset import encoder_specs
 from .cluster import ray_session
 from .line import Line
@@ -115,7 +116,7 @@ def train(
     job = make_job(line, name, data)
     if told := begun_otherwise(line, name, job):
         say(told)
-    images = int(job.training_config().images)
+    training = job.training_config()
     run = Run.start(
         line.recipe.name,
         name,
@@ -132,21 +133,20 @@ def train(
         params={"config": job.config, "training": job.training},
         artifact_location=line.settings.artifacts,
     )
-    workers = job.training_config().workers
-    between = "Ray and its workers" if workers > 1 else "directory"
+    between = "Ray and its workers" if training.workers > 1 else "directory"
     start.done("job")
-    with ray_session(workers > 1), meter(f"train {name}") as progress, run:
+    with ray_session(training.workers > 1), meter(f"train {name}") as progress, run:
         newest: dict[str, float | None] = {}
 
         def show(record: dict[str, Any]) -> None:
             if not newest and (took := start.told(job.output, between)):
                 say(f"{name}: {took}")
             newest.update(record)
-            progress(record["images_seen"], images, note(newest))
+            progress(record["images_seen"], int(training.images), note(newest))
             run.log(record, record["images_seen"])
             _log_previews(run, job.output)
 
-        stage = fit(job, show)
+        stage = fit(job, show, on_hang=hanging.response(job.output))
         _log_previews(run, job.output)
         run.log(stage["measured"], stage["images_seen"])
         run.dict("stage.json", stage)

@@ -75,8 +75,8 @@ class TrainingConfig:
     """Pictures are drawn this often; 0: at the end only."""
     seed: int = 0
     stall_seconds: float = 1800
-    """Without an update for so long, all stacks are dumped, and a worker that gets restarted
-    ends."""
+    """Without an update for so long, all stacks are dumped; workers under Ray and commands are then
+    started again, who trains in a process of his own is told and no more."""
     workers: int = 1
     min_workers: int = 0
     """Where a node is lost, training goes on with as many workers as there is room for, down to so

@@ -32,7 +32,7 @@ from .accelerators import native_precision
 from .config import TrainingConfig
 from .job import Build, Job, OnProgress, build, run
 from .loop import Diverged, World
-from .supervision import Interrupts, Stopped
+from .supervision import Interrupts, OnHang, Stopped
 
 RAY, STOP = "ray", "stop"
 PREEMPTION_UPDATES = 16
@@ -59,18 +59,19 @@ def fit(
     on_progress: OnProgress | None = None,
     force_ray: bool = False,
     build: Build = build,
+    on_hang: OnHang | None = None,
 ) -> dict[str, Any]:
     """Train the job's stage on as many workers as it asks for; the content of its stage.json.
 
-    One worker is this process, unless `force_ray`; should it hang, that is told and no more: nobody
-    is there to start it again. More are Ray actors, each with a GPU where the
-    cluster has enough of them; `output`, `dataset` and `inputs` must mean the same everywhere.
-    `build` must then be picklable. On SIGTERM or Ctrl-C in the main thread they write a checkpoint
-    after the next update.
+    One worker is this process, unless `force_ray`; should it hang, `on_hang` is called, and without
+    that it is told and no more: only who owns the process may end it or begin it again. More are
+    Ray actors, started again where they hang, each with a GPU where the cluster has enough of them;
+    `output`, `dataset` and `inputs` must mean the same everywhere. `build` must then be picklable.
+    On SIGTERM or Ctrl-C in the main thread they write a checkpoint after the next update.
     """
     config = job.training_config()
     if config.workers == 1 and not force_ray:
-        return run(job, None, on_progress, build)
+        return run(job, None, on_progress, build, on_hang)
     with results.owning(job.output):
         if results.committed(job.output) is None:
             with _ray(config):

@@ -37,7 +37,7 @@ from .loop import Diverged, Progress, World, train
 from .resuming import differences
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .starting import Start
-from .supervision import Interrupts, Stopped, Watchdog
+from .supervision import Interrupts, OnHang, Stopped, Watchdog, end
 from .validation import Validation
 
 log = logging.getLogger(__name__)
@@ -123,13 +123,16 @@ def run(
     world: World | None = None,
     on_progress: OnProgress | None = None,
     build: Build = build,
+    on_hang: OnHang | None = None,
 ) -> dict[str, Any]:
     """Train the job's stage, or find it trained, and return the content of its stage.json.
 
     Alone, it waits while another process trains in the same directory; SIGTERM and Ctrl-C in the
     main thread first write a checkpoint. With a `world`, it is one of several workers whose caller
     owns the directory, and only rank 0 returns something. `on_progress` is handed each new line of
-    history.jsonl. Raises Diverged, Stopped, ValueError, OSError.
+    history.jsonl. After `stall_seconds` without an update the stacks are dumped and `on_hang` is
+    called, from another thread; without it that is told every so often and no more, for this
+    process is the caller's. Raises Diverged, Stopped, ValueError, OSError.
     """
     with nullcontext() if world else results.owning(job.output):
         if done := results.committed(job.output):
@@ -137,10 +140,12 @@ def run(
             return done
         world = world or World(device="cuda" if torch.cuda.is_available() else "cpu")
         with _threads(job.training_config().threads):
-            return _train(job, world, on_progress or (lambda record: None), build)
+            return _train(job, world, on_progress or (lambda record: None), build, on_hang)
 
 
-def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dict[str, Any]:
+def _train(
+    job: Job, world: World, on_progress: OnProgress, build: Build, on_hang: OnHang | None
+) -> dict[str, Any]:
     output, config, leads = Path(job.output), job.training_config(), world.rank == 0
     if (output / results.JOB).exists():
         _check_begun(job, storage.read_json(str(output / results.JOB)), results.JOB)
@@ -167,7 +172,8 @@ def _train(job: Job, world: World, on_progress: OnProgress, build: Build) -> dic
     with ExitStack() as stack:
         between = _Between(job, world, stage, loader, state, on_progress, stack)
         stacks = output / results.STACKS / f"{world.rank}.txt"
-        watchdog = Watchdog(config.stall_seconds, end=world.restarts, stacks=stacks)
+        on_hang = end if world.restarts else on_hang
+        watchdog = Watchdog(config.stall_seconds, on_hang=on_hang, stacks=stacks)
         stack.enter_context(watchdog)
         interrupts, stopping = stack.enter_context(Interrupts()), _Stopping()
         # The world is asked each time: its answer may need all workers.

@@ -11,12 +11,18 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 log = logging.getLogger(__name__)
 
 _TELLING_SECONDS = 5.0
+HUNG = 70
+"""The exit code of a process that ends because a training in it hangs."""
+OnHang = Callable[[], object]
+"""Called by the watchdog's thread, while all else may stand still; may end the process."""
+T = TypeVar("T")
 HEARD = threading.Event()
 """Set from the moment that a training of this process keeps a signal: it ends by itself."""
 
@@ -67,17 +73,40 @@ class Interrupts:
         self._before = {}
 
 
+def within(seconds: float, do: Callable[[], T], otherwise: T) -> T:
+    """What `do` returns; `otherwise` where it takes longer or fails: it may wait for the very thing
+    that hangs, a file system for instance."""
+    answers: list[T] = []
+
+    def work() -> None:
+        with contextlib.suppress(Exception):
+            answers.append(do())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else otherwise
+
+
+def end() -> NoReturn:
+    """End this process at once, for whoever starts it again."""
+    os._exit(HUNG)
+
+
 class Watchdog:
     """Dumps every thread's stack to stderr when `beat` was not called for `stall_seconds`.
 
     They are appended to the file `stacks` as well, for what workers of a cluster say to stderr is
-    nobody's to read. With `end` the process then ends, for whoever restarts it: a hung collective
-    cannot be interrupted. Without, as where one worker trains in the caller's process, it is told
-    again and again and nothing else is done.
+    nobody's to read. Then `on_hang` is called, by which the process ends or begins again: a hung
+    collective cannot be interrupted. Without, as where somebody trains in a process of his own, it
+    is told again and again and nothing else is done.
     """
 
-    def __init__(self, stall_seconds: float, *, end: bool = False, stacks: Path | None = None):
-        self.stall_seconds, self.end, self.stacks, self.stalls = stall_seconds, end, stacks, 0
+    def __init__(
+        self, stall_seconds: float, *, on_hang: OnHang | None = None, stacks: Path | None = None
+    ):
+        self.stall_seconds, self.stacks, self.stalls = stall_seconds, stacks, 0
+        self.on_hang = on_hang
         self._beat = time.monotonic()
         self._done = threading.Event()
 
@@ -98,13 +127,11 @@ class Watchdog:
             if silent < self.stall_seconds:
                 continue
             self.stalls += 1
-            # Should the file system be what hangs, who waits for it must be ended all the same.
-            telling = threading.Thread(target=self._tell, args=(silent,), daemon=True)
-            telling.start()
-            telling.join(_TELLING_SECONDS)
+            within(_TELLING_SECONDS, lambda silent=silent: self._tell(silent), None)
             faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-            if self.end:
-                os._exit(70)
+            # Training may have ended meanwhile.
+            if self.on_hang and not self._done.is_set():
+                self.on_hang()
             self.beat()
 
     def _tell(self, silent: float) -> None:

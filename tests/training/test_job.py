@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -344,6 +345,35 @@ def test_each_step_of_a_preview_is_a_sign_of_life(tmp_path, monkeypatch):
         beats.append(0)
         run(tiny(tmp_path / name, training={"images": 24, **preview}), build=build)
     assert beats == [3 + STEPS_OF_A_PREVIEW + 1, 3]
+
+
+def test_who_trains_in_his_own_process_is_told_that_it_hangs_and_no_more(
+    tmp_path, undisturbed, monkeypatch, caplog
+):
+    """Twice while it does, with the stacks, and what it makes is the same; `on_hang` hears it from
+    another thread."""
+    batches, heard = TinyLoader.batches, []
+
+    def hangs(self, start_step=0, prefetch=2):
+        for step, batch in enumerate(batches(self, start_step, prefetch), start_step):
+            time.sleep(1.3 if step == 70 else 0)
+            yield batch
+
+    def on_hang():
+        heard.append(threading.current_thread().name)
+
+    monkeypatch.setattr(TinyLoader, "batches", hangs)
+    for name, asked in (("told", None), ("asked", on_hang)):
+        stage = tmp_path / name
+        run(tiny(stage, training={"stall_seconds": 0.5}), build=build, on_hang=asked)
+        weights = [(it / results.WEIGHTS).read_bytes() for it in (stage, undisturbed)]
+        assert weights[0] == weights[1]
+        assert lines(stage) == lines(undisturbed)
+        stacks = (stage / results.STACKS / "0.txt").read_text()
+        assert "in hangs" in stacks
+        assert stacks.count("no update for") >= 2
+    assert set(heard) == {"watchdog"}
+    assert len([it for it in caplog.messages if it.startswith("no update for")]) >= 4
 
 
 def measured_on(monkeypatch, loader) -> None:
