@@ -40,7 +40,11 @@ class Lines:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Any:
-        return parsed(self._read(index, index + 1))
+        return parsed(self.line(index))
+
+    def line(self, index: int) -> bytes:
+        """A line as it was added."""
+        return self._read(index, index + 1)[:-1]
 
     def some(self, start: int, stop: int) -> Iterator[Any]:
         """The values of some lines, read at once."""

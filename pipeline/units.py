@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -154,7 +154,7 @@ def reader(
 
 
 def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
-    """Pass 2 over one unit: a shard from staged pictures. The unit's lines are its samples."""
+    """Pass 2 over one unit: a shard from staged pictures. The unit's lines tell of its samples."""
     from . import shards
 
     def pictures(samples: list[Record]) -> dict[str, bytes]:
@@ -184,11 +184,38 @@ def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
                 )
 
     def work(unit: Record) -> Record:
-        samples = read_lines(lines, unit["offset"], unit["length"])
+        samples = map(_sample, read_lines(lines, unit["offset"], unit["length"]))
         shard = shards.write_shard(stored(samples), dataset, unit["split"])
         return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
 
     return work
+
+
+def told(staged: str, captions: Sequence[str] | None, said: bytes, found: bytes) -> bytes:
+    """A line for `writer`: the unit that staged the picture, its captions if not all that are said,
+    what is said of its row and what a reader made of it. These two as they were written: workers
+    wait for the lines of all samples, and parse them side by side.
+    """
+    own = json.dumps([staged, captions]).encode()
+    return b"[%b, %b, %b]" % (own[1:-1], said, found)
+
+
+def _sample(line: list[Any]) -> Record:
+    """Where a sample is staged, and all that a shard holds of it."""
+    staged, captions, (row, _, _, texts, label, flags, _), found = line
+    captions = captions or texts
+    meta = {
+        "source": row,
+        "width": found["width"],
+        "height": found["height"],
+        "format": found["format"],
+        "flags": sorted({*flags, *found["flags"]}),
+        "scores": {**found["scores"], "caption_characters": len(captions[0])},
+        **found.get("hashes", {}),
+    }
+    if label is not None:
+        meta["label"] = label
+    return {**found, "staged": staged, "captions": captions, "meta": meta}
 
 
 def _portions(samples: Iterator[Record]) -> Iterator[list[Record]]:
