@@ -23,7 +23,8 @@ from .rows import read_lines
 from .sources import Damaged, OverLong, fetch_image, release
 
 Record = dict[str, Any]
-_PORTION = 32 << 20  # bytes of pictures that a writer holds
+_PORTION = 4 << 20  # bytes of pictures that a writer holds: what was read is near when it is hashed
+_PORTION_FAR = 32 << 20  # where asking for a file takes longer than reading it
 HASHES = ("sha256", "md5", "sha256_upstream")
 """What a row may know of its picture's file; the last is of what that was made of. It stays in the
 sample's JSON: a file that is changed where it lies decodes all the same."""
@@ -175,7 +176,7 @@ def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
         return found
 
     def stored(samples: Iterator[Record]) -> Iterator[shards.ShardSample]:
-        for some in _portions(samples):
+        for some in _portions(samples, _PORTION if storage.is_local(dataset) else _PORTION_FAR):
             data = pictures(some)
             for it in some:
                 captions = tuple(it["captions"])
@@ -218,14 +219,14 @@ def _sample(line: list[Any]) -> Record:
     return {**found, "staged": staged, "captions": captions, "meta": meta}
 
 
-def _portions(samples: Iterator[Record]) -> Iterator[list[Record]]:
+def _portions(samples: Iterator[Record], most: int) -> Iterator[list[Record]]:
     """As many at once as there is room for: a shard of photographs need not fit in memory, and each
     portion opens nearly all staged files, for names are in no order of theirs."""
     some, size = list[Record](), 0
     for it in samples:
         some.append(it)
         size += it["length"]
-        if size >= _PORTION:
+        if size >= most:
             yield some
             some, size = [], 0
     if some:
