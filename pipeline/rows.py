@@ -32,8 +32,7 @@ class Lines:
 
     def append(self, line: bytes) -> None:
         """Add a line that does not have its end yet."""
-        self._file.write(line)
-        self._file.write(b"\n")
+        self._file.write(line + b"\n")
         self._ends.append(self._ends[-1] + len(line) + 1)
 
     def __len__(self) -> int:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.server
 import io
 import json
 import multiprocessing
@@ -163,6 +162,7 @@ def run_ours(folder: Path, warm: Path, out: Path, executor: Executor) -> dict[st
 
 def run_server(folder: Path) -> None:
     """Serve a folder until stdin is closed; then say how much processor time it took."""
+    import http.server  # here: each worker of ours imports this module once more
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None: ...
