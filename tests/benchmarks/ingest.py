@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.server
 import io
 import json
 import multiprocessing
@@ -162,7 +163,6 @@ def run_ours(folder: Path, warm: Path, out: Path, executor: Executor) -> dict[st
 
 def run_server(folder: Path) -> None:
     """Serve a folder until stdin is closed; then say how much processor time it took."""
-    import http.server  # here: each worker of ours imports this module once more
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None: ...
@@ -182,7 +182,9 @@ def run_server(folder: Path) -> None:
 
 def fresh(*words: str | Path, core: int | None = None) -> dict[str, Any]:
     """What a fresh process of this module measured, and its wall."""
-    command = [sys.executable, "-m", "tests.benchmarks.ingest", "--inside", *map(str, words)]
+    # not by -m: each of our workers would import this module once more
+    start = "from tests.benchmarks.ingest import main; main()"
+    command = [sys.executable, "-c", start, "--inside", *map(str, words)]
     if core is not None:
         command = ["taskset", "-c", str(core), *command]
     said, whole, _ = watched(command)
