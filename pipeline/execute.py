@@ -28,7 +28,7 @@ _AHEAD = 2  # units that a process has been given: it does not wait for the call
 _DEATHS = 3  # of workers, by the same unit
 _PRELOADED = [
     *("__main__", "pyarrow.parquet", "pandas"),  # which pyarrow imports for its first array
-    *(f"{__package__}.{it}" for it in ("execute", "units", "images", "dedup", "shards")),
+    *(f"{__package__}.{it}" for it in ("passes", "units", "images", "dedup", "shards")),
 ]
 
 

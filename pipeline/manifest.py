@@ -14,11 +14,12 @@ from typing import Any
 
 from . import storage
 
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
 
 def fingerprint(obj: Any) -> str:
     """16 hex characters that name a JSON value: blake2b of its canonical text."""
-    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(_canonical(obj).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

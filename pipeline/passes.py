@@ -64,7 +64,7 @@ from .outcomes import STORED, batch_of, read_batches, restated, writing
 from .rows import Lines, Positions, names_of, names_of_keys, parsed, row_name
 from .select import left_out, select
 from .sources import Row, Source
-from .units import HASHES, captioner, reader, result_url, writer
+from .units import HASHES, captioner, reader, result_url, told, writer
 
 MAY_CHANGE = ("unreachable", "private_address")
 """Reasons that speak of the network between us and a picture, not of the picture."""
@@ -75,6 +75,8 @@ _HOLDING = ("heldout_share", "unseen_share", "min_heldout")
 _FEW = 16
 """Of fewer new rows than this, as many may be rejected as of so many: one broken file that was
 added alone stops nobody."""
+
+_FEWEST = 32  # rows of a unit of pass 1
 
 Record = dict[str, Any]
 
@@ -132,6 +134,8 @@ class Rows:
         """What a reader made of it."""
         self.place, self.unseen = array("d"), array("d")
         """Hashes of its pair, and of its name."""
+        self.several = array("b")
+        """Whether it has more than one caption."""
         self.web, self.again = array("b"), array("b")
         """Whether it is fetched from the web; whether it was out of reach in the last version."""
         self.come = set[str]()
@@ -156,6 +160,7 @@ class Rows:
         self.asked.append(json.dumps(asked).encode())
         self.place.append(place)
         self.unseen.append(unseen)
+        self.several.append(bool(others))
         self.web.append(not row.problem and is_remote(row.image))
         self.again.append(again)
 
@@ -248,10 +253,7 @@ class Run:
         named = [urlsplit(url).hostname or "" for url in sources if is_remote(url)]
         download = self.rules.download
         download = replace(download, private_hosts=(*download.private_hosts, *named))
-        # few enough rows that the units balance over workers, enough that a unit outweighs its
-        # scheduling
-        size = min(512, max(32, -(-len(rows) // 64)))
-        parts = [(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        parts = parts_of(len(rows))
         web = [any(rows.web[start:stop]) for start, stop in parts]
         units = self._reading(rows.asked, parts, web, download)
         there = set(storage.list_names(storage.join(self.dataset, "staging")))
@@ -445,57 +447,23 @@ class Run:
                     start = len(lines)
                     some = slice(index * len(mine) // shards, (index + 1) * len(mine) // shards)
                     for number in mine[some].tolist():
-                        sample = self._new_sample(rows, number, staged, decision, holding)
-                        lines.append(json.dumps(sample).encode())
+                        lines.append(self._told(rows, number, staged, decision, holding))
                     units.append(self._shard_unit(lines, start, SPLITS[split]))
             if not units:
                 return []
             work = functools.partial(writer, self.dataset, self._share(lines, "samples"))
             return self._resume_shards(work, units)
 
-    def _new_sample(
-        self,
-        rows: Rows,
-        number: int,
-        staged: Sequence[str],
-        decision: Decision,
-        holding: Holding,
-    ) -> Record:
-        said, found = rows.said[number], rows.found[number]
-        row, _, _, _, label, flags, _ = said
-        captions = decision.captions.get(number) or of_split(
-            rows.captions(number, said), int(decision.split[number]), holding
-        )
-        flags = sorted({*flags, *found["flags"]})
-        return self._sample(found, staged[rows.unit[number]], row, captions, label, flags)
-
     @staticmethod
-    def _sample(
-        found: Record,
-        staged: str,
-        row: str,
-        captions: Sequence[str],
-        label: Any,
-        flags: Sequence[str],
-    ) -> Record:
-        """What pass 2 needs of a sample: what a reader made of it and where it staged it, and what
-        is said of it."""
-        meta = {
-            "source": row,
-            "width": found["width"],
-            "height": found["height"],
-            "format": found["format"],
-            "flags": flags,
-            "scores": {**found["scores"], "caption_characters": len(captions[0])},
-            **found.get("hashes", {}),
-        }
-        if label is not None:
-            meta["label"] = label
-        return {name: found[name] for name in ("key", "offset", "length", "crc", "ext")} | {
-            "staged": staged,
-            "captions": captions,
-            "meta": meta,
-        }
+    def _told(
+        rows: Rows, number: int, staged: Sequence[str], decision: Decision, holding: Holding
+    ) -> bytes:
+        """What pass 2 is told of a new sample."""
+        captions = decision.captions.get(number)
+        if not captions and rows.several[number]:
+            captions = of_split(rows.captions(number), int(decision.split[number]), holding)
+        said, found = rows.said.line(number), rows.found.line(number)
+        return told(staged[rows.unit[number]], captions, said, found)
 
     @staticmethod
     def _shard_unit(lines: Lines, start: int, split: str) -> Record:
@@ -741,6 +709,18 @@ class Run:
             )
             for unit in units
         ]
+
+
+def parts_of(rows: int) -> list[tuple[int, int]]:
+    """The rows of each unit of pass 1: few enough that the units balance over workers, enough that
+    a unit outweighs its scheduling. The last ones become smaller: who has none left waits for them.
+    """
+    size, parts, stop = min(512, max(_FEWEST, -(-rows // 64))), list[tuple[int, int]](), 0
+    while stop < rows:
+        left = rows - stop
+        start, stop = stop, stop + min(left, size, max(_FEWEST, left // 4))
+        parts.append((start, stop))
+    return parts
 
 
 def _hashes(pair: str, name: str | None) -> tuple[float, float]:

@@ -29,7 +29,7 @@ from .passes import MAY_CHANGE, Record, Rows, Run
 from .rows import Lines, Positions, names_of, names_of_keys, row_name
 from .select import publish_selection
 from .sources import Row, Source, SourceOptions, open_source
-from .units import writer
+from .units import told, writer
 
 _UNSAID = ("incomplete", "no_caption")
 """What a source may say of a row now: the version has its captions, and wants the picture alone."""
@@ -208,15 +208,12 @@ class _Again(Run):
                 table = shards.read_table(self.version.dataset, shard.name, columns).to_pylist()
                 for at, it in enumerate(table, start):
                     number = int(found[at])
-                    sample = self._sample(
-                        rows.found[number],
-                        staged[rows.unit[number]],
-                        it["source"],
-                        it["captions"],
-                        None if it["label"] is None else json.loads(it["label"]),
-                        self.needed.kinds[int(self.needed.flags[at])],
-                    )
-                    lines.append(json.dumps(sample).encode())
+                    label = None if it["label"] is None else json.loads(it["label"])
+                    flags = self.needed.kinds[int(self.needed.flags[at])]
+                    said = json.dumps([it["source"], "", 0, it["captions"], label, flags, None])
+                    read = json.dumps(rows.found[number] | {"flags": ()})  # among those
+                    both = said.encode(), read.encode()
+                    lines.append(told(staged[rows.unit[number]], None, *both))
                 units.append(self._shard_unit(lines, start, shard.split))
             work = functools.partial(writer, self.dataset, self._share(lines, "samples"))
             made = self._resume_shards(work, units) if units else []

@@ -32,15 +32,18 @@ class Lines:
 
     def append(self, line: bytes) -> None:
         """Add a line that does not have its end yet."""
-        self._file.write(line)
-        self._file.write(b"\n")
+        self._file.write(line + b"\n")
         self._ends.append(self._ends[-1] + len(line) + 1)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Any:
-        return parsed(self._read(index, index + 1))
+        return parsed(self.line(index))
+
+    def line(self, index: int) -> bytes:
+        """A line as it was added."""
+        return self._read(index, index + 1)[:-1]
 
     def some(self, start: int, stop: int) -> Iterator[Any]:
         """The values of some lines, read at once."""

@@ -22,8 +22,11 @@ from .manifest import Shard
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 _BLOCK = 512
+_OWNER = b"0000644\x000000000\x000000000\0"  # and mode
+_TIME = b"\x0000000000000\0"
 _REST = (b"0" + bytes(100) + b"ustar\x0000").ljust(_BLOCK - 156, b"\0")  # behind the checksum
-_REST_SUM = sum(_REST) + 8 * 32  # the checksum field itself counts as eight spaces
+_SAME_SUM = sum(_OWNER + _TIME + _REST) + 8 * 32  # the checksum itself counts as eight spaces
+_text_of = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def caption_hash(caption: str) -> str:
 
 def _members(sample: ShardSample) -> Iterator[bytes]:
     captions = [{"text": caption, "hash": caption_hash(caption)} for caption in sample.captions]
-    text = json.dumps({**sample.meta, "captions": captions}, sort_keys=True, ensure_ascii=False)
+    text = _text_of({**sample.meta, "captions": captions})
     for ext, data in (
         (sample.ext, sample.image),
         ("json", text.encode()),
@@ -179,10 +182,9 @@ def _header(name: str, size: int) -> bytes:
         raise ValueError(
             f"tar member {name!r} of {size} bytes: names go up to 100 bytes, sizes below 8 GiB"
         )
-    before = (
-        encoded.ljust(100, b"\0") + b"0000644\x000000000\x000000000\0%011o\x0000000000000\0" % size
-    )
-    return before + b"%06o\0 " % (sum(before) + _REST_SUM) + _REST
+    length = b"%011o" % size
+    checksum = b"%06o\0 " % (_SAME_SUM + sum(encoded) + sum(length))
+    return b"".join((encoded.ljust(100, b"\0"), _OWNER, length, _TIME, checksum, _REST))
 
 
 def _read_members(tar: mmap.mmap, url: str) -> Iterator[tuple[str, bytes]]:

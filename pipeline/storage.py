@@ -151,7 +151,7 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     `Damaged` where the file ends before; OSError where a server sends more than it was asked for.
     """
     if is_local(url):
-        with open(local_path(url), "rb") as file:
+        with open(local_path(url), "rb", 0) as file:
             found = [os.pread(file.fileno(), length, offset) for offset, length in ranges]
         _check_lengths(url, ranges, found)
         return found

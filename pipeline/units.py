@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,7 +23,8 @@ from .rows import read_lines
 from .sources import Damaged, OverLong, fetch_image, release
 
 Record = dict[str, Any]
-_PORTION = 32 << 20  # bytes of pictures that a writer holds
+_PORTION = 4 << 20  # bytes of pictures that a writer holds: what was read is near when it is hashed
+_PORTION_FAR = 32 << 20  # where asking for a file takes longer than reading it
 HASHES = ("sha256", "md5", "sha256_upstream")
 """What a row may know of its picture's file; the last is of what that was made of. It stays in the
 sample's JSON: a file that is changed where it lies decodes all the same."""
@@ -154,7 +155,7 @@ def reader(
 
 
 def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
-    """Pass 2 over one unit: a shard from staged pictures. The unit's lines are its samples."""
+    """Pass 2 over one unit: a shard from staged pictures. The unit's lines tell of its samples."""
     from . import shards
 
     def pictures(samples: list[Record]) -> dict[str, bytes]:
@@ -175,7 +176,7 @@ def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
         return found
 
     def stored(samples: Iterator[Record]) -> Iterator[shards.ShardSample]:
-        for some in _portions(samples):
+        for some in _portions(samples, _PORTION if storage.is_local(dataset) else _PORTION_FAR):
             data = pictures(some)
             for it in some:
                 captions = tuple(it["captions"])
@@ -184,21 +185,48 @@ def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
                 )
 
     def work(unit: Record) -> Record:
-        samples = read_lines(lines, unit["offset"], unit["length"])
+        samples = map(_sample, read_lines(lines, unit["offset"], unit["length"]))
         shard = shards.write_shard(stored(samples), dataset, unit["split"])
         return _commit(dataset, unit["unit"], {"shard": asdict(shard)})
 
     return work
 
 
-def _portions(samples: Iterator[Record]) -> Iterator[list[Record]]:
+def told(staged: str, captions: Sequence[str] | None, said: bytes, found: bytes) -> bytes:
+    """A line for `writer`: the unit that staged the picture, its captions if not all that are said,
+    what is said of its row and what a reader made of it. These two as they were written: workers
+    wait for the lines of all samples, and parse them side by side.
+    """
+    own = json.dumps([staged, captions]).encode()
+    return b"[%b, %b, %b]" % (own[1:-1], said, found)
+
+
+def _sample(line: list[Any]) -> Record:
+    """Where a sample is staged, and all that a shard holds of it."""
+    staged, captions, (row, _, _, texts, label, flags, _), found = line
+    captions = captions or texts
+    meta = {
+        "source": row,
+        "width": found["width"],
+        "height": found["height"],
+        "format": found["format"],
+        "flags": sorted({*flags, *found["flags"]}),
+        "scores": {**found["scores"], "caption_characters": len(captions[0])},
+        **found.get("hashes", {}),
+    }
+    if label is not None:
+        meta["label"] = label
+    return {**found, "staged": staged, "captions": captions, "meta": meta}
+
+
+def _portions(samples: Iterator[Record], most: int) -> Iterator[list[Record]]:
     """As many at once as there is room for: a shard of photographs need not fit in memory, and each
     portion opens nearly all staged files, for names are in no order of theirs."""
     some, size = list[Record](), 0
     for it in samples:
         some.append(it)
         size += it["length"]
-        if size >= _PORTION:
+        if size >= most:
             yield some
             some, size = [], 0
     if some:

@@ -182,7 +182,9 @@ def run_server(folder: Path) -> None:
 
 def fresh(*words: str | Path, core: int | None = None) -> dict[str, Any]:
     """What a fresh process of this module measured, and its wall."""
-    command = [sys.executable, "-m", "tests.benchmarks.ingest", "--inside", *map(str, words)]
+    # not by -m: each of our workers would import this module once more
+    start = "from tests.benchmarks.ingest import main; main()"
+    command = [sys.executable, "-c", start, "--inside", *map(str, words)]
     if core is not None:
         command = ["taskset", "-c", str(core), *command]
     said, whole, _ = watched(command)

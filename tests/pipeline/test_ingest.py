@@ -124,6 +124,15 @@ def test_a_data_set_from_pictures(tmp_path):
     assert [stage for stage, done, total in seen if done == total] == ["read", "write"]
 
 
+@pytest.mark.parametrize("rows", [0, 1, 33, 746, 12_000, 100_000])
+def test_every_row_is_in_one_unit_and_the_last_are_small(rows):
+    parts = passes.parts_of(rows)
+    assert [row for part in parts for row in range(*part)] == [*range(rows)]
+    sizes = [stop - start for start, stop in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert not rows or (sizes[0] == min(rows, 512, max(32, -(-rows // 64))) and sizes[-1] <= 32)
+
+
 def test_many_bytes_make_more_shards(tmp_path):
     url = source(tmp_path / "in", plain(24))
     size = sum(len(picture(i)) for i in range(24))
