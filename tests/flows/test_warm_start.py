@@ -161,7 +161,7 @@ def test_that_is_said_before_it_is_trained_and_ends_nothing(home, monkeypatch, c
     storage.publish_json(str(Path(begun.output, results.JOB)), begun.to_json())
     trained = []
 
-    def fit(job, on_progress):
+    def fit(job, on_progress, **_):
         trained.append((job.training["batch"], capsys.readouterr().err))
         raise RuntimeError("enough")
 
