@@ -3,8 +3,9 @@
 A picture is taken to its noise by deterministic DDIM with the base as it was, and drawn again by a
 copy that is trained: CLIP's features of what comes out must have moved as those of the caption do
 when one word takes another's place, and the pixels must not have moved more than that asks for
-(Kim, Kwon & Ye 2022, eq. 7 to 10). No caption is told to either network, so that a picture is all
-an edit needs.
+(Kim, Kwon & Ye 2022, eq. 7 to 10). In the place of their identity loss of faces, pixels that were
+alike may be asked to stay so, whatever they become. No caption is told to either network, so that a
+picture is all an edit needs.
 
 The judge may be the noise-aware CLIP, as in GLIDE: picture and edit are then shown to it under one
 noise, at a level drawn for each row.
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import storage
@@ -37,6 +39,8 @@ from .stage import Batch, Stage, evaluating, telling, to_tensors
 Images = Float[Tensor, "batch 3 height width"]
 SHOWN = 6
 """Pictures in a preview."""
+SIMILAR_SIDE = 32
+"""Side up to which pixels are compared with each other."""
 WAY = ("noise", "inversion_steps", "steps")
 """Of EditStageConfig: what an edit may choose anew, as none of it is in the weights."""
 
@@ -63,6 +67,9 @@ class EditStageConfig:
     """Weight of the directional CLIP loss."""
     reconstruction: float = 0.3
     """Weight of the mean absolute error against the picture, in [-1, 1] units."""
+    structure: float = 0.0
+    """Weight of `structure_loss`. The absolute error alone holds a thing's colour as fast as its
+    outline, so that what it keeps of one it keeps of the other."""
     judged_noise: float = 0.5
     """Up to which time a noise-aware judge is shown them. Where colours drown in noise, it knows no
     direction either."""
@@ -78,7 +85,7 @@ class EditStageConfig:
         for name in ("inversion_steps", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
-        for name in ("direction", "reconstruction"):
+        for name in ("direction", "reconstruction", "structure"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
         if not self.source.strip() or not self.target.strip() or self.source == self.target:
@@ -128,10 +135,16 @@ class EditStage(Stage):
         x, position = to_unit(batch["pixels"][here]), batch["position"][here]
         y = self.drawn(self.noised(self.frozen("base").model, x))
         moved, changed = self.losses(x, y, *self.judge(x, position, self.seed), captions)
-        found = self.config.direction * moved + self.config.reconstruction * changed
+        reshaped = structure_loss(x, y)
+        found = (
+            self.config.direction * moved
+            + self.config.reconstruction * changed
+            + self.config.structure * reshaped
+        )
         loss = found.new_zeros(len(taught))
         loss[rows.to(loss.device)] = found * taught[rows].to(found)
-        return {"loss": loss, "direction": moved.detach().mean(), "l1": changed.detach().mean()}
+        told = {"direction": moved, "l1": changed, "structure": reshaped}
+        return {"loss": loss} | {name: it.detach().mean() for name, it in told.items()}
 
     def judge(
         self, x: Images, position: Tensor, seed: int
@@ -217,8 +230,8 @@ class EditStage(Stage):
         return self._frozen[name].to(next(self.network.parameters()).device)
 
     def finish(self, loader: Any) -> dict[str, Any]:
-        """Both losses on up to 256 pictures, held-out ones if there are any."""
-        sums: dict[str, list[float]] = {"direction": [], "l1": []}
+        """The losses on up to 256 pictures, held-out ones if there are any."""
+        sums: dict[str, list[float]] = {"direction": [], "l1": [], "structure": []}
         with evaluating(self):
             for rows in fixed_batches(heldout(loader) or loader, 4096, 256):
                 batch = self._chosen(rows, 256 - len(sums["l1"]))
@@ -228,7 +241,7 @@ class EditStage(Stage):
                 y = self.drawn(self.noised(self.frozen("base").model, x))
                 judge = self.judge(x, batch["position"], 0)
                 found = self.losses(x, y, *judge, batch["caption"])
-                for name, values in zip(sums, found, strict=True):
+                for name, values in zip(sums, (*found, structure_loss(x, y)), strict=True):
                     sums[name] += values.tolist()
         return {name: float(np.mean(values)) for name, values in sums.items() if values}
 
@@ -259,6 +272,28 @@ class EditStage(Stage):
             "caption": [batch["caption"][row] for row in rows],
         }
         return to_tensors(chosen, next(self.network.parameters()).device)
+
+
+def structure_loss(x: Images, y: Images) -> Float[Tensor, " batch"]:
+    """How differently the pixels of x and y are like each other: the mean over all pairs of
+    |d(y_i, y_j) / mean d(y) - d(x_i, x_j) / mean d(x)|, d being the distance of two colours.
+
+    Self-similarity (Shechtman & Irani 2007, section 3) as a loss (Tumanyan et al. 2022, eq. 5), of
+    pixels. It is 0 where a thing on a plain ground has another colour as a whole, its soft edge
+    included, and else sees what outlines see. Of pictures above SIMILAR_SIDE it is that of their
+    reductions, as it takes memory by the square of their pixels.
+    """
+    return per_sample((_unlikeness(y) - _unlikeness(x)).abs())
+
+
+def _unlikeness(x: Images) -> Float[Tensor, "batch pixel pixel"]:
+    side = min(SIMILAR_SIDE, *x.shape[2:])
+    pixels = adaptive_avg_pool2d(x.float(), side).flatten(2).mT
+    squares = pixels.square().sum(2)
+    apart = squares[:, :, None] + squares[:, None] - 2 * pixels @ pixels.mT
+    # The root's slope at 0 has no bound; a step of 8-bit colour is .008.
+    distance = (apart.clamp(min=0) + 1e-4).sqrt()
+    return distance / distance.mean((1, 2), keepdim=True)
 
 
 def _resolved(config: EditStageConfig, inputs: Mapping[str, str]) -> EditStageConfig:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from training import stages
 from training.assembling import assemble
 from training.autoencoding import to_bytes
-from training.diffusionclip import EditStage, EditStageConfig
+from training.diffusionclip import EditStage, EditStageConfig, structure_loss
 from training.generator import Generator
 from training.results import committed
 from training.stage import to_tensors
@@ -83,6 +83,44 @@ def test_a_direction_is_followed_and_pixels_are_kept_the_more_they_weigh(line, b
     (free, far), (_, near) = moved(0.0), moved(3.0)
     assert free.mean() > 0.85 and free.min() > 0.7
     assert near < 0.8 * far
+
+
+def test_structure_is_the_outline_and_not_the_colour():
+    """By hand: a soft disc in colours of its own on grounds of their own, and another shape."""
+    across = torch.linspace(-1, 1, 16)
+    disc = (1.6 - 3 * (across[:, None] ** 2 + across**2).sqrt()).clamp(0, 1)
+    square = (across.abs()[:, None].maximum(across.abs()) < 0.4).float()
+
+    def scene(mask, colour, ground):
+        colour, ground = (torch.tensor(it)[:, None, None] for it in (colour, ground))
+        return (mask * colour + (1 - mask) * ground)[None]
+
+    red = scene(disc, (0.7, -0.7, -0.7), (0.8, 0.7, 0.4))
+    blue = scene(disc, (-0.7, -0.5, 0.7), (0.8, 0.7, 0.4))
+    moved = scene(disc.roll(2, 1), (0.7, -0.7, -0.7), (0.8, 0.7, 0.4))
+    other = scene(square, (0.7, -0.7, -0.7), (0.8, 0.7, 0.4))
+    rim = torch.where((disc > 0) & (disc < 1), red, blue)
+    assert structure_loss(red, red) == 0
+    recoloured = float(structure_loss(red, blue))
+    assert recoloured < 0.02
+    for spoilt in (moved, other, rim):
+        assert float(structure_loss(red, spoilt)) > 5 * recoloured
+    wide = torch.nn.functional.interpolate(torch.cat([red, other]), scale_factor=4)
+    found = structure_loss(wide[:1], wide[1:])  # of 64 pixels: their reductions'
+    torch.testing.assert_close(found, structure_loss(red, other), rtol=0.02, atol=0)
+    red.requires_grad_()
+    (gradient,) = torch.autograd.grad(structure_loss(red, red.detach()).sum(), red)
+    assert gradient.isfinite().all()
+
+
+def test_structure_that_weighs_is_kept(line, batch, monkeypatch):
+    def lost(structure):
+        stage = fresh(line, monkeypatch, noise=0.4, reconstruction=0.0, structure=structure)
+        trained(stage, batch, 25)
+        x, y = edited(stage, batch)
+        return structure_loss(x, y).mean()
+
+    assert lost(3.0) < 0.8 * lost(0.0)
 
 
 def test_only_pictures_with_the_source_teach(line, batch, monkeypatch):
@@ -199,7 +237,7 @@ def test_the_trained_stage_is_the_copy_alone(line):
         for new, old in zip(stage.network.parameters(), base.network.parameters(), strict=True)
     ]
     assert 0 < max(moved) < 0.2
-    assert committed(where)["measured"].keys() == {"direction", "l1"}
+    assert committed(where)["measured"].keys() == {"direction", "l1", "structure"}
     with pytest.raises(ValueError, match="edit: it learns from a base; give that stage"):
         stage.prepare(None)
 
