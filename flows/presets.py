@@ -386,8 +386,14 @@ def shapes_diffusionclip() -> Recipe:
                 training=_training(images=150_000, batch=128, learning_rate=1e-3),
             ),
             "edit": StageRecipe(
-                config={"reconstruction": 0.2, "judged_noise": 0.15},
-                training=_training(images=38_400, batch=64, learning_rate=2e-4),
+                config={
+                    "direction": 2.0,
+                    "reconstruction": 0.4,
+                    "structure": 1.5,
+                    "judged_noise": 0.15,
+                },
+                # An eighth of the scenes is red: 16 of a batch.
+                training=_training(images=51_200, batch=128, learning_rate=3e-4),
             ),
             "gate": flow.gate.model_copy(
                 update={

@@ -288,9 +288,10 @@ def structure_loss(x: Images, y: Images) -> Float[Tensor, " batch"]:
 
 def _unlikeness(x: Images) -> Float[Tensor, "batch pixel pixel"]:
     side = min(SIMILAR_SIDE, *x.shape[2:])
-    pixels = adaptive_avg_pool2d(x.float(), side).flatten(2).mT
-    squares = pixels.square().sum(2)
-    apart = squares[:, :, None] + squares[:, None] - 2 * pixels @ pixels.mT
+    with torch.autocast(x.device.type, enabled=False):  # what follows is a small difference
+        pixels = adaptive_avg_pool2d(x.float(), side).flatten(2).mT
+        squares = pixels.square().sum(2)
+        apart = squares[:, :, None] + squares[:, None] - 2 * pixels @ pixels.mT
     # The root's slope at 0 has no bound; a step of 8-bit colour is .008.
     distance = (apart.clamp(min=0) + 1e-4).sqrt()
     return distance / distance.mean((1, 2), keepdim=True)

@@ -105,6 +105,8 @@ def test_structure_is_the_outline_and_not_the_colour():
     assert recoloured < 0.02
     for spoilt in (moved, other, rim):
         assert float(structure_loss(red, spoilt)) > 5 * recoloured
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float(structure_loss(red, blue)) == recoloured
     wide = torch.nn.functional.interpolate(torch.cat([red, other]), scale_factor=4)
     found = structure_loss(wide[:1], wide[1:])  # of 64 pixels: their reductions'
     torch.testing.assert_close(found, structure_loss(red, other), rtol=0.02, atol=0)
