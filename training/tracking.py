@@ -229,13 +229,8 @@ def client(uri: str | None = None) -> Any:
     uri = uri or mlflow.get_tracking_uri()
     if uri.startswith("sqlite:") and (name := _database(uri)):
         path = os.path.abspath(name)
-        place = os.path.dirname(path)
-        with storage.lock(f"{path}.lock"):
-            if not os.path.exists(path) or not os.path.getsize(path):
-                storage.sweep(place)
-                with storage.draft(place) as (file, publish):
-                    _make_database(file.name)
-                    publish(path)
+        if not _made(path):  # else nothing is written beside it: it may be there to be read alone
+            _make_database(path)
     return mlflow.MlflowClient(uri)
 
 
@@ -469,11 +464,22 @@ def _database(uri: str) -> str | None:
     return None if name in (None, "", ":memory:") or name.startswith("file:") else name
 
 
+def _made(path: str) -> bool:
+    return os.path.exists(path) and os.path.getsize(path) > 0
+
+
 def _make_database(path: str) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    store = SqlAlchemyStore(f"sqlite:///{path}", "./mlruns")  # as MLflow's own client does
-    store.engine.dispose()
+    place = os.path.dirname(path)
+    with storage.lock(f"{path}.lock"):
+        if _made(path):  # by who was faster
+            return
+        storage.sweep(place)
+        with storage.draft(place) as (file, publish):
+            # The folder of its artifacts is that of MLflow's own client.
+            SqlAlchemyStore(f"sqlite:///{file.name}", "./mlruns").engine.dispose()
+            publish(path)
 
 
 def _operations(spool: Path, offset: int) -> Iterator[tuple[int, Operation]]:

@@ -472,6 +472,12 @@ def test_two_processes_may_make_the_database_at_once(tmp_path):
     assert names == {"Default", "a", "b"}
 
 
+def test_beside_a_database_that_is_there_nothing_is_written(uri, tmp_path):
+    before = sorted(it.name for it in tmp_path.iterdir())
+    assert tracking.client(uri).search_experiments()
+    assert sorted(it.name for it in tmp_path.iterdir()) == before
+
+
 def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path):
     """MLflow makes its tables one by one, and refuses for good what a killed process left."""
     path = tmp_path / "mlflow.db"
