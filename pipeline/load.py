@@ -34,6 +34,8 @@ KEY = Field("uint8", (None,))
 """Every encoded shard carries its samples' keys: rows are joined by key, not by trust."""
 _INDEX = Field("int64", ())
 _Ints = NDArray[np.int64]
+_Rows = NDArray[np.int32]
+"""Of a shard, which has fewer than 2^31."""
 _DTYPES = {"F16": "<f2", "F32": "<f4", "U8": "u1", "I32": "<i4", "I64": "<i8"}
 STORABLE = ("float16", "float32", "uint8", "int64")
 """numpy's names of the dtypes that the fields of encoded files have."""
@@ -140,10 +142,10 @@ class _Part(NamedTuple):
     """Which of the loader's shards."""
     rows: _Ints
     """Their rows in the batch."""
-    local: _Ints
+    local: _Rows
     """Their rows in the shard."""
-    captions: _Ints
-    """Which of the shard's captions they show."""
+    captions: _Ints | _Rows
+    """Which of the shard's captions they show; `local` where nobody asks."""
     shard: _Open
 
 
@@ -188,9 +190,10 @@ class Loader:
             )
         self._stored = tuple(_stored(encoding) for encoding in self.encodings)
         self._flips = self._all_or_none_flip()
+        self._reads_captions = captions or any(e.kind != "image" for e in self.encodings)
         left_out = self._left_out(manifest)
         kept = [
-            np.delete(np.arange(shard.samples), left_out.get(shard.name, []))
+            np.delete(np.arange(shard.samples, dtype=np.int32), left_out.get(shard.name, []))
             for shard in self.shards
         ]
         selection: list[Any] = [[shard.name for shard in self.shards], left_out]
@@ -281,7 +284,7 @@ class Loader:
         batch: Batch = {"position": positions, "epoch": epoch}
         back = np.argsort(np.concatenate([part.rows for part in parts])).tolist()
 
-        def in_order(chosen: Iterable[tuple[list[Any], _Ints]]) -> list[Any]:
+        def in_order(chosen: Iterable[tuple[list[Any], _Ints | _Rows]]) -> list[Any]:
             parts = (map(values.__getitem__, _list(rows)) for values, rows in chosen)
             by_shard = list(itertools.chain.from_iterable(parts))
             return list(map(by_shard.__getitem__, back))
@@ -342,29 +345,34 @@ class Loader:
         """(the bucket, the batch by shards); `turns` in [0, 1) say which caption a sample shows."""
         groups = np.searchsorted(self._starts, indices, side="right") - 1
         order = np.argsort(groups, kind="stable")
+        groups, local = groups[order], self._local[indices[order]]
+        turns = turns[order]
+        begins = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist()]
         buckets, shards = tuple(self._kept), len(self.shards)
-        one, other = int(order[0]), int(order[-1])
-        at = int(groups[one]) // shards
-        if at != int(groups[other]) // shards:
+        at = int(groups[0]) // shards
+        if at != int(groups[-1]) // shards:
             raise ValueError(
-                f"rows: {indices[one]} and {indices[other]} are of buckets of different sizes, and "
-                "a batch has pictures of one; choose from each of the loaders that alike() gives"
+                f"rows: {indices[order[0]]} and {indices[order[-1]]} are of buckets of different "
+                "sizes, and a batch has pictures of one; choose from each of the loaders that "
+                "alike() gives"
             )
-        kept, parts = self._kept[buckets[at]], list[_Part]()
-        for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-            group = int(groups[rows[0]])
-            number = group - at * shards
-            local = kept[number][indices[rows] - self._starts[group]]
-            shard = self._open(number)
-            first, last = shard.offsets[local], shard.offsets[local + 1]
-            captions = first + (turns[rows] * (last - first)).astype(np.int64)
-            parts.append(_Part(number, rows, local, captions, shard))
+        parts: list[_Part] = []
+        ends = [*begins[1:], len(order)]
+        for first, last, group in zip(begins, ends, groups[begins].tolist(), strict=True):
+            shard, rows = self._open(group - at * shards), local[first:last]
+            captions = rows
+            if self._reads_captions:
+                begin = shard.offsets[rows]
+                count = shard.offsets[rows + 1] - begin
+                captions = begin + (turns[first:last] * count).astype(np.int64)
+            parts.append(_Part(group - at * shards, order[first:last], rows, captions, shard))
         return buckets[at], parts
 
-    def _number(self, kept: dict[int, list[_Ints]]) -> None:
+    def _number(self, kept: dict[int, list[_Rows]]) -> None:
         """Number the samples, bucket after bucket, by the rows kept of each shard."""
         self._kept = kept
         self._starts = np.cumsum((0, *(len(rows) for each in kept.values() for rows in each)))
+        self._local = np.concatenate([rows for each in kept.values() for rows in each])
         self._fields = {bucket: self._fields_of(bucket) for bucket in kept}
         self.fields: dict[str, Field] = {}
         """The arrays of a batch; known before any file of an encoding is opened. An axis in which
@@ -385,7 +393,7 @@ class Loader:
             for encoding, stored in zip(self.encodings, self._stored, strict=True)
         ]
 
-    def _by_bucket(self, kept: list[_Ints]) -> dict[int, list[_Ints]] | None:
+    def _by_bucket(self, kept: list[_Rows]) -> dict[int, list[_Rows]] | None:
         """Bucket -> the kept rows of each shard that are in it, ascending; None without buckets.
 
         ValueError when encodings disagree about them.
@@ -531,7 +539,7 @@ class _Memory:
         return sys.getrefcount(self._kept[number]) == self._unheld
 
 
-def _list(numbers: _Ints) -> list[int]:
+def _list(numbers: _Ints | _Rows) -> list[int]:
     return numbers.tolist()
 
 
