@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 from pipeline.filters import visible
 
 from . import commands, data_commands, doctor, hanging, plan
+from .ending import end_on_sigterm
 from .progress import say
-from .settings import end_on_sigterm, prepare_environment
+from .settings import prepare_environment
 
 DONE, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 

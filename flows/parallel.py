@@ -25,10 +25,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from training import supervision
 
-from . import hanging
+from . import ending, hanging
 from .progress import say
 from .recipe import DENOISING, Recipe
-from .settings import end_on_sigterm, prepare_environment
+from .settings import prepare_environment
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -205,7 +205,7 @@ class StageProcess:
         if code < 0:
             why = f"killed by {signal.Signals(-code).name}"
             why += ", as a rule for memory: lower `parallel`" if code == -signal.SIGKILL else ""
-        hanging.crash(self._client, self._run, why)  # unless the run has ended by itself
+        ending.crash(self._client, self._run, why)  # unless the run has ended by itself
         return self._said.get("error", why)
 
     def _say(self, stream: IO[str]) -> None:
@@ -269,8 +269,8 @@ def _end_with_the_caller() -> None:
 
 def main() -> int:
     """What a stage's process does; {"error": ...} on stdout where it fails."""
-    end_on_sigterm()
-    hanging.owned_by(hanging.end)
+    ending.end_on_sigterm()
+    ending.owned_by(ending.end)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     prepare_environment()

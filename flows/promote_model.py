@@ -13,6 +13,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from pipeline.manifest import Manifest
 
+from .ending import leaving_without_goodbyes
 from .line import Line
 from .recipe import FROZEN
 from .score_model import (
@@ -25,7 +26,6 @@ from .score_model import (
     pictured,
     score_candidate,
 )
-from .settings import leaving_without_goodbyes
 
 if TYPE_CHECKING:
     from evaluation.gate import Verdict

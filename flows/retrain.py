@@ -16,13 +16,14 @@ from pipeline import storage
 from training import results
 
 from . import recipe as recipes
+from .ending import end_with_us, leaving_without_goodbyes
 from .line import Line
 from .parallel import ENDING_SECONDS, train_stages
 from .progress import say, seconds
 from .promote_model import promote_model
 from .recipe import FROZEN
 from .score_model import GALLERY, SWEEP, check_held_out, drawn_by, score_model
-from .settings import end_with_us, leaving_without_goodbyes, prepare_environment
+from .settings import prepare_environment
 from .steps import build_dataset, encode_task, train_stage
 
 RUN_RECORD = 1

@@ -20,9 +20,9 @@ from pipeline.encode import pixels_spec
 from pipeline.manifest import Manifest
 from pipeline.schema import EncoderSpec, Encoding
 
+from .ending import leaving_without_goodbyes
 from .line import Line
 from .progress import meter
-from .settings import leaving_without_goodbyes
 from .train_stage import encodings
 
 if TYPE_CHECKING:

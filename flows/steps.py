@@ -21,8 +21,8 @@ from pipeline.manifest import Manifest
 from training import results
 
 from .build_dataset import encode_pixels, encode_stages, ingest_sources, ray_of
+from .ending import leaving_without_goodbyes
 from .line import Line
-from .settings import leaving_without_goodbyes
 from .train_stage import train
 
 

@@ -14,7 +14,7 @@ from training import results
 from training.resuming import learning
 from training.starting import Start
 
-from . import hanging
+from . import ending
 from .build_dataset import encoder_specs
 from .cluster import ray_session
 from .line import Line
@@ -146,7 +146,7 @@ def train(
             run.log(record, record["images_seen"])
             _log_previews(run, job.output)
 
-        stage = fit(job, show, on_hang=hanging.response(job.output))
+        stage = fit(job, show, on_hang=ending.response(job.output))
         _log_previews(run, job.output)
         run.log(stage["measured"], stage["images_seen"])
         run.dict("stage.json", stage)

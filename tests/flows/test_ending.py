@@ -15,7 +15,7 @@ import pytest
 
 STARTS = """
 import subprocess, sys, time
-from flows.settings import end_with_us
+from flows.ending import end_with_us
 
 sleeps = [sys.executable, "-c", "import time; time.sleep(600)"]
 it = subprocess.Popen(sleeps, stdout=subprocess.DEVNULL)
@@ -88,7 +88,8 @@ def test_who_ends_by_itself_has_ended_what_it_started_or_meant_to_leave_it():
 FLOW = """
 import sys, time
 from flows.__main__ import outcome
-from flows.settings import end_on_sigterm, leaving_without_goodbyes, prepare_environment
+from flows.ending import end_on_sigterm, leaving_without_goodbyes
+from flows.settings import prepare_environment
 
 prepare_environment()
 end_on_sigterm()
