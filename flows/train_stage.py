@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import storage
+from pipeline import manifest, storage
 from pipeline.encode import pixels_spec
 from pipeline.manifest import Manifest
 from pipeline.schema import EncoderSpec, framing
@@ -81,7 +81,7 @@ def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
         same = all(begun["meta"].get(key) == job.meta[key] for key in ("recipe", "lineage"))
         aside = begun["fingerprint"] != path.parent.name  # by --fresh
         if same and not aside and results.committed(path.parent) is None:
-            found.append((changes(begun, job), str(path.parent)))
+            found.append((changes(_of_version(line, begun, job), job), str(path.parent)))
     if not found:
         return None
     changed, folder = min(found, key=lambda it: len(it[0]))
@@ -89,6 +89,14 @@ def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
         f"{name}: {'; '.join(changed)}: trained anew; the begun training lies in {folder}, and "
         "goes on where it is asked for as it was begun"
     )
+
+
+def _of_version(line: Line, begun: dict[str, Any], job: Any) -> dict[str, Any]:
+    """A begun job as one of this job's version, where both versions hold the same shards."""
+    if begun["dataset"] != job.dataset or begun["version"] not in manifest.versions(job.dataset):
+        return begun
+    one, other = (manifest.read(job.dataset, it).digest for it in (begun["version"], job.version))
+    return begun | {"version": job.version} if one == other else begun
 
 
 def train(

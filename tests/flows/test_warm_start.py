@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,13 @@ def test_what_is_trained_anew_says_what_was_begun(home):
     assert f"lies in {near.output}," in (said(training={"batch": 32}, seed=7) or "")
     Path(near.output).rename(f"{near.output}.old1")
     assert f"lies in {begun.output}," in (said(training={"batch": 32}, seed=7) or "")
+    data = manifest.read(begun.dataset, 1)
+    manifest.publish(replace(data, version=2, parent=1))
+    assert "version" not in (said(training={"batch": 32}, seed=7) or ""), "the same shards"
+    other = replace(data.shards[0], name="train-000001")
+    manifest.publish(replace(data, version=3, parent=2, shards=(*data.shards, other)))
+    told = said(training={"batch": 32}, seed=7)
+    assert told is not None and "version: begun with 1, asked 3" in told
     (Path(begun.output) / results.STAGE).write_text("{}")
     assert begun_otherwise(nearer, "t5", near) is None, "finished"
 
