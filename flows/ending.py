@@ -129,7 +129,7 @@ def crash(client: Any, run: Any, why: str) -> None:
 
 
 @contextlib.contextmanager
-def _at_the_end(do: Callable[[], object]) -> Iterator[None]:
+def at_the_end(do: Callable[[], object]) -> Iterator[None]:
     """Inside, `do` is one of the farewells."""
     farewells.append(do)
     try:
@@ -158,7 +158,7 @@ def leaving_without_goodbyes() -> Iterator[None]:
         owned_by(end)
     why = "a training in it hung"
     try:
-        with _at_the_end(partial(crash, context.client, context.flow_run, why)):
+        with at_the_end(partial(crash, context.client, context.flow_run, why)):
             yield
     except Exception:
         raise

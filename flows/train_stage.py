@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from .cluster import ray_session
 from .line import Line
 from .progress import meter, say
 from .recipe import DENOISING, kind_of
+
+MLFLOW_SECONDS = 5.0
+"""How long who ends because a training hangs waits for MLflow to know it."""
 
 
 def encodings(line: Line, name: str, data: Manifest) -> list[EncoderSpec]:
@@ -143,7 +147,8 @@ def train(
     )
     between = "Ray and its workers" if training.workers > 1 else "directory"
     start.done("job")
-    with ray_session(training.workers > 1), meter(f"train {name}") as progress, run:
+    hung = ending.at_the_end(partial(run.finish, "FAILED", MLFLOW_SECONDS))
+    with ray_session(training.workers > 1), meter(f"train {name}") as progress, run, hung:
         newest: dict[str, float | None] = {}
 
         def show(record: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from flows.hanging import TRIES
 from flows.line import Line
 from flows.settings import settings
 from tests.training.test_job import lines
-from training import results
+from training import results, tracking
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -111,6 +111,14 @@ def fated(darkroom, tmp_path_factory) -> Fated:
     return it
 
 
+def mlflow_status(fated: Fated) -> str:
+    """Of the newest run of the stage."""
+    client = tracking.client(f"sqlite:///{fated.home.home}/mlflow.db")
+    experiment = client.get_experiment_by_name("shapes")
+    run, *_ = client.search_runs([experiment.experiment_id], order_by=["start_time DESC"])
+    return run.info.status
+
+
 def assert_as_undisturbed(fated: Fated) -> None:
     calm = fated.stage.with_name("calm")
     for name in (results.WEIGHTS, results.PREVIEW):
@@ -149,9 +157,11 @@ def test_a_command_that_hangs_wherever_it_begins_ends_and_says_where(fated):
     assert f"darkroom: {answer['error']}" in said
     assert said.count("hangs: starting again") == TRIES - 1
     assert (stacks / "0.txt").read_text().count("no update for") == TRIES
+    assert mlflow_status(fated) == "FAILED"
     always.unlink()
     code, _, said = fated(*WORDS)
     assert code == 0, said
+    assert mlflow_status(fated) == "FINISHED"
     assert_as_undisturbed(fated)
 
 
