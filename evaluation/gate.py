@@ -29,6 +29,8 @@ class Bound(_Frozen):
 
     at_least: float | None = None
     at_most: float | None = None
+    samples: int | None = Field(default=None, ge=2)
+    """Fewest prompts (or blocks, for metrics that come in blocks); the policy's when None."""
 
     @model_validator(mode="after")
     def _one_is_given(self) -> Bound:
@@ -261,7 +263,7 @@ def _absolute(metric: str, bound: Bound, new: Evidence, policy: GatePolicy) -> C
     elif not np.isfinite(got):
         why = f"is {got}"
     elif metric in new.samples:
-        why = _unusable(_per_prompt(new.samples[metric]), policy.min_samples)
+        why = _unusable(_per_prompt(new.samples[metric]), bound.samples or policy.min_samples)
     if why is not None or got is None:
         got = None if got is None or not np.isfinite(got) else got
         return Check(name=f"absolute.{metric}", passed=False, got=got, wanted=wanted, why=str(why))

@@ -264,8 +264,13 @@ def settle(
 
 
 def rollback(ledger: Ledger, to: int | None = None, *, tracking_uri: str | None = None) -> Entry:
-    """Return to the version that served before, or to an earlier one. ValueError without one."""
-    entry = ledger.rollback(None if to is None else candidate(ledger.name, to))
+    """Return to the version that served before, or to an earlier one. ValueError without one, or
+    where it was deleted.
+    """
+    earlier = None if to is None else candidate(ledger.name, to)
+    if (target := earlier or ledger.previous()) is not None:
+        find(tracking.client(tracking_uri), target)
+    entry = ledger.rollback(earlier)
     project(ledger, tracking_uri=tracking_uri)
     return entry
 
@@ -274,7 +279,7 @@ def project(ledger: Ledger, *, tracking_uri: str | None = None) -> dict[str, int
     """Make the aliases say what the ledger says; returns {alias: version}.
 
     champion serves, previous is where a rollback leads, challenger is a candidate that the newest
-    entry refused. Others' aliases stay.
+    entry refused. Others' aliases stay; a version that was deleted has none.
     """
     client = tracking.client(tracking_uri)
     for attempt in range(_TRIES):
@@ -285,9 +290,10 @@ def project(ledger: Ledger, *, tracking_uri: str | None = None) -> dict[str, int
             "previous": ledger.previous(),
             "challenger": last.candidate if last and last.kind == "reject" else None,
         }
-        wanted = {alias: _version(name) for alias, name in said.items() if name}
         try:
             found = _aliases(client, ledger.name)
+            there = {alias: name for alias, name in said.items() if name and _exists(client, name)}
+            wanted = {alias: _version(name) for alias, name in there.items()}
             for alias in said:
                 if alias in wanted and found.get(alias) != wanted[alias]:
                     client.set_registered_model_alias(ledger.name, alias, str(wanted[alias]))
@@ -552,6 +558,17 @@ def _registered(client: MlflowClient, name: str, package: str) -> int | None:
     """
     found = client.search_model_versions(f"name = '{name}' and tag.`{PACKAGE_TAG}` = '{package}'")
     return min((int(version.version) for version in found), default=None)
+
+
+def _exists(client: MlflowClient, name: str) -> bool:
+    """Whether a version that the ledger names was not deleted."""
+    try:
+        client.get_model_version(name.rpartition("/")[0], str(_version(name)))
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
 
 
 def _version(name: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from evaluation.config import EvaluationConfig, Setting
-from evaluation.gate import GatePolicy
+from evaluation.gate import Bound, GatePolicy
 from pipeline.ingest import IngestRules
 from pipeline.shapes import BACKGROUNDS, COLOURS, SHAPES
 
@@ -294,7 +294,9 @@ def shapes_autoencoder() -> Recipe:
         update={
             "name": "shapes-autoencoder",
             "autoencoder": like.autoencoder.model_copy(update={"config": config}),
-            "gate": GatePolicy.model_validate({"absolute": {}, "non_inferior": {"kid": 1.0}}),
+            "gate": GatePolicy.model_validate(
+                {"absolute": {}, "non_inferior": {"kid": {"margin": 1.0, "samples": 8}}}
+            ),
         }
     )
 
@@ -396,8 +398,11 @@ def shapes_diffusionclip() -> Recipe:
             ),
             "gate": flow.gate.model_copy(
                 update={
-                    "absolute": {**flow.gate.absolute, "edit_changed": 0.8, "edit_kept": 0.9},
-                    "min_samples": 64,
+                    "absolute": {
+                        **flow.gate.absolute,
+                        "edit_changed": Bound(at_least=0.8, samples=64),
+                        "edit_kept": Bound(at_least=0.9, samples=64),
+                    },
                 }
             ),
         }

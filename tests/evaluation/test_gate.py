@@ -112,6 +112,13 @@ def test_a_champion_without_samples_is_not_beaten_by_default():
     assert "champion has no value per prompt" in verdict.reason
 
 
+def test_a_bound_may_want_other_samples_than_the_policy():
+    kid = {"values": {"kid": 0.01}, "samples": {"kid": [0.01] * 16}}
+    for samples, passes in ((None, False), (16, True), (17, False)):
+        policy = GatePolicy(absolute={"kid": Bound(at_most=0.05, samples=samples)}, facts=())
+        assert decide(kid, None, policy).promote == passes
+
+
 def test_ceilings_and_metrics_where_less_is_better():
     policy = GatePolicy(
         absolute={"seconds": Bound(at_most=2), "guidance": Bound(at_least=1, at_most=9)},

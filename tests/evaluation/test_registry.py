@@ -256,6 +256,23 @@ def test_what_serves_is_not_deleted(uri, register, ledger):
         MlflowClient(uri).get_model_version(NAME, str(three))
 
 
+def test_who_served_long_ago_may_be_deleted_and_is_not_returned_to(uri, register, ledger):
+    one, two, three = (register(shade=shade) for shade in (1, 2, 3))
+    for version in (one, two, three):
+        registry.promote(ledger, version, tracking_uri=uri)
+    registry.delete(ledger, one, tracking_uri=uri)
+    with pytest.raises(ValueError, match="no version 1 of the model tiny"):
+        registry.rollback(ledger, one, tracking_uri=uri)
+    assert registry.rollback(ledger, tracking_uri=uri).candidate == "tiny/2"
+    assert aliases(uri) == {"champion": two}
+    entries = len(ledger.entries())
+    with pytest.raises(ValueError, match="no version 1 of the model tiny"):
+        registry.rollback(ledger, tracking_uri=uri)
+    assert (len(ledger.entries()), ledger.champion()) == (entries, "tiny/2")
+    registry.promote(ledger, three, tracking_uri=uri)
+    assert aliases(uri) == {"champion": three, "previous": two}
+
+
 def test_a_fresh_process_draws_the_same_picture(uri, register, make):
     package = make()
     drawn = registry.draw_in_fresh_process(f"{NAME}/{register()}", tracking_uri=uri, seed=3)
