@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -529,7 +529,7 @@ def _changes(before: Manifest | None, now: Manifest) -> list[str]:
 def _thumbnail(url: str, sample: shards.ShardSample) -> dict[str, Any]:
     """A data URI of a few kilobytes, and whether it is to be shown pixel by pixel."""
     try:
-        picture, _ = images.decode(sample.image, images.DecodePolicy(draft_side=SIDE))
+        picture, _ = images.decode(sample.image, replace(images.STORED, draft_side=SIDE))
     except images.Rejected as error:
         raise ValueError(
             f"{url}, sample {sample.key}: the stored picture cannot be decoded ({error}); delete "

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import io
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ class DecodePolicy:
     """JPEGs may be decoded at a reduced scale whose shorter side is at least this; 0 means always
     in full.
     """
+
+
+STORED = DecodePolicy(max_bytes=sys.maxsize, max_pixels=sys.maxsize)
+"""For pictures of our own shards: what let them in was a rule of another time, which may have
+allowed more."""
 
 
 def sniff(data: bytes) -> str | None:

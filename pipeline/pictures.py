@@ -26,11 +26,10 @@ def decoded(
     from . import images, shards
 
     url = storage.join(dataset, "shards", f"{shard}.tar")
-    policy = images.DecodePolicy()
 
     def decode(sample: shards.ShardSample) -> T:
         try:
-            picture, _ = images.decode(sample.image, policy)
+            picture, _ = images.decode(sample.image, images.STORED)
         except images.Rejected as error:
             raise ValueError(
                 f"{url}, sample {sample.key}: the stored picture cannot be decoded "

@@ -164,7 +164,7 @@ def open_source(url: str, *, options: SourceOptions | None = None) -> Source:
         raise ValueError(f"{url}: wanted a folder, a .tar or a table ({', '.join(TABLES)})")
     if not storage.exists(url):
         raise ValueError(f"{url}: no such file or folder")
-    return _open_folder(url, options, storage.list_stamps(url))
+    return _open_folder(url, options, storage.list_stamps(url, linked=True))
 
 
 def _check_web(given: str, url: str, extension: str) -> None:
@@ -525,7 +525,10 @@ class _Tables(_Listed):
         if not inside or "\0" in path:
             return url, "", "unsafe_path"
         if "" not in self.listing and url.startswith(f"{self.url}/"):
-            known = self.listing.get(url[len(self.url) + 1 :])
+            below = url[len(self.url) + 1 :]
+            known = self.listing.get(below)
+            if not known and "/." in f"/{below}":  # hidden files are not listed, but may be named
+                known = storage.stamp(url)
         elif is_remote(url):  # asked for by `download` alone
             return url, "", None
         else:  # a table that stands alone was not listed with its pictures
@@ -551,25 +554,24 @@ class _Sidecar(_Listed):
     """Pictures, each with its caption in a .txt of the same name."""
 
     def rows(self) -> Iterator[Row]:
-        groups: dict[str, dict[str, str]] = {}
+        groups: dict[str, tuple[list[str], list[str]]] = {}
         for name in self.listing:
             stem, _, extension = name.rpartition(".")
             extension = extension.lower()
             if stem and extension in (*PICTURES, "txt"):
-                groups.setdefault(stem, {}).setdefault(extension, name)
-        for names in groups.values():
-            text = names.pop("txt", None)
+                groups.setdefault(stem, ([], []))[extension == "txt"].append(name)
+        for pictures, texts in groups.values():
             captions: list[str] = []
-            if text:
+            for text in texts:  # a.txt and a.TXT are two captions
                 with storage.open_read(storage.join(self.url, text)) as file:
-                    captions = [_text(file.read(_caption_bytes(self.options)))]
-            stamp = self.listing[text] if text else ""
-            for name in names.values():
-                problem = None if text else "incomplete"
+                    captions.append(_text(file.read(_caption_bytes(self.options))))
+            stamp = "-".join(self.listing[text] for text in texts)
+            for name in pictures:
+                problem = None if texts else "incomplete"
                 image = storage.join(self.url, name)
                 yield self._row(name, f"{self.listing[name]}-{stamp}", image, captions, {}, problem)
-            if not names and text:
-                yield self._row(text, stamp, "", captions, {}, "incomplete")
+            if not pictures:
+                yield self._row(texts[0], stamp, "", captions, {}, "incomplete")
 
 
 @dataclass

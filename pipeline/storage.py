@@ -199,24 +199,31 @@ def list_names(url: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def list_stamps(url: str) -> dict[str, str]:
+def list_stamps(url: str, linked: bool = False) -> dict[str, str]:
     """Path below a folder -> "size-time", all files in all its folders, sorted; hidden ones left
-    out.
+    out, and folders that are links too, but for `linked`.
 
     The time is the modification time in nanoseconds, or what the object store gives in its place.
     """
     found: dict[str, str] = {}
     if is_local(url):
-        folders = [("", local_path(url))]
+        folders = [("", local_path(url), frozenset[tuple[int, int]]())]
         while folders:
-            prefix, folder = folders.pop()
+            prefix, folder, above = folders.pop()
+            status = os.stat(folder)
+            above |= {(status.st_dev, status.st_ino)}
             for entry in os.scandir(folder):
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append((f"{prefix}{entry.name}/", entry.path))
-                elif entry.is_file():
-                    found[prefix + entry.name] = _stamp(entry.stat())
+                try:
+                    status = entry.stat()
+                except OSError:  # a link to nothing or to itself, or it has just gone
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    found[prefix + entry.name] = _stamp(status)
+                elif stat.S_ISDIR(status.st_mode) and (linked or not entry.is_symlink()):
+                    if (status.st_dev, status.st_ino) not in above:  # a link back, else without end
+                        folders.append((f"{prefix}{entry.name}/", entry.path, above))
     else:
         root = filesystem(url)[1].strip("/")
         entries = _ask(url, lambda files, path: files.find(path, detail=True))

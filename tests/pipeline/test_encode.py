@@ -550,6 +550,19 @@ def test_a_damaged_picture_names_its_shard_and_key(tmp_path):
         encode(data, [MEANS], build, LOCAL)
 
 
+def test_what_ingest_let_in_is_read_whatever_its_size(tmp_path):
+    """Its rules may have allowed more than decoding does where nobody says anything."""
+    large = images.encode(Image.new("L", (7100, 7100), 200).convert("RGB"), "png")
+    with pytest.raises(images.Rejected, match="7100 x 7100 pixels"):
+        images.decode(large)
+    url = str(tmp_path / "data")
+    shard = write_shard([ShardSample("0" * 32, large, "png", ("grey",))], url, "train")
+    data = manifest.Manifest(url, 1, None, (shard,))
+    encode(data, [pixels_spec(8)], build, LOCAL)
+    (it,) = encoded(data, shard, pixels_spec(8))[0]["pixels"]
+    assert (it == 200).all()
+
+
 def test_names_are_unique(tmp_path):
     with pytest.raises(ValueError, match="name of its own, got means, means"):
         encode(dataset(tmp_path), [MEANS, replace(MEANS, fingerprint="x")], build, LOCAL)

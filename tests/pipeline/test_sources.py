@@ -187,6 +187,42 @@ def test_sidecars(tmp_path):
     assert fetch(listed["sub/v1.5.JPG"]) == picture(2, "JPEG")
 
 
+def test_sidecars_whose_names_differ_in_case_alone_are_all_rows(tmp_path):
+    for number, name in enumerate(("a.JPG", "a.jpg", "b.png")):
+        (tmp_path / name).write_bytes(picture(number))
+    for name in ("a.txt", "b.TXT", "b.txt"):
+        (tmp_path / name).write_text(name)
+    listed = {row.id.split("#")[1]: row for row in rows(tmp_path)}
+    assert {name: (row.captions, row.problem) for name, row in listed.items()} == {
+        "a.JPG": (("a.txt",), None),
+        "a.jpg": (("a.txt",), None),
+        "b.png": (("b.TXT", "b.txt"), None),
+    }
+
+
+def test_folders_that_are_links_belong_to_a_source_and_links_without_end_do_not_end_it(tmp_path):
+    far, root = tmp_path / "far", tmp_path / "root"
+    for folder in (far / "deep", root):
+        folder.mkdir(parents=True)
+    (far / "deep" / "a.png").write_bytes(picture(1))
+    (far / "deep" / "a.txt").write_text("linked")
+    (far / "back").symlink_to(root)
+    (root / "there").symlink_to(far)
+    (root / "itself").symlink_to("itself")
+    (root / "nothing.png").symlink_to("gone.png")
+    (row,) = rows(root)
+    assert (row.id, row.captions) == (f"{root}#there/deep/a.png", ("linked",))
+    assert fetch(row) == picture(1)
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "b.png").write_bytes(picture(2))
+    told = [{"file": "there/deep/a.png", "caption": "x"}, {"file": ".hidden/b.png", "caption": "y"}]
+    (root / "captions.jsonl").write_text("\n".join(map(json.dumps, told)))
+    named = list(rows(root))
+    assert [row.problem for row in named] == [None, None]
+    assert fetch(named[1]) == picture(2)
+    assert storage.list_stamps(str(root)).keys() == {"captions.jsonl"}, "what gc would delete"
+
+
 def test_file_names_that_are_no_text(tmp_path):
     name = b"caf\xe9"
     (tmp_path / os.fsdecode(name + b".png")).write_bytes(picture())
