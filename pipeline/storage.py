@@ -221,9 +221,12 @@ def list_stamps(url: str, linked: bool = False) -> dict[str, str]:
                     continue
                 if stat.S_ISREG(status.st_mode):
                     found[prefix + entry.name] = _stamp(status)
-                elif stat.S_ISDIR(status.st_mode) and (linked or not entry.is_symlink()):
-                    if (status.st_dev, status.st_ino) not in above:  # a link back, else without end
-                        folders.append((f"{prefix}{entry.name}/", entry.path, above))
+                elif (
+                    stat.S_ISDIR(status.st_mode)
+                    and (linked or not entry.is_symlink())
+                    and (status.st_dev, status.st_ino) not in above  # a link back has no end
+                ):
+                    folders.append((f"{prefix}{entry.name}/", entry.path, above))
     else:
         root = filesystem(url)[1].strip("/")
         entries = _ask(url, lambda files, path: files.find(path, detail=True))

@@ -21,6 +21,8 @@ from .manifest import Manifest, Shard, blocked, latest, publish, read, versions
 from .outcomes import batch_of, has_table, read_batches, table_name, writing
 
 _KEY = re.compile("[0-9a-f]{32}")
+_TOGETHER = 128
+"""Shards that are merged at once; each keeps files open."""
 _OF_SHARD = re.compile(r"([a-z]+-[0-9a-f]{16})(?:[-.].*)?")
 
 
@@ -127,23 +129,37 @@ def compact(dataset: str) -> Manifest:
         if before is None:
             raise ValueError(f"{dataset}: no data set there")
         _sweep(dataset)
-        groups: dict[tuple[str, bool], list[Shard]] = {}
-        for shard in before.shards:
-            if 2 * shard.samples <= before.rules["shard_samples"]:
-                groups.setdefault((shard.split, shard.selected > 0), []).append(shard)
-        merged: dict[str, list[Shard]] = {}  # the first of a group stands for all of them
-        for group in groups.values():
-            if len(group) > 1:
-                merged[group[0].name] = _merge(before, group)
+        after = before
+        while groups := _groups(after):  # every round leaves fewer shards
+            merged: dict[str, list[Shard]] = {}  # the first of a group stands for all of them
+            for group in groups:
+                merged[group[0].name] = _merge(after, group)
                 merged |= {shard.name: [] for shard in group[1:]}
-        if not merged:
+            shards = [new for shard in after.shards for new in merged.get(shard.name, [shard])]
+            after = replace(after, shards=tuple(shards))
+        if after is before:
             return before
-        shards = [new for shard in before.shards for new in merged.get(shard.name, [shard])]
-        after = replace(
-            before, version=before.version + 1, parent=before.version, shards=tuple(shards)
-        )
+        after = replace(after, version=before.version + 1, parent=before.version)
         publish(after)
         return after
+
+
+def _groups(version: Manifest) -> list[list[Shard]]:
+    """Shards that are at most half full, in samples and in bytes, by what may stand together: two
+    at least, and no more than may be open at a time."""
+    found: dict[tuple[str, bool], list[Shard]] = {}
+    for shard in version.shards:
+        if (
+            2 * shard.samples <= version.rules["shard_samples"]
+            and 2 * shard.bytes <= version.rules["shard_bytes"]
+        ):
+            found.setdefault((shard.split, shard.selected > 0), []).append(shard)
+    return [
+        group
+        for shards in found.values()
+        for first in range(0, len(shards), _TOGETHER)
+        if len(group := shards[first : first + _TOGETHER]) > 1
+    ]
 
 
 def _merge(version: Manifest, group: list[Shard]) -> list[Shard]:

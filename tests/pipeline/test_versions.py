@@ -481,6 +481,40 @@ def test_small_shards_become_few_with_the_same_samples(grown, specs):
     assert set(os.listdir(Path(grown.dataset) / "shards")) == wanted
 
 
+def test_so_many_are_merged_at_once_as_may_be_open(grown, monkeypatch):
+    before = contents(grown, encoded(grown, SPECS))
+    monkeypatch.setattr(versions, "_TOGETHER", 2)
+    opened, most, read = [], [], shards.read_shard
+
+    def counted(url):
+        opened.append(url)
+        most.append(len(opened))
+        try:
+            yield from read(url)
+        finally:
+            opened.remove(url)
+
+    monkeypatch.setattr(shards, "read_shard", counted)
+    after = versions.compact(grown.dataset)
+    assert max(most) == 2
+    assert contents(after, nothing_to_encode(after, SPECS)) == before
+    small = [shard for shard in after.shards if 2 * shard.samples <= GROWING.shard_samples]
+    assert len(small) <= 2 * 2
+    assert (after.version, after.parent) == (grown.version + 1, grown.version)
+    assert versions.compact(grown.dataset) == after
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_is_full_by_its_bytes_is_not_small(grown, size):
+    """Of few large pictures, a shard of which is full with few samples."""
+    rules = {**grown.rules, "shard_bytes": size * max(shard.bytes for shard in grown.shards)}
+    manifest.publish(replace(grown, version=grown.version + 1, rules=rules))
+    after = versions.compact(grown.dataset)
+    assert len({it.split for it in after.shards}) == len({it.split for it in grown.shards})
+    assert all(it.bytes <= rules["shard_bytes"] for it in after.shards)
+    assert versions.compact(grown.dataset) == after
+
+
 def test_rows_that_an_encoder_refused_stay_refused(grown):
     def some_not(spec):
         def encoder(pixels):
