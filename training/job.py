@@ -147,9 +147,8 @@ def _train(
     job: Job, world: World, on_progress: OnProgress, build: Build, on_hang: OnHang | None
 ) -> dict[str, Any]:
     output, config, leads = Path(job.output), job.training_config(), world.rank == 0
-    if (output / results.JOB).exists():
-        _check_begun(job, storage.read_json(str(output / results.JOB)), results.JOB)
-    elif leads:
+    check_begun(job)
+    if leads and not (output / results.JOB).exists():
         storage.publish_json(str(output / results.JOB), job.to_json())
 
     start = Start(output if leads else None)
@@ -635,6 +634,14 @@ def changes(begun: dict[str, Any], job: Job) -> list[str]:
         for values, config, training in zip((begun, asked), configs, trainings, strict=True)
     )
     return differences(one, other)
+
+
+def check_begun(job: Job) -> None:
+    """ValueError where another training was begun in the job's directory, or this one otherwise in
+    what may not change when it goes on."""
+    begun = Path(job.output, results.JOB)
+    if begun.exists():
+        _check_begun(job, storage.read_json(str(begun)), results.JOB)
 
 
 def _check_begun(job: Job, found: dict[str, Any], where: str) -> None:

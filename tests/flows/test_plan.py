@@ -165,6 +165,11 @@ def test_buckets_and_mirrors_are_in_the_storage():
     [
         ({"device": "h10"}, r"--device: no device 'h10'; did you mean 'h100'\?"),
         ({"workers": 0}, r"--workers must be at least 1, got 0"),
+        (
+            {"overrides": ["base.training.micro_batch=16"], "workers": 8},
+            r"base.training: micro_batch 16 cuts a batch of 64 into 4, too few for 8 workers",
+        ),
+        ({"workers": 5}, r"clip.training: .* 5 workers .* do not divide"),
         ({"samples": -3}, r"--samples must be at least 1, got -3"),
         ({"price": -1.0}, r"--price must not be negative, got -1"),
         ({"overrides": ["base.config.network.chanels=8"]}, r"did you mean 'channels'"),

@@ -195,6 +195,17 @@ def test_latents_of_an_unknown_autoencoder_are_measured():
     )
 
 
+@pytest.mark.parametrize(
+    ("high", "wide", "side"), [(6, 6, 6), (88, 48, 64), (52, 76, 64), (12, 20, 16)]
+)
+def test_what_is_drawn_is_square_whatever_most_pictures_are(high, wide, side):
+    """The sizes are some of buckets(64, multiple=8 or 4) and of buckets(16, multiple=4)."""
+    moments = np.zeros((2, 6, high, wide), np.float16)
+    stage = stages.create("base", {"network": {**TINY, "in_channels": 3}})
+    stage.adapt(Still({"moments": moments, "position": np.arange(2)}))
+    assert stage.latent_shape.tolist() == [3, side, side]
+
+
 def test_measuring_again_measures_the_same():
     found = random_batch(rows=64)
     stage = stages.create("base", {"network": {**TINY, "in_channels": 3}})

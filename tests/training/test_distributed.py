@@ -26,7 +26,7 @@ from torch import nn
 
 from pipeline import storage
 from pipeline.plan import BatchPlan, dealt
-from training import checkpoint, measuring, repro, results
+from training import checkpoint, distributed, measuring, repro, results
 from training.diffusion import normal
 from training.distributed import fit, of_process_group
 from training.job import Job, run
@@ -472,6 +472,28 @@ def test_rays_workers_do_what_one_does_even_when_one_dies(alone, tmp_path, ray):
     assert_close(output, alone)
     assert [r["images_seen"] for r in records] == [r["images_seen"] for r in results.history(alone)]
     assert not (output / "ray").exists()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_may_not_change_is_refused_before_any_worker_starts(tmp_path, monkeypatch, finished):
+    begun = job(tmp_path, 2)
+    if finished:
+        fit(replace(begun, training={**begun.training, "workers": 1}), build=build)
+    else:
+        storage.publish_json(str(tmp_path / results.JOB), begun.to_json())
+    monkeypatch.setattr(distributed, "_ray", lambda config: pytest.fail("Ray was started"))
+    with pytest.raises(ValueError, match=r"training.learning_rate: begun with 0.01, asked 0.02"):
+        fit(job(tmp_path, 2, training={"learning_rate": 0.02}), build=build)
+
+
+@rays
+def test_what_is_refused_is_no_reason_for_ray_to_try_again(tmp_path, ray):
+    """Of data without held-out pictures none can be measured, however often it is tried."""
+    starts = tmp_path / "starts"
+    wrong = job(tmp_path / "stage", 2, training={"heldout_pictures": 8}, starts=str(starts))
+    with pytest.raises(ValueError, match="heldout_pictures is 8"):
+        fit(wrong, build=build)
+    assert sorted(starts.read_text().split()) == ["0", "1"]
 
 
 @rays
