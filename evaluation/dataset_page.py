@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -177,6 +177,62 @@ def _scores(version: Manifest, chosen: Sequence[manifest.Shard]) -> dict[str, nd
     return found
 
 
+class _Seen:
+    """What became of all rows, in numbers, and a few rows of each kind: there may be more rows than
+    memory. Kinds, sources and flags stand in the order they were met.
+    """
+
+    def __init__(self, version: Manifest):
+        self.kinds: Counter[tuple[str, str]] = Counter()
+        """Rows by (outcome, reason)."""
+        self.sources = {url: Counter[str]() for url in version.sources}
+        """Of each, rows by outcome."""
+        self.flags: Counter[str] = Counter()
+        self.examples: dict[tuple[str, str], list[outcomes.Outcome]] = defaultdict(list)
+        """The first EXAMPLES of each kind that is not kept."""
+        for batch in outcomes.read_batches(version):
+            for (outcome, reason), at in _groups(batch, "outcome", "reason"):
+                self.kinds[outcome, reason] += len(at)
+                if outcome != "kept":
+                    some = self.examples[outcome, reason]
+                    some += batch.take(at[: EXAMPLES - len(some)]).to_pylist()
+            for (source, outcome), at in _groups(batch, "source", "outcome"):
+                self.sources.setdefault(source, Counter())[outcome] += len(at)
+            self.flags.update(batch["flags"].flatten().to_pylist())
+
+    def __len__(self) -> int:
+        return self.kinds.total()
+
+    def count(self, wanted: str) -> int:
+        """Rows with an outcome."""
+        return sum(n for (outcome, _), n in self.kinds.items() if outcome == wanted)
+
+
+def _groups(batch: outcomes.Batch, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(values, their rows) of columns, in the order they were met."""
+    import pyarrow as pa
+
+    table = pa.table({**{name: batch[name] for name in names}, "at": np.arange(len(batch))})
+    # Threads would lose the order.
+    groups = table.group_by([*names], use_threads=False).aggregate([("at", "list")])
+    values = zip(*(groups[name].to_pylist() for name in names), strict=True)
+    return zip(values, (it.values for it in groups["at_list"]), strict=True)
+
+
+def _met(version: Manifest, keys: Collection[str]) -> dict[str, int]:
+    """Key -> which of these keys it was, as the rows were met."""
+    import pyarrow as pa
+    import pyarrow.compute as pc_
+
+    pc: Any = pc_  # its functions are made as it is imported
+    found: dict[str, int] = {}
+    wanted = pa.array(list(keys), pa.string())
+    for batch in outcomes.read_batches(version, ["key"]):
+        for key in batch["key"].filter(pc.is_in(batch["key"], wanted)).to_pylist():
+            found.setdefault(key, len(found))
+    return found
+
+
 class _Page:
     """What the template shows, worded and measured out; every text stays plain until the template
     escapes it.
@@ -184,7 +240,7 @@ class _Page:
 
     def __init__(self, version: Manifest):
         self.version = version
-        self.outcomes = outcomes.read_outcomes(version)
+        self.seen = _Seen(version)
         self.rows = _Rows.of(version, MEASURED)
 
     def context(self) -> dict[str, Any]:
@@ -215,7 +271,7 @@ class _Page:
             "figures": self._headline(),
             "samples": [figures[row] for row in samples],
             "outcomes": self._outcomes(),
-            "seen": len(self.outcomes),
+            "seen": len(self.seen),
             "splits": self._splits(),
             "refused": [
                 {
@@ -226,7 +282,7 @@ class _Page:
                 }
                 for it in reasons.refusals(self.version)
             ],
-            "flags": Counter(flag for it in self.outcomes for flag in it["flags"]).most_common(),
+            "flags": self.seen.flags.most_common(),
             "measured": len(rows),
             "stored": sum(shard.samples for shard in version.shards),
             "histograms": self._histograms(),
@@ -262,49 +318,41 @@ class _Page:
 
     def _headline(self) -> list[dict[str, str]]:
         """The numbers at the head of the page."""
-        counts, rows, version = (
-            outcomes.count([outcomes.batch_of(self.outcomes)]),
-            self.rows,
-            self.version,
-        )
+        seen, rows, version = self.seen, self.rows, self.version
         each = np.array([len(it) for it in rows.texts["captions"]])[rows.kept]
         told = [
-            (f"{version.samples():,}", "pictures", f"of {counts['seen']:,} rows read"),
+            (f"{version.samples():,}", "pictures", f"of {len(seen):,} rows read"),
             (f"{version.samples('heldout', 'unseen'):,}", "held out", "training never sees them"),
             (f"{each.mean() if each.size else 0:.2f}", "captions a picture", "on average"),
-            (f"{counts['filtered']:,}", "left out", "by its rules; still stored"),
-            (f"{counts['rejected']:,}", "rejected", "broken, hostile or out of reach"),
-            (f"{counts['duplicate']:,}", "duplicates", "of another row's file"),
+            (f"{seen.count('filtered'):,}", "left out", "by its rules; still stored"),
+            (f"{seen.count('rejected'):,}", "rejected", "broken, hostile or out of reach"),
+            (f"{seen.count('duplicate'):,}", "duplicates", "of another row's file"),
         ]
         return [{"value": value, "label": label, "note": note} for value, label, note in told]
 
     def _outcomes(self) -> list[dict[str, Any]]:
         """Each outcome with its reasons; the counts add up to all rows."""
-        groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-        for it in self.outcomes:
-            groups[it["outcome"], it["reason"]].append(it)
         order = {name: place for place, name in enumerate(outcomes.OUTCOMES)}
-        shown = {what: some[:EXAMPLES] for what, some in groups.items() if what[0] != "kept"}
-        every = [it for some in shown.values() for it in some]
+        every = [it for some in self.seen.examples.values() for it in some]
         details = iter(reasons.details(self.version, every))
         examples = {
             what: [
                 {"id": _cut(it["id"], 300), "short": _short(it), "detail": next(details)}
                 for it in some
             ]
-            for what, some in shown.items()
+            for what, some in self.seen.examples.items()
         }
         return [
             {
                 "outcome": outcome,
                 "reason": reason.replace("_", " "),
                 "meaning": self._meaning(outcome, reason),
-                "count": len(some),
-                "share": len(some) / len(self.outcomes),
+                "count": count,
+                "share": count / len(self.seen),
                 "examples": examples.get((outcome, reason), ()),
             }
-            for (outcome, reason), some in sorted(
-                groups.items(), key=lambda it: (order[it[0][0]], -len(it[1]), it[0][1])
+            for (outcome, reason), count in sorted(
+                self.seen.kinds.items(), key=lambda it: (order[it[0][0]], -it[1], it[0][1])
             )
         ]
 
@@ -329,10 +377,7 @@ class _Page:
         ]
 
     def _sources(self) -> list[dict[str, Any]]:
-        counts: dict[str, Counter[str]] = {url: Counter() for url in self.version.sources}
-        for it in self.outcomes:
-            counts.setdefault(it["source"], Counter())[it["outcome"]] += 1
-        largest = sorted(counts.items(), key=lambda it: -it[1].total())[:SOURCES]
+        largest = sorted(self.seen.sources.items(), key=lambda it: -it[1].total())[:SOURCES]
         return [
             {
                 "url": url,
@@ -432,17 +477,17 @@ class _Page:
         if not wanted:
             return []
         looks = dedup.parsed(bytes.fromhex("".join(look)))
-        met: dict[str, int] = {}
-        for it in self.outcomes:
-            met.setdefault(it["key"], len(met))
-        found: dict[int, int] = {}
+        alike: dict[int, list[int]] = {}
         kept = np.flatnonzero(rows.kept)
         for one in wanted:
             like = kept[dedup.alike(looks[np.array([one])], looks[kept])].tolist()
             if rows.reasons[one] == "other_split":
                 like = [row for row in like if rows.split(row) != rows.split(one)]
-            if like:
-                found[one] = min(like, key=lambda row: met[keys[row]])
+            alike[one] = like
+        met = _met(self.version, {keys[row] for like in alike.values() for row in like})
+        found = {
+            one: min(like, key=lambda row: met[keys[row]]) for one, like in alike.items() if like
+        }
         return [(rows.reasons[one].item(), one, found[one]) for one in wanted if one in found]
 
     def _figures(self, wanted: Iterable[int]) -> dict[int, dict[str, Any]]:

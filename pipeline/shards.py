@@ -84,9 +84,11 @@ def write_shard(samples: Iterable[ShardSample], dataset: str, split: str) -> Sha
 def read_shard(url: str) -> Iterator[ShardSample]:
     """The samples of one of our shards, in order. ValueError where the tar is not as `write_shard`
     leaves it.
+
+    A remote shard is not kept on this machine: whoever reads pictures reads all of them, once.
     """
     with (
-        open(storage.local_copy(url), "rb") as file,
+        storage.reading(url) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar,
     ):
         members = _read_members(tar, url)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -38,6 +39,9 @@ _LONGEST_WAIT = 32.0
 _CONNECT_SECONDS, _STALL_SECONDS = 5, 15
 _SLOWEST_UPLOAD = 1 << 18  # bytes per second
 _BUFFER = 1 << 20
+_IN_USE_SECONDS = 600
+"""For which a file that was asked of the cache stays there: by then it is open."""
+_SPARE_SHARE = 0.01
 
 
 class NoRoom(OSError):
@@ -397,16 +401,31 @@ def local_copy(url: str) -> Path:
     """A local file with the content of `url`: local files as they are, remote ones through a cache.
 
     The cache (`$DARKROOM_HOME/cache`) goes by URL alone, so it is for names that never change their
-    content: shards, encodings, weights.
+    content: shards, encodings, weights. Of its disk it leaves a share free (`_make_room`), so the
+    path is to be opened at once, and asked for again to be opened again.
     """
     if is_local(url):
         return Path(local_path(url))
     target = _cached(url)
-    if not target.exists():
-        with draft(str(target.parent)) as (file, publish):
-            _ask(url, lambda files, path: files.get_file(path, file.name))
+    if not _use(target):
+        with _fetched(url, target.parent) as (_, publish):
             publish(str(target))
     return target
+
+
+@contextlib.contextmanager
+def reading(url: str) -> Generator[IO[bytes]]:
+    """The file, opened to be read this once: of a remote one that the cache does not have, nothing
+    stays on this machine.
+    """
+    path = Path(local_path(url)) if is_local(url) else _cached(url)
+    with contextlib.ExitStack() as after:
+        if is_local(url) or _use(path):
+            file = after.enter_context(open(path, "rb"))
+        else:
+            with _fetched(url, path.parent) as (fetched, _):  # outlived by what was opened in it
+                file = after.enter_context(open(fetched.name, "rb"))
+        yield file
 
 
 def forget(url: str) -> None:
@@ -431,6 +450,9 @@ def sweep(url: str) -> None:
             host, pid = parts[1:3]
             if host == _HOST and pid.isdigit() and not _alive(int(pid)):
                 shutil.rmtree(entry.path, ignore_errors=True)
+
+
+_sweep_once = functools.cache(sweep)
 
 
 @contextlib.contextmanager
@@ -613,6 +635,104 @@ def room(place: str, wanted: int = 0) -> Generator[None]:
 def _cached(url: str) -> Path:
     name = hashlib.blake2b(url.encode(), digest_size=8).hexdigest() + "-" + url.rsplit("/", 1)[-1]
     return Path(os.environ.get("DARKROOM_HOME", ".darkroom"), "cache", name)
+
+
+@contextlib.contextmanager
+def _fetched(url: str, cache: Path) -> Generator[tuple[IO[bytes], Callable[[str], None]]]:
+    """A draft in the cache that holds a remote file."""
+    _make_room(cache)
+    with draft(str(cache)) as (file, publish):
+        _ask(url, lambda files, path: files.get_file(path, file.name))
+        yield file, publish
+
+
+def _use(target: Path) -> bool:
+    """Whether a file is in the cache. If so it is used from now on: it stays for _IN_USE_SECONDS.
+
+    The lock is for `_evict`: it finds the file used, or has removed it before it is looked at here.
+    """
+    import fcntl
+
+    try:
+        with open(target, "rb") as file:
+            with contextlib.suppress(OSError):  # another user's, or the disk knows no locks
+                fcntl.flock(file, fcntl.LOCK_SH)
+                # Its time of writing stays: by that the loader knows what it has looked through.
+                written = os.fstat(file.fileno()).st_mtime_ns
+                os.utime(file.fileno(), ns=(time.time_ns(), written))
+            return os.fstat(file.fileno()).st_nlink > 0
+    except FileNotFoundError:
+        return False
+
+
+def _make_room(cache: Path) -> None:
+    """Where less of the disk is free than `$DARKROOM_CACHE_FREE`, remove what was not used for the
+    longest time, and a little more, not to look through the cache for each file that comes.
+
+    What was used just now, or is mapped by this process, stays: then the disk gets fuller.
+    """
+    if not cache.is_dir():
+        return
+    _sweep_once(str(cache))
+    disk = shutil.disk_usage(cache)
+    short = disk.total * _share_left_free() - disk.free
+    if short <= 0:
+        return
+    sweep(str(cache))
+    mapped, before = _mapped_names(), time.time() - _IN_USE_SECONDS
+    found: list[tuple[float, int, str]] = []
+    for entry in os.scandir(cache):
+        with contextlib.suppress(FileNotFoundError):  # others make room, too
+            if entry.is_file(follow_symlinks=False) and entry.name not in mapped:
+                status = entry.stat()
+                found.append((_used_at(status), status.st_size, entry.path))
+    short += disk.total * _SPARE_SHARE
+    for used_at, size, path in sorted(found):
+        if short <= 0 or used_at >= before:
+            return
+        if _evict(path, before):
+            short -= size
+
+
+def _evict(path: str, before: float) -> bool:
+    """Remove a file of the cache, unless it has been used since. Whether it is gone."""
+    import fcntl
+
+    try:
+        with open(path, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if gone := _used_at(os.fstat(file.fileno())) < before:
+                os.unlink(path)
+            fcntl.flock(file, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open
+            return gone
+    except FileNotFoundError:
+        return True
+    except OSError:  # in use, or another user's
+        return False
+
+
+def _used_at(status: os.stat_result) -> float:
+    return max(status.st_atime, status.st_mtime)
+
+
+def _share_left_free() -> float:
+    given = os.environ.get("DARKROOM_CACHE_FREE") or "0.1"
+    with contextlib.suppress(ValueError):
+        if 0 <= (share := float(given)) <= 1:
+            return share
+    raise ValueError(
+        f"DARKROOM_CACHE_FREE: got {given!r}, wanted the share of the disk that the cache leaves "
+        "free, from 0 to 1"
+    )
+
+
+def _mapped_names() -> set[str]:
+    """Of the files that this process has mapped, where the system tells."""
+    try:
+        maps = Path("/proc/self/maps").read_bytes()
+    except OSError:
+        return set()
+    return {os.fsdecode(line.rpartition(b"/")[2]) for line in maps.splitlines()}
 
 
 def _stamp(status: os.stat_result) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -308,6 +309,39 @@ def test_a_large_data_set_is_measured_in_part_and_counted_whole(version, parsed,
     measured = int(re.search(rf"Of (\d+) of {stored} stored pictures", text)[1])
     assert 0 < measured <= 20
     assert next(numbers(row) for row in page.rows["rows"] if row[0] == "all") == [63]
+
+
+def test_memory_does_not_grow_with_the_rows(version, parsed, tmp_path, monkeypatch):
+    copy = str(tmp_path / "dogs")
+    shutil.copytree(version.dataset, copy)
+    monkeypatch.setattr(outcomes, "_GROUP", 1 << 12)
+    rows = outcomes.read_outcomes(version)
+    bad = next(it for it in rows if it["outcome"] == "rejected")
+
+    def shown(more):
+        """The page's sum of rows and the most memory it took, of a version with more rows."""
+        with outcomes.writing(copy) as (table, publish):
+            table.add(outcomes.batch_of(rows))
+            for start in range(0, more, 5000):
+                some = [
+                    {**bad, "id": f"{bad['source']}#{number}", "key": f"{number:032x}"}
+                    for number in range(start, start + 5000)
+                ]
+                table.add(outcomes.batch_of(some))
+            here = replace(version, dataset=copy, inputs=publish(), counts=table.counts)
+        tracemalloc.start()
+        try:
+            page = render(here)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        total = next(numbers(row) for row in parsed(page).rows["rows"] if row[0] == "all")
+        return total, most
+
+    shown(0)  # what is imported and remembered
+    (few, before), (many, after) = shown(20_000), shown(200_000)
+    assert (few, many) == ([20_063], [200_063])
+    assert after - before < 2e6
 
 
 def test_a_thumbnail_is_small_whatever_it_shows():

@@ -337,7 +337,8 @@ def test_the_whole_road_is_as_on_a_disk(bucket, tmp_path, kinds):
     assert version is not None
     assert version.counts["kept"] == version.counts["seen"] == 48
     cached = {it.name.split("-", 1)[1] for it in (tmp_path / "home" / "cache").iterdir()}
-    assert {f"{shard.name}.tar" for shard in version.shards} <= cached
+    assert {f"{shard.name}.safetensors" for shard in version.split("train")} <= cached
+    assert not any(name.endswith(".tar") for name in cached)  # each is read but once
 
 
 def test_growth_and_a_changed_picture(bucket):

@@ -1,8 +1,10 @@
 """What is published is whole; what exists is not created again; what a dead process left goes."""
 
+import contextlib
 import errno
 import importlib
 import json
+import mmap
 import os
 import random
 import signal
@@ -12,6 +14,7 @@ import threading
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,6 +136,135 @@ def test_remote_files_come_through_a_cache(tmp_path, monkeypatch):
     assert storage.local_copy("memory://cached/shard.tar") == copy
     assert storage.sha256(copy).startswith("ba7816bf8f01cfea")
     assert storage.local_copy(str(copy)) == copy
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """A disk of 1,000 bytes for a cache, of which 450 are to stay free; `keep(name)` takes 100."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+    monkeypatch.setenv("DARKROOM_CACHE_FREE", "0.45")
+    monkeypatch.setattr(
+        storage.shutil,
+        "disk_usage",
+        lambda _: SimpleNamespace(
+            total=1000, free=1000 - sum(it.stat().st_size for it in cache.iterdir() if it.is_file())
+        ),
+    )
+
+    def keep(name, hours=0):
+        url = f"memory://disk/{name}"
+        storage.publish_bytes(url, 100 * name[:1].encode())
+        copy = storage.local_copy(url)
+        os.utime(copy, (time.time() - 3600 * hours,) * 2)
+        return copy
+
+    return keep
+
+
+def test_the_cache_leaves_some_of_its_disk_free(disk):
+    old = [disk(f"{number}.bin", hours=10 - number) for number in range(5)]
+    assert storage.local_copy("memory://disk/0.bin") == old[0]  # used again
+    written = old[1].stat().st_mtime_ns
+    disk("x.bin")
+    assert all(it.exists() for it in old)  # 500 bytes were free
+    disk("y.bin")
+    assert [it.exists() for it in old] == [True, False, True, True, True]
+    assert storage.local_copy("memory://disk/1.bin").read_bytes() == 100 * b"1"
+    assert old[1].stat().st_mtime_ns > written
+    assert [it.exists() for it in old] == [True, True, False, True, True]
+
+
+def test_what_is_in_use_stays_in_the_cache(disk, tmp_path):
+    held, fresh = disk("held.bin"), [disk(f"{number}.bin") for number in range(5)]
+    with open(held, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+        os.utime(held, (0, 0))
+        fresh.append(disk("6.bin"))
+        assert held.exists()
+    os.utime(held, (0, 0))
+    fresh.append(disk("7.bin"))
+    assert not held.exists()
+    assert all(it.exists() for it in fresh)
+    assert {it.name for it in (tmp_path / "cache").iterdir()} == {it.name for it in fresh}
+
+
+def test_what_is_used_while_room_is_made_stays(disk):
+    copy, before = disk("a.bin", hours=1), time.time() - 60
+    written = copy.stat().st_mtime_ns
+    assert storage.local_copy("memory://disk/a.bin") == copy
+    assert copy.stat().st_mtime_ns == written  # by which a loader knows it
+    assert not storage._evict(str(copy), before) and copy.exists()
+    os.utime(copy, (0, 0))
+    assert storage._evict(str(copy), before) and not copy.exists()
+
+
+def test_whoever_opens_a_copy_while_others_make_room_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+    storage.publish_bytes("memory://busy/a.bin", b"abc")
+    copy, done, evicted = storage.local_copy("memory://busy/a.bin"), threading.Event(), 0
+
+    def make_room():
+        nonlocal evicted
+        while not done.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - storage._used_at(copy.stat()) > 0.03:
+                    evicted += storage._evict(str(copy), time.time() - 0.03)
+
+    # As if the minutes that a copy stays were 30 ms: one that is opened later may be gone, and
+    # whoever asks again has it. (A file's time of writing may be 10 ms behind.)
+    thread = threading.Thread(target=make_room)
+    thread.start()
+    try:
+        for _ in range(60):
+            time.sleep(0.032)
+            asked = time.time()
+            path = storage.local_copy("memory://busy/a.bin")
+            try:
+                assert path.read_bytes() == b"abc"
+            except FileNotFoundError:
+                assert time.time() - asked > 0.015
+    finally:
+        done.set()
+        thread.join()
+    assert evicted > 10
+
+
+def test_what_is_read_once_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+    cache, url = tmp_path / "cache", "memory://once/shard.tar"
+    storage.publish_bytes(url, b"abc")
+    with storage.reading(url) as file:
+        assert os.listdir(cache) == []  # a process that is killed here leaves nothing
+        assert file.read() == b"abc"
+    assert os.listdir(cache) == []
+    copy = storage.local_copy(url)
+    with storage.reading(url) as file:
+        assert os.path.samefile(file.fileno(), copy)
+    with storage.reading(str(copy)) as file:
+        assert file.read() == b"abc"
+    assert copy.exists()
+    with pytest.raises(FileNotFoundError), storage.reading(str(tmp_path / "nowhere")):
+        pass
+
+
+def test_what_a_killed_process_was_fetching_goes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / "cache" / f".draft.{storage._HOST}.{dead.pid}.0.tmp"
+    left.mkdir(parents=True)
+    storage.publish_bytes("memory://left/a.bin", b"abc")
+    copy = storage.local_copy("memory://left/a.bin")
+    assert os.listdir(tmp_path / "cache") == [copy.name]
+
+
+@pytest.mark.parametrize("given", ["ten", "nan", "-0.1", "10"])
+def test_a_wrong_share_is_refused(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
+    monkeypatch.setenv("DARKROOM_CACHE_FREE", given)
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(ValueError, match=rf"DARKROOM_CACHE_FREE: got '{given}', .* from 0 to 1"):
+        storage.local_copy("memory://share/a.bin")
 
 
 def test_join_and_absolute(tmp_path, monkeypatch):
