@@ -4,6 +4,9 @@ A table of URLs is outside input. A name may resolve to this machine, its networ
 metadata service, at the first look or at the second, or after a redirect: so what counts is the
 address that is *connected*, checked before a byte is sent. Answers are read up to a cap and a
 deadline, unpacked never, and not at all where the site opts out.
+
+Who names a table on a private server means the pictures beside it too: its host stays free to be
+where it was when the table was opened (`OpenedRules`), and nowhere else.
 """
 
 from __future__ import annotations
@@ -80,6 +83,65 @@ class DownloadRules:
             "user_agent": self.user_agent
         }
 
+    def frees(self, host: str, address: str) -> bool:
+        """Whether this host may be at this address of a private network."""
+        return host in self.private_hosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRules(DownloadRules):
+    """The rules of a run that has opened its sources; versions state those that it was given."""
+
+    opened: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Hosts of sources on a private network, each with the addresses that it had there."""
+
+    @classmethod
+    def of(cls, rules: DownloadRules, sources: Iterable[str]) -> OpenedRules:
+        """With the hosts of these URLs, of those that were opened in this process."""
+        hosts = {urlsplit(url).hostname or "" for url in sources if is_remote(url)}
+        opened = ((host, _private_addresses(host)) for host in sorted(map(_ascii_host, hosts)))
+        return cls(**vars(rules), opened=tuple(it for it in opened if it[1]))
+
+    def deciding(self) -> dict[str, Any]:
+        return super().deciding() | {"opened": self.opened}
+
+    def frees(self, host: str, address: str) -> bool:
+        return super().frees(host, address) or address in dict(self.opened).get(host, ())
+
+
+_given: dict[str, set[str]] = {}
+"""By name of a host, all addresses that this process was given for it when it opened sources."""
+
+
+async def source_client(**options: Any) -> Any:
+    """The session by which fsspec opens sources on the web; notes where their hosts are.
+
+    Asking the resolver ourselves, before or after, would not tell: it may be a stranger's, who
+    says "here" to that question and "on the web" to the one by which the table is fetched.
+    """
+    import aiohttp
+
+    class Noting(aiohttp.ThreadedResolver):
+        async def resolve(self, host: str, *arguments: Any, **named: Any) -> Any:
+            found = await super().resolve(host, *arguments, **named)
+            _given.setdefault(host.lower(), set()).update(it["host"] for it in found)
+            return found
+
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=Noting()), **options)
+
+
+def _private_addresses(host: str) -> tuple[str, ...]:
+    """Where a source's host is on a private network; nowhere if any of its addresses is public."""
+    try:
+        given = {str(ipaddress.ip_address(host))}  # an address is nobody's to change
+    except ValueError:
+        given = _given.get(host, set[str]())
+    if any(map(is_public, given)):
+        return ()
+    if "0.0.0.0" in given:  # noqa: S104 (nothing is bound: who asks there is answered from here)
+        given = {*given, "127.0.0.1"}
+    return tuple(sorted(filter(_may_be_ours, given)))
+
 
 class _Later(Exception):
     """Worth another try, after `wait` seconds if the server said so."""
@@ -113,7 +175,7 @@ class Downloader:
             max_keepalive_connections=self.rules.concurrency,
             keepalive_expiry=10.0,
             ssl_context=httpcore.default_ssl_context(),
-            network_backend=_guarded(self.rules.private_hosts),
+            network_backend=_guarded(self.rules.frees),
         )
 
     def __enter__(self) -> Downloader:
@@ -317,9 +379,9 @@ def _ascii_host(host: str) -> str:
     return host.lower() if ":" in host else host.lower().encode("idna").decode()
 
 
-def _guarded(private_hosts: tuple[str, ...]) -> Any:
-    """A network on which only public addresses, and these hosts, answer, and whose time-outs are
-    moments of `time.monotonic()`, not seconds."""
+def _guarded(frees: Callable[[str, str], bool]) -> Any:
+    """A network on which only public addresses answer, and those that are freed for a host, and
+    whose time-outs are moments of `time.monotonic()`, not seconds."""
     import httpcore
 
     plain = httpcore.SyncBackend()
@@ -393,12 +455,12 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
             found = resolved(host, port, left(timeout, httpcore.ConnectTimeout))
             last: Exception = httpcore.ConnectError(f"{host} has no address")
             for address in dict.fromkeys(str(it[4][0]) for it in found):
-                allowed(host, address)
                 seconds = left(timeout, httpcore.ConnectTimeout)
                 try:
+                    allowed(host, address)
                     stream = plain.connect_tcp(address, port, seconds, *args, **options)
-                except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                    last = error
+                except (Rejected, httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                    last = error  # a server of one's own may have an address that is not free
                     continue
                 try:
                     allowed(host, stream.get_extra_info("server_addr")[0])
@@ -418,7 +480,7 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
             plain.sleep(seconds)
 
     def allowed(host: str, address: str) -> None:
-        if host not in private_hosts and not is_public(address):
+        if not is_public(address) and not frees(host, address):
             raise Rejected(
                 "private_address",
                 f"{host} is {address}, of a private network; if it is yours, name it in "
@@ -430,8 +492,15 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
 
 _OPEN = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_PROVIDERS = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32")))
-"""Where clouds answer their own machines, at addresses that look public."""
+_UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")
+_PROVIDERS = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "168.63.129.16/32", "100.100.100.200/32")
+        + ("fd00:ec2::254/128", "fd20:ce::254/128"),
+    )
+)
+"""Where clouds answer their own machines, beside 169.254.169.254."""
 
 
 def is_public(address: str) -> bool:
@@ -445,3 +514,15 @@ def is_public(address: str) -> bool:
         wrapped = [it for it in (ip.sixtofour, *(ip.teredo or ())) if it is not None]
         return ip in _OPEN and ip.is_global and all(is_public(str(it)) for it in wrapped)
     return ip.is_global and not ip.is_multicast and not any(ip in it for it in _PROVIDERS)
+
+
+def _may_be_ours(address: str) -> bool:
+    """Whether a server of one's own may be at a private address: where clouds answer their own
+    machines (link-local addresses above all) nobody's is, nor at one that is wrapped in another.
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if is_public(address) or any(ip in it for it in _PROVIDERS):
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip.is_loopback or ip in _UNIQUE_LOCAL
+    return not (ip.is_link_local or ip.is_multicast)
