@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import io
 import ipaddress
 import random
 import re
@@ -41,8 +42,8 @@ _LONGEST_WAIT = 30.0
 _JITTER = 3.0
 """Seconds, at most, on top of the wait that a server asks for."""
 _AHEAD_BYTES = 128 << 20
-"""Of pictures that wait for one that is slow to come. If the others waited with it, a twentieth of
-slow URLs would make all of them fifteen times as slow."""
+"""Of pictures on their way and of those that wait for one that is slow to come. If the others
+waited with it, a twentieth of slow URLs would make all of them fifteen times as slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +152,84 @@ class _Later(Exception):
         self.wait = wait
 
 
+class _Room:
+    """Room for the bytes of the downloads of one `all`: on their way, and waiting for their turn.
+
+    Whose turn it is goes on whatever that takes, so that no more than `most` bytes and one body are
+    held, and nobody waits for ever: all others wait for turns alone, and a turn ends with the
+    deadlines of its download.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._changed = most, threading.Condition()
+        self._held = self._turn = 0
+        self._over = False
+
+    def take(self, number: int, count: int) -> float:
+        """Wait until so many bytes more may be held of a download (0: until any may), and count
+        them; the seconds it waited. `Rejected`: nobody waits for it any more.
+        """
+
+        def fits() -> bool:
+            room = self._most - self._held
+            return self._over or number == self._turn or max(count, 1) <= room
+
+        with self._changed:
+            started = None if fits() else time.monotonic()
+            self._changed.wait_for(fits)
+            if self._over:
+                raise Rejected("unreachable", "nobody waits for it")
+            self._held += count
+        return 0.0 if started is None else time.monotonic() - started
+
+    def leave(self, count: int) -> None:
+        with self._changed:
+            self._held -= count
+            self._changed.notify_all()
+
+    def next_turn(self) -> None:
+        with self._changed:
+            self._turn += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+
+class _Share:
+    """What one download has of the room, and the seconds that it waited for it.
+
+    It waits with its connection open, as to begin anew would cost its server all bytes twice. These
+    seconds are no part of its deadlines, which bound what servers take; nothing is read meanwhile,
+    so a dead server has no part in them. One that hangs up on it meanwhile is asked again, which
+    does not count as one of the tries.
+    """
+
+    def __init__(self, room: _Room, number: int):
+        self._room, self._number = room, number
+        self._held, self.waited = 0, 0.0
+
+    def take(self, count: int) -> None:
+        self.waited += self._room.take(self._number, count)
+        self._held += count
+
+    def drop(self) -> None:
+        self._room.leave(self._held)
+        self._held = 0
+
+
+class _Deadline:
+    """So many seconds from now, and as many more as its download will wait for room."""
+
+    def __init__(self, seconds: float, share: _Share):
+        self._share, self._moment = share, time.monotonic() + seconds - share.waited
+
+    def left(self) -> float:
+        return self._moment + self._share.waited - time.monotonic()
+
+
 def is_remote(url: str) -> bool:
     return url.split("://", 1)[0].lower() in SCHEMES if "://" in url else False
 
@@ -187,66 +266,60 @@ class Downloader:
 
     def __call__(self, url: str) -> bytes:
         """The picture's bytes. `Rejected` says why there are none; "unreachable" may change."""
-        end = time.monotonic() + self.rules.total_seconds
-        for attempt in range(self.rules.retries + 1):
+        return self._fetch(url, _Share(_Room(0), 0))  # it is its turn
+
+    def _fetch(self, url: str, share: _Share) -> bytes:
+        end, attempt = _Deadline(self.rules.total_seconds, share), 0
+        while True:
+            waited = share.waited
             try:
-                return self._follow(url, min(end, time.monotonic() + self.rules.seconds))
+                return self._follow(
+                    url, _Deadline(min(end.left(), self.rules.seconds), share), share
+                )
             except _Later as later:
+                share.drop()
                 wait = _wait(attempt, later.wait)
-                if attempt == self.rules.retries or time.monotonic() + wait >= end:
+                attempt += share.waited == waited
+                if attempt > self.rules.retries or wait >= end.left():
                     raise Rejected("unreachable", f"{url}: {later}") from None
                 self._sleep(wait)
-        raise AssertionError
 
     def all(self, urls: Iterable[str]) -> Generator[bytes | Rejected]:
         """Each URL's bytes or refusal, in order; no more than `concurrency` are awaited at a time.
 
-        What comes before its turn is held, and while that is more than `_AHEAD_BYTES` no new ones
-        are asked for.
+        What comes before its turn is held. Of that, what is on its way and what was given last, no
+        more than `_AHEAD_BYTES` and one body are held at a time.
         """
         wanted = [*urls]
-        turn = threading.Condition()
-        given = held = 0  # how many are handed out; the bytes of those that wait for it
-        over = False
+        room = _Room(_AHEAD_BYTES)
 
-        def may_start(number: int) -> bool:
-            return over or held <= _AHEAD_BYTES or number == given  # which all others wait for
-
-        def one(number: int) -> bytes | Rejected:
-            nonlocal held
-            with turn:
-                turn.wait_for(lambda: may_start(number))
-            if over:
-                return Rejected("unreachable", "nobody waits for it")
+        def one(number: int) -> tuple[bytes | Rejected, _Share]:
+            share = _Share(room, number)
             try:
-                found = self(wanted[number])
+                share.take(0)
+                return self._fetch(wanted[number], share), share
             except Rejected as refused:
-                return refused
-            with turn:
-                held += len(found)
-            return found
+                share.drop()
+                return refused, share
 
         with ThreadPoolExecutor(self.rules.concurrency, "download") as threads:
             # They start in this order, so the one that is to be given next is never behind another.
             futures = collections.deque(threads.submit(one, it) for it in range(len(wanted)))
             try:
                 while futures:
-                    found = futures.popleft().result()
-                    with turn:
-                        given += 1
-                        held -= len(found) if isinstance(found, bytes) else 0
-                        turn.notify_all()
+                    found, share = futures.popleft().result()
                     yield found
+                    del found  # the caller's is the only one
+                    share.drop()
+                    room.next_turn()
             finally:
                 for future in futures:
                     future.cancel()
-                with turn:
-                    over = True
-                    turn.notify_all()
+                room.close()
 
-    def _follow(self, url: str, deadline: float) -> bytes:
+    def _follow(self, url: str, deadline: _Deadline, share: _Share) -> bytes:
         for _ in range(_MAX_REDIRECTS + 1):
-            found = self._get(_canonical(url), deadline)
+            found = self._get(_canonical(url), deadline, share)
             if isinstance(found, bytes):
                 return found
             try:
@@ -255,7 +328,7 @@ class Downloader:
                 raise Rejected("reference", f"{url}: led to {found[:200]!r}: {error}") from None
         raise Rejected("redirects", f"{url}: more than {_MAX_REDIRECTS}")
 
-    def _get(self, url: str, deadline: float) -> bytes | str:
+    def _get(self, url: str, deadline: _Deadline, share: _Share) -> bytes | str:
         """The body, or where it is said to be."""
         import httpcore
 
@@ -272,13 +345,13 @@ class Downloader:
             with self._pool.stream(
                 "GET", url, headers=list(headers.items()), extensions={"timeout": timeout}
             ) as response:
-                return self._body(url, response, deadline)
+                return self._body(url, response, deadline, share)
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise _Later(f"{type(error).__name__} {error}".strip()) from None
         except httpcore.UnsupportedProtocol as error:
             raise Rejected("reference", f"{url}: {error}") from None
 
-    def _body(self, url: str, response: Any, deadline: float) -> bytes | str:
+    def _body(self, url: str, response: Any, deadline: _Deadline, share: _Share) -> bytes | str:
         answer = {name.decode("latin-1").lower(): value for name, value in response.headers}
         said = {name: value.decode("latin-1") for name, value in answer.items()}
         if "location" in answer:  # often UTF-8 as it is
@@ -299,17 +372,18 @@ class Downloader:
         length = said.get("content-length", "")
         if length.isdigit() and int(length) > self.max_bytes:
             raise Rejected("too_many_bytes", f"{url}: {length} bytes, allowed {self.max_bytes}")
-        body = bytearray()
+        body = io.BytesIO()  # hands out the bytes that it holds, where a bytearray's are copied
         for chunk in response.iter_stream():
-            body += chunk
-            if len(body) > self.max_bytes:
+            if body.tell() + len(chunk) > self.max_bytes:
                 raise Rejected("too_many_bytes", f"{url}: more than {self.max_bytes}")
+            share.take(len(chunk))
+            body.write(chunk)
             _left(deadline)
-        return bytes(body)
+        return body.getvalue()
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
+def _left(deadline: _Deadline) -> float:
+    left = deadline.left()
     if left <= 0:
         raise _Later("out of time")
     return left
@@ -381,7 +455,7 @@ def _ascii_host(host: str) -> str:
 
 def _guarded(frees: Callable[[str, str], bool]) -> Any:
     """A network on which only public addresses answer, and those that are freed for a host, and
-    whose time-outs are moments of `time.monotonic()`, not seconds."""
+    whose time-outs are `_Deadline`s, not seconds."""
     import httpcore
 
     plain = httpcore.SyncBackend()
@@ -419,10 +493,10 @@ def _guarded(frees: Callable[[str, str], bool]) -> Any:
         else:
             answer.set_result(found)
 
-    def left(moment: float | None, late: type[Exception]) -> float | None:
-        if moment is None:
+    def left(deadline: _Deadline | None, late: type[Exception]) -> float | None:
+        if deadline is None:
             return None
-        if (seconds := moment - time.monotonic()) <= 0:
+        if (seconds := deadline.left()) <= 0:
             raise late("out of time")
         return seconds
 
@@ -430,17 +504,17 @@ def _guarded(frees: Callable[[str, str], bool]) -> Any:
         def __init__(self, stream: httpcore.NetworkStream):
             self._stream = stream
 
-        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        def read(self, max_bytes: int, timeout: Any = None) -> bytes:
             return self._stream.read(max_bytes, left(timeout, httpcore.ReadTimeout))
 
-        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        def write(self, buffer: bytes, timeout: Any = None) -> None:
             self._stream.write(buffer, left(timeout, httpcore.WriteTimeout))
 
         def close(self) -> None:
             self._stream.close()
 
         def start_tls(
-            self, ssl_context: Any, server_hostname: Any = None, timeout: float | None = None
+            self, ssl_context: Any, server_hostname: Any = None, timeout: Any = None
         ) -> httpcore.NetworkStream:
             seconds = left(timeout, httpcore.ConnectTimeout)
             return Stream(self._stream.start_tls(ssl_context, server_hostname, seconds))
@@ -450,7 +524,7 @@ def _guarded(frees: Callable[[str, str], bool]) -> Any:
 
     class Guarded(httpcore.NetworkBackend):
         def connect_tcp(
-            self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any
+            self, host: str, port: int, timeout: Any = None, *args: Any, **options: Any
         ) -> httpcore.NetworkStream:
             found = resolved(host, port, left(timeout, httpcore.ConnectTimeout))
             last: Exception = httpcore.ConnectError(f"{host} has no address")
