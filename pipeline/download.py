@@ -4,12 +4,16 @@ A table of URLs is outside input. A name may resolve to this machine, its networ
 metadata service, at the first look or at the second, or after a redirect: so what counts is the
 address that is *connected*, checked before a byte is sent. Answers are read up to a cap and a
 deadline, unpacked never, and not at all where the site opts out.
+
+Who names a table on a private server means the pictures beside it too: its host stays free to be
+where it was when the table was opened (`OpenedRules`), and nowhere else.
 """
 
 from __future__ import annotations
 
 import collections
 import functools
+import io
 import ipaddress
 import random
 import re
@@ -38,8 +42,8 @@ _LONGEST_WAIT = 30.0
 _JITTER = 3.0
 """Seconds, at most, on top of the wait that a server asks for."""
 _AHEAD_BYTES = 128 << 20
-"""Of pictures that wait for one that is slow to come. If the others waited with it, a twentieth of
-slow URLs would make all of them fifteen times as slow."""
+"""Of pictures on their way and of those that wait for one that is slow to come. If the others
+waited with it, a twentieth of slow URLs would make all of them fifteen times as slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,65 @@ class DownloadRules:
             "user_agent": self.user_agent
         }
 
+    def frees(self, host: str, address: str) -> bool:
+        """Whether this host may be at this address of a private network."""
+        return host in self.private_hosts
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRules(DownloadRules):
+    """The rules of a run that has opened its sources; versions state those that it was given."""
+
+    opened: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Hosts of sources on a private network, each with the addresses that it had there."""
+
+    @classmethod
+    def of(cls, rules: DownloadRules, sources: Iterable[str]) -> OpenedRules:
+        """With the hosts of these URLs, of those that were opened in this process."""
+        hosts = {urlsplit(url).hostname or "" for url in sources if is_remote(url)}
+        opened = ((host, _private_addresses(host)) for host in sorted(map(_ascii_host, hosts)))
+        return cls(**vars(rules), opened=tuple(it for it in opened if it[1]))
+
+    def deciding(self) -> dict[str, Any]:
+        return super().deciding() | {"opened": self.opened}
+
+    def frees(self, host: str, address: str) -> bool:
+        return super().frees(host, address) or address in dict(self.opened).get(host, ())
+
+
+_given: dict[str, set[str]] = {}
+"""By name of a host, all addresses that this process was given for it when it opened sources."""
+
+
+async def source_client(**options: Any) -> Any:
+    """The session by which fsspec opens sources on the web; notes where their hosts are.
+
+    Asking the resolver ourselves, before or after, would not tell: it may be a stranger's, who
+    says "here" to that question and "on the web" to the one by which the table is fetched.
+    """
+    import aiohttp
+
+    class Noting(aiohttp.ThreadedResolver):
+        async def resolve(self, host: str, *arguments: Any, **named: Any) -> Any:
+            found = await super().resolve(host, *arguments, **named)
+            _given.setdefault(host.lower(), set()).update(it["host"] for it in found)
+            return found
+
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=Noting()), **options)
+
+
+def _private_addresses(host: str) -> tuple[str, ...]:
+    """Where a source's host is on a private network; nowhere if any of its addresses is public."""
+    try:
+        given = {str(ipaddress.ip_address(host))}  # an address is nobody's to change
+    except ValueError:
+        given = _given.get(host, set[str]())
+    if any(map(is_public, given)):
+        return ()
+    if "0.0.0.0" in given:  # noqa: S104 (nothing is bound: who asks there is answered from here)
+        given = {*given, "127.0.0.1"}
+    return tuple(sorted(filter(_may_be_ours, given)))
+
 
 class _Later(Exception):
     """Worth another try, after `wait` seconds if the server said so."""
@@ -87,6 +150,84 @@ class _Later(Exception):
     def __init__(self, detail: str, wait: float | None = None):
         super().__init__(detail)
         self.wait = wait
+
+
+class _Room:
+    """Room for the bytes of the downloads of one `all`: on their way, and waiting for their turn.
+
+    Whose turn it is goes on whatever that takes, so that no more than `most` bytes and one body are
+    held, and nobody waits for ever: all others wait for turns alone, and a turn ends with the
+    deadlines of its download.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._changed = most, threading.Condition()
+        self._held = self._turn = 0
+        self._over = False
+
+    def take(self, number: int, count: int) -> float:
+        """Wait until so many bytes more may be held of a download (0: until any may), and count
+        them; the seconds it waited. `Rejected`: nobody waits for it any more.
+        """
+
+        def fits() -> bool:
+            room = self._most - self._held
+            return self._over or number == self._turn or max(count, 1) <= room
+
+        with self._changed:
+            started = None if fits() else time.monotonic()
+            self._changed.wait_for(fits)
+            if self._over:
+                raise Rejected("unreachable", "nobody waits for it")
+            self._held += count
+        return 0.0 if started is None else time.monotonic() - started
+
+    def leave(self, count: int) -> None:
+        with self._changed:
+            self._held -= count
+            self._changed.notify_all()
+
+    def next_turn(self) -> None:
+        with self._changed:
+            self._turn += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+
+class _Share:
+    """What one download has of the room, and the seconds that it waited for it.
+
+    It waits with its connection open, as to begin anew would cost its server all bytes twice. These
+    seconds are no part of its deadlines, which bound what servers take; nothing is read meanwhile,
+    so a dead server has no part in them. One that hangs up on it meanwhile is asked again, which
+    does not count as one of the tries.
+    """
+
+    def __init__(self, room: _Room, number: int):
+        self._room, self._number = room, number
+        self._held, self.waited = 0, 0.0
+
+    def take(self, count: int) -> None:
+        self.waited += self._room.take(self._number, count)
+        self._held += count
+
+    def drop(self) -> None:
+        self._room.leave(self._held)
+        self._held = 0
+
+
+class _Deadline:
+    """So many seconds from now, and as many more as its download will wait for room."""
+
+    def __init__(self, seconds: float, share: _Share):
+        self._share, self._moment = share, time.monotonic() + seconds - share.waited
+
+    def left(self) -> float:
+        return self._moment + self._share.waited - time.monotonic()
 
 
 def is_remote(url: str) -> bool:
@@ -113,7 +254,7 @@ class Downloader:
             max_keepalive_connections=self.rules.concurrency,
             keepalive_expiry=10.0,
             ssl_context=httpcore.default_ssl_context(),
-            network_backend=_guarded(self.rules.private_hosts),
+            network_backend=_guarded(self.rules.frees),
         )
 
     def __enter__(self) -> Downloader:
@@ -125,66 +266,60 @@ class Downloader:
 
     def __call__(self, url: str) -> bytes:
         """The picture's bytes. `Rejected` says why there are none; "unreachable" may change."""
-        end = time.monotonic() + self.rules.total_seconds
-        for attempt in range(self.rules.retries + 1):
+        return self._fetch(url, _Share(_Room(0), 0))  # it is its turn
+
+    def _fetch(self, url: str, share: _Share) -> bytes:
+        end, attempt = _Deadline(self.rules.total_seconds, share), 0
+        while True:
+            waited = share.waited
             try:
-                return self._follow(url, min(end, time.monotonic() + self.rules.seconds))
+                return self._follow(
+                    url, _Deadline(min(end.left(), self.rules.seconds), share), share
+                )
             except _Later as later:
+                share.drop()
                 wait = _wait(attempt, later.wait)
-                if attempt == self.rules.retries or time.monotonic() + wait >= end:
+                attempt += share.waited == waited
+                if attempt > self.rules.retries or wait >= end.left():
                     raise Rejected("unreachable", f"{url}: {later}") from None
                 self._sleep(wait)
-        raise AssertionError
 
     def all(self, urls: Iterable[str]) -> Generator[bytes | Rejected]:
         """Each URL's bytes or refusal, in order; no more than `concurrency` are awaited at a time.
 
-        What comes before its turn is held, and while that is more than `_AHEAD_BYTES` no new ones
-        are asked for.
+        What comes before its turn is held. Of that, what is on its way and what was given last, no
+        more than `_AHEAD_BYTES` and one body are held at a time.
         """
         wanted = [*urls]
-        turn = threading.Condition()
-        given = held = 0  # how many are handed out; the bytes of those that wait for it
-        over = False
+        room = _Room(_AHEAD_BYTES)
 
-        def may_start(number: int) -> bool:
-            return over or held <= _AHEAD_BYTES or number == given  # which all others wait for
-
-        def one(number: int) -> bytes | Rejected:
-            nonlocal held
-            with turn:
-                turn.wait_for(lambda: may_start(number))
-            if over:
-                return Rejected("unreachable", "nobody waits for it")
+        def one(number: int) -> tuple[bytes | Rejected, _Share]:
+            share = _Share(room, number)
             try:
-                found = self(wanted[number])
+                share.take(0)
+                return self._fetch(wanted[number], share), share
             except Rejected as refused:
-                return refused
-            with turn:
-                held += len(found)
-            return found
+                share.drop()
+                return refused, share
 
         with ThreadPoolExecutor(self.rules.concurrency, "download") as threads:
             # They start in this order, so the one that is to be given next is never behind another.
             futures = collections.deque(threads.submit(one, it) for it in range(len(wanted)))
             try:
                 while futures:
-                    found = futures.popleft().result()
-                    with turn:
-                        given += 1
-                        held -= len(found) if isinstance(found, bytes) else 0
-                        turn.notify_all()
+                    found, share = futures.popleft().result()
                     yield found
+                    del found  # the caller's is the only one
+                    share.drop()
+                    room.next_turn()
             finally:
                 for future in futures:
                     future.cancel()
-                with turn:
-                    over = True
-                    turn.notify_all()
+                room.close()
 
-    def _follow(self, url: str, deadline: float) -> bytes:
+    def _follow(self, url: str, deadline: _Deadline, share: _Share) -> bytes:
         for _ in range(_MAX_REDIRECTS + 1):
-            found = self._get(_canonical(url), deadline)
+            found = self._get(_canonical(url), deadline, share)
             if isinstance(found, bytes):
                 return found
             try:
@@ -193,7 +328,7 @@ class Downloader:
                 raise Rejected("reference", f"{url}: led to {found[:200]!r}: {error}") from None
         raise Rejected("redirects", f"{url}: more than {_MAX_REDIRECTS}")
 
-    def _get(self, url: str, deadline: float) -> bytes | str:
+    def _get(self, url: str, deadline: _Deadline, share: _Share) -> bytes | str:
         """The body, or where it is said to be."""
         import httpcore
 
@@ -210,13 +345,13 @@ class Downloader:
             with self._pool.stream(
                 "GET", url, headers=list(headers.items()), extensions={"timeout": timeout}
             ) as response:
-                return self._body(url, response, deadline)
+                return self._body(url, response, deadline, share)
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise _Later(f"{type(error).__name__} {error}".strip()) from None
         except httpcore.UnsupportedProtocol as error:
             raise Rejected("reference", f"{url}: {error}") from None
 
-    def _body(self, url: str, response: Any, deadline: float) -> bytes | str:
+    def _body(self, url: str, response: Any, deadline: _Deadline, share: _Share) -> bytes | str:
         answer = {name.decode("latin-1").lower(): value for name, value in response.headers}
         said = {name: value.decode("latin-1") for name, value in answer.items()}
         if "location" in answer:  # often UTF-8 as it is
@@ -237,17 +372,18 @@ class Downloader:
         length = said.get("content-length", "")
         if length.isdigit() and int(length) > self.max_bytes:
             raise Rejected("too_many_bytes", f"{url}: {length} bytes, allowed {self.max_bytes}")
-        body = bytearray()
+        body = io.BytesIO()  # hands out the bytes that it holds, where a bytearray's are copied
         for chunk in response.iter_stream():
-            body += chunk
-            if len(body) > self.max_bytes:
+            if body.tell() + len(chunk) > self.max_bytes:
                 raise Rejected("too_many_bytes", f"{url}: more than {self.max_bytes}")
+            share.take(len(chunk))
+            body.write(chunk)
             _left(deadline)
-        return bytes(body)
+        return body.getvalue()
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
+def _left(deadline: _Deadline) -> float:
+    left = deadline.left()
     if left <= 0:
         raise _Later("out of time")
     return left
@@ -317,9 +453,9 @@ def _ascii_host(host: str) -> str:
     return host.lower() if ":" in host else host.lower().encode("idna").decode()
 
 
-def _guarded(private_hosts: tuple[str, ...]) -> Any:
-    """A network on which only public addresses, and these hosts, answer, and whose time-outs are
-    moments of `time.monotonic()`, not seconds."""
+def _guarded(frees: Callable[[str, str], bool]) -> Any:
+    """A network on which only public addresses answer, and those that are freed for a host, and
+    whose time-outs are `_Deadline`s, not seconds."""
     import httpcore
 
     plain = httpcore.SyncBackend()
@@ -357,10 +493,10 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
         else:
             answer.set_result(found)
 
-    def left(moment: float | None, late: type[Exception]) -> float | None:
-        if moment is None:
+    def left(deadline: _Deadline | None, late: type[Exception]) -> float | None:
+        if deadline is None:
             return None
-        if (seconds := moment - time.monotonic()) <= 0:
+        if (seconds := deadline.left()) <= 0:
             raise late("out of time")
         return seconds
 
@@ -368,17 +504,17 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
         def __init__(self, stream: httpcore.NetworkStream):
             self._stream = stream
 
-        def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        def read(self, max_bytes: int, timeout: Any = None) -> bytes:
             return self._stream.read(max_bytes, left(timeout, httpcore.ReadTimeout))
 
-        def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        def write(self, buffer: bytes, timeout: Any = None) -> None:
             self._stream.write(buffer, left(timeout, httpcore.WriteTimeout))
 
         def close(self) -> None:
             self._stream.close()
 
         def start_tls(
-            self, ssl_context: Any, server_hostname: Any = None, timeout: float | None = None
+            self, ssl_context: Any, server_hostname: Any = None, timeout: Any = None
         ) -> httpcore.NetworkStream:
             seconds = left(timeout, httpcore.ConnectTimeout)
             return Stream(self._stream.start_tls(ssl_context, server_hostname, seconds))
@@ -388,17 +524,17 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
 
     class Guarded(httpcore.NetworkBackend):
         def connect_tcp(
-            self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any
+            self, host: str, port: int, timeout: Any = None, *args: Any, **options: Any
         ) -> httpcore.NetworkStream:
             found = resolved(host, port, left(timeout, httpcore.ConnectTimeout))
             last: Exception = httpcore.ConnectError(f"{host} has no address")
             for address in dict.fromkeys(str(it[4][0]) for it in found):
-                allowed(host, address)
                 seconds = left(timeout, httpcore.ConnectTimeout)
                 try:
+                    allowed(host, address)
                     stream = plain.connect_tcp(address, port, seconds, *args, **options)
-                except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                    last = error
+                except (Rejected, httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                    last = error  # a server of one's own may have an address that is not free
                     continue
                 try:
                     allowed(host, stream.get_extra_info("server_addr")[0])
@@ -418,7 +554,7 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
             plain.sleep(seconds)
 
     def allowed(host: str, address: str) -> None:
-        if host not in private_hosts and not is_public(address):
+        if not is_public(address) and not frees(host, address):
             raise Rejected(
                 "private_address",
                 f"{host} is {address}, of a private network; if it is yours, name it in "
@@ -430,8 +566,15 @@ def _guarded(private_hosts: tuple[str, ...]) -> Any:
 
 _OPEN = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_PROVIDERS = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32")))
-"""Where clouds answer their own machines, at addresses that look public."""
+_UNIQUE_LOCAL = ipaddress.ip_network("fc00::/7")
+_PROVIDERS = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "168.63.129.16/32", "100.100.100.200/32")
+        + ("fd00:ec2::254/128", "fd20:ce::254/128"),
+    )
+)
+"""Where clouds answer their own machines, beside 169.254.169.254."""
 
 
 def is_public(address: str) -> bool:
@@ -445,3 +588,15 @@ def is_public(address: str) -> bool:
         wrapped = [it for it in (ip.sixtofour, *(ip.teredo or ())) if it is not None]
         return ip in _OPEN and ip.is_global and all(is_public(str(it)) for it in wrapped)
     return ip.is_global and not ip.is_multicast and not any(ip in it for it in _PROVIDERS)
+
+
+def _may_be_ours(address: str) -> bool:
+    """Whether a server of one's own may be at a private address: where clouds answer their own
+    machines (link-local addresses above all) nobody's is, nor at one that is wrapped in another.
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if is_public(address) or any(ip in it for it in _PROVIDERS):
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        return ip.is_loopback or ip in _UNIQUE_LOCAL
+    return not (ip.is_link_local or ip.is_multicast)

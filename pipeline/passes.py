@@ -20,9 +20,8 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -45,7 +44,7 @@ from .decide import (
     of_split,
     uniform,
 )
-from .download import DownloadRules, is_remote
+from .download import DownloadRules, OpenedRules, is_remote
 from .execute import Executor, run
 from .ingest import (
     CODE,
@@ -250,9 +249,7 @@ class Run:
     def _read(self, rows: Rows, sources: Iterable[str]) -> list[str]:
         """Read the pictures of all rows; the units that staged them."""
         # A host that was named as a source may be on a private network; one in a table may not.
-        named = [urlsplit(url).hostname or "" for url in sources if is_remote(url)]
-        download = self.rules.download
-        download = replace(download, private_hosts=(*download.private_hosts, *named))
+        download = OpenedRules.of(self.rules.download, sources)
         parts = parts_of(len(rows))
         web = [any(rows.web[start:stop]) for start, stop in parts]
         units = self._reading(rows.asked, parts, web, download)

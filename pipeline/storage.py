@@ -71,6 +71,10 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     library: Any = core
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write there too
+    if url.startswith(("http://", "https://")):
+        from .download import source_client
+
+        options["get_client"] = source_client
     if url.startswith(_S3):
         # One request at a time for each call: s3fs holds what it moves at once in memory, 50 MB a
         # request, and asks for the size before each read of a whole file.

@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 import time
+import tracemalloc
 from urllib.parse import unquote
 
 import numpy as np
@@ -150,6 +151,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif name == "cut":
             self.answer(200, b"half", Content_Length="1000")
             self.close_connection = True
+        elif name == "hangs-up":  # once
+            first = server.asked.count(self.path) == 1
+            self.answer(200, bytes(90_000 if first else 100_000), Content_Length="100000")
+            self.close_connection = first
         elif name in server.pictures:
             self.answer(200, server.pictures[name])
         else:
@@ -429,6 +434,85 @@ def test_one_that_is_slow_does_not_hold_up_the_others(server, monkeypatch, most_
     assert least <= counts[0] <= most
     assert len(server.asked) == 60
     assert server.most <= 4
+
+
+@pytest.fixture
+def peak():
+    """The most bytes that Python has held beside those it holds now."""
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    yield lambda: tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+
+
+def test_bodies_on_their_way_are_held_within_the_budget(server, monkeypatch, peak):
+    """Eight at a time of four megabytes, in room for six, and the one whose turn it is beside."""
+    size, most = 4 << 20, 6 << 20
+    monkeypatch.setattr(downloads, "_AHEAD_BYTES", most)
+    bodies = [bytes([i]) * size for i in range(4)]
+    server.pictures = {str(i): bodies[i % 4] for i in range(24)}
+    rules = DownloadRules(private_hosts=("127.0.0.1",), concurrency=8, retries=0)
+    urls = [server.url(f"/{i if i else 'patient'}") for i in range(24)]
+    early: list[int] = []
+
+    def let_go():  # the others come first, as far as they may
+        deadline = time.monotonic() + 20
+        while len(server.asked) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        early.append(len(server.asked))
+        server.patience.set()
+
+    thread = threading.Thread(target=let_go)
+    with Downloader(rules) as get:
+        assert get(server.url("/good")) == BODY  # what a pool is made of is no body
+        thread.start()
+        before, answers = peak(), get.all(urls)
+        for i in range(24):
+            assert next(answers) == (bodies[i % 4] if i else BODY)
+        assert next(answers, None) is None
+    thread.join()
+    # BytesIO has an eighth more than it is asked for; sockets and h11 have buffers of their own
+    assert before + most < peak() < before + 1.125 * (most + size) + (3 << 20)
+    assert early[0] >= 4
+    assert len(server.asked) == 25, "none was asked for twice"
+
+
+def test_a_body_is_held_once(server, peak):
+    size = 32 << 20
+    server.pictures["large.png"] = bytes(size)
+    before = peak()
+    with Downloader(HERE) as get:
+        assert len(get(server.url("/large.png"))) == size
+    assert peak() - before < 1.3 * size
+
+
+def test_waiting_for_room_is_no_part_of_the_deadlines(server, monkeypatch):
+    """Who asks takes longer in all than a download may take: that is of servers' time alone."""
+    monkeypatch.setattr(downloads, "_AHEAD_BYTES", 1 << 20)
+    server.pictures = {str(i): bytes([i]) * (4 << 20) for i in range(6)}
+    rules = DownloadRules(
+        private_hosts=("127.0.0.1",), concurrency=4, retries=0, seconds=0.8, total_seconds=0.8
+    )
+    with Downloader(rules) as get:
+        for i, found in enumerate(get.all(server.url(f"/{i}") for i in range(6))):
+            assert found == server.pictures[str(i)]
+            time.sleep(0.5)
+    assert len(server.asked) == 6
+
+
+def test_a_server_that_hangs_up_on_one_that_waits_is_asked_again(server, monkeypatch):
+    """Without `retries`, as it is not the server's fault; nor does a dead one hold up the end."""
+    monkeypatch.setattr(downloads, "_AHEAD_BYTES", 2000)
+    rules = DownloadRules(private_hosts=("127.0.0.1",), concurrency=3, retries=0, seconds=5.0)
+    server.pictures["b"] = bytes(1 << 20)
+    urls = [server.url(f"/{it}") for it in ("patient", "hangs-up", "b")]
+    timer = threading.Timer(0.6, server.patience.set)
+    timer.start()
+    with Downloader(rules) as get:
+        assert [len(it) for it in get.all(urls)] == [1000, 100_000, 1 << 20]
+    timer.join()
+    assert server.asked.count("/hangs-up") == 2
 
 
 def test_who_stops_asking_waits_for_no_more_than_is_under_way(server, monkeypatch):

@@ -5,13 +5,18 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import pickle
+import socket
 import tarfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import download as downloads
 from pipeline import storage
+from pipeline.download import Downloader, DownloadRules, OpenedRules
 from pipeline.ingest import IngestRules, ingest
 from pipeline.outcomes import read_outcomes
 
@@ -31,8 +36,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, address: str = "127.0.0.1", port: int = 0):
+        super().__init__((address, port), Handler)
+        self.asked: list[str] = []
         self.files: dict[str, bytes] = {}
         self.ranges = True
         self.types: dict[str, str] = {}
@@ -51,6 +57,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
+        self.server.asked.append(self.path)
         data, first = self.server.files.get(self.path.lstrip("/")), 0
         status, wanted = 200, self.headers.get("Range", "")
         if data is None:
@@ -130,6 +137,88 @@ def test_a_table_on_the_web_and_the_pictures_beside_it(web, tmp_path, kind, rang
     assert version.counts["rejected:private_address"] == 1
     with pytest.raises(ValueError, match="no such file or folder"):
         ingest([f"{web.url}/data/u.{kind}"], str(tmp_path / "set"), RULES)
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """Addresses of names ending in .example, one for each look-up and the last for all after it."""
+    told: dict[str, list[str]] = {}
+    ask = socket.getaddrinfo
+
+    def answer(host, port, *arguments, **options):
+        host = host.decode() if isinstance(host, bytes) else host
+        if host in told:
+            host = told[host].pop(0) if len(told[host]) > 1 else told[host][0]
+        return ask(host, port, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    monkeypatch.setattr(downloads, "_given", {})
+    return told
+
+
+def test_a_host_of_a_table_is_free_where_it_was_alone(web, served, tmp_path, names, monkeypatch):
+    """127.0.0.2 is the open web here: a name that was there with its table leads in afterwards."""
+    public = downloads.is_public
+    monkeypatch.setattr(downloads, "is_public", lambda it: it == "127.0.0.2" or public(it))
+    web.files["a.png"] = picture(0)
+    table = b"file,caption\na.png,one\n"
+    names["evil.example"] = ["127.0.0.2", "127.0.0.1"]
+    names["moved.example"] = ["127.0.0.3", "127.0.0.1"]
+    names["nas.example"] = ["127.0.0.1"]
+    for address, name in [("127.0.0.2", "evil"), ("127.0.0.3", "moved")]:
+        with served(Server(address, web.server_port)) as outside:
+            outside.files["t.csv"] = table
+            source = f"http://{name}.example:{web.server_port}/t.csv"
+            with pytest.raises(ValueError, match="1 private_address"):
+                ingest([source], str(tmp_path / name), RULES)
+    assert not web.asked
+    web.files["t.csv"] = table
+    source = f"http://nas.example:{web.server_port}/t.csv"
+    version = ingest([source], str(tmp_path / "nas"), RULES).manifest
+    assert version.counts["kept"] == 1
+    assert version.rules["download"] == json.loads(json.dumps(asdict(RULES.download)))
+
+
+@pytest.mark.parametrize(
+    ("host", "given", "free"),
+    [
+        ("nas.local", {"10.0.0.5", "100.64.0.7", "fd00::5"}, {"10.0.0.5", "100.64.0.7", "fd00::5"}),
+        ("nas.local", {"10.0.0.5", "fe80::5%eth0", "169.254.169.254"}, {"10.0.0.5"}),
+        ("nas.local", {"::ffff:10.0.0.5", "fd00:ec2::254", "100.100.100.200"}, set()),
+        ("evil.example", {"10.0.0.5", "93.184.216.34"}, set()),
+        ("never-opened.local", set(), set()),
+        ("127.0.0.1", set(), {"127.0.0.1"}),
+        ("[0:0::1]", set(), {"::1"}),
+        ("0.0.0.0", set(), {"0.0.0.0", "127.0.0.1"}),
+        ("169.254.169.254", set(), set()),
+        ("93.184.216.34", set(), set()),
+    ],
+)
+def test_what_a_named_source_frees(monkeypatch, host, given, free):
+    monkeypatch.setattr(downloads, "_given", {host: given})
+    rules = OpenedRules.of(DownloadRules(private_hosts=("b.local",)), [f"http://{host}:81/t.csv"])
+    rules = pickle.loads(pickle.dumps(rules))
+    assert {it for _, freed in rules.opened for it in freed} == free
+    name = host if host != "[0:0::1]" else "0:0::1"
+    assert all(rules.frees(name, it) and not rules.frees("c.local", it) for it in free)
+    assert not rules.frees(name, "10.0.0.6")
+    assert rules.frees("b.local", "10.0.0.6")
+
+
+def test_a_server_with_one_address_that_is_not_free_is_asked_at_another(web, monkeypatch):
+    """A NAS of mDNS tells of a link-local one too; so does localhost of ::1 and 127.0.0.1."""
+    both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"{it}.0.0.1", 0)) for it in (10, 127)]
+    ask = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *a, **o: both if host == "nas.local" else ask(host, *a, **o),
+    )
+    monkeypatch.setattr(downloads, "_given", {"nas.local": {"127.0.0.1"}})
+    url = f"http://nas.local:{web.server_port}/a.png"
+    web.files["a.png"] = picture(0)
+    with Downloader(OpenedRules.of(DownloadRules(retries=0), [url])) as get:
+        assert get(url) == picture(0)
 
 
 def test_pictures_inside_a_parquet_and_a_tar_on_the_web(web, tmp_path):
