@@ -207,3 +207,19 @@ def test_without_t5_in_what_the_base_listens_to_there_is_none():
     assert told.stages == ("autoencoder", "clip", "base")
     assert told.inputs("base") == ("autoencoder", "clip")
     assert load("shapes", ['base.config.listens=["t5"]']).stages == load("shapes").stages
+
+
+def test_what_is_made_afresh_loses_nothing(home):
+    """Neither what was trained nor the scores and the report, however often."""
+    line = line_of(home)
+    data = data_of(line)
+    kept = {line.stage_dir("t5", data) / results.STAGE, line.model_dir(data) / "report.html"}
+    for time in ("first", "second"):
+        for file in kept:
+            storage.publish_bytes(str(file), time.encode())
+        commands._forget(line, line.recipe.stages)
+        commands.hanging.before.aside.clear()
+    for file in kept:
+        asides = [file.parent.with_name(f"{file.parent.name}.old{n}") for n in (1, 2)]
+        assert [(it / file.name).read_text() for it in asides] == ["first", "second"]
+        assert not file.exists()
