@@ -46,8 +46,8 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
         asked = line.recipe.stage(name).training
         changed = {key: value for key, value in asked.items() if key not in learning(asked)}
         return replace(job, output=output, training=learning(job.training) | changed)
-    stage = line.recipe.stage(name)
-    parent = line.parent(name, data)
+    stage, specs = line.recipe.stage(name), encodings(line, name, data)
+    parent = line.parent(name, data, {it.name: it.fingerprint for it in specs})
     warm = {"images": stage.warm_images} if parent and stage.warm_images else {}
     return Job(
         kind=kind_of(name),
@@ -61,7 +61,7 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
             | framing(spec.side, spec.buckets, spec.flip)
             | ({"side": spec.side} if spec.buckets else {})
             | ({} if (p := spec.options.get("precision", "fp32")) == "fp32" else {"precision": p})
-            for spec in encodings(line, name, data)
+            for spec in specs
         ),
         inputs={needed: line.source(needed, data) for needed in line.recipe.inputs(name)},
         output=output,

@@ -41,6 +41,15 @@ def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
     return storage.read_json(path) if os.path.exists(path) else None
 
 
+def ancestry(stage_dir: str | os.PathLike[str] | None) -> Iterator[dict[str, Any]]:
+    """The stage.json of a finished stage, and of those with whose weights it and they began."""
+    seen = set[str]()  # a directory may hold another training now than the one that was a parent
+    while stage_dir and str(stage_dir) not in seen and (done := committed(stage_dir)):
+        yield done
+        seen.add(str(stage_dir))
+        stage_dir = done.get("parent")
+
+
 def history(stage_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The log points so far, oldest first; a line that a killed process left torn is left out, and
     so, with a warning, is one that is not JSON."""

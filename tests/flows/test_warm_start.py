@@ -10,14 +10,16 @@ from unittest.mock import MagicMock
 import pytest
 
 from evaluation.ledger import Entry, Ledger
-from flows import commands
+from flows import commands, data_commands, train_stage
 from flows.line import Line
 from flows.recipe import load
 from flows.settings import Settings
 from flows.train_stage import begun_otherwise, make_job, train
 from pipeline import manifest, storage
 from pipeline.manifest import Manifest, Shard, fingerprint
+from pipeline.schema import EncoderSpec
 from training import distributed, results, tracking
+from training.job import Job
 from training.resuming import learning
 
 
@@ -26,10 +28,27 @@ def home(tmp_path) -> Settings:
     return Settings(tmp_path / "home", "sqlite://")
 
 
-def finished(folder: Path) -> str:
-    folder.mkdir(parents=True)
-    (folder / "stage.json").write_text(json.dumps({"meta": {}}))
+def finished(folder: Path, job: Job | None = None) -> str:
+    """A stage's directory, as if the job had been trained there."""
+    job = job or Job(kind="base", fingerprint="", config={}, training={}, output=str(folder))
+    digest = manifest.read(job.dataset, job.version).digest if job.version else ""
+    storage.publish_json(str(folder / results.STAGE), {**job.to_json(), "data_digest": digest})
     return str(folder)
+
+
+def taken_down(data: Manifest, *keys: str) -> None:
+    """The version without these pictures; models know it by the digest that it had."""
+    redacted = {"digest": data.digest, "keys": keys}
+    stated = replace(data, shards=(), redacted=redacted).stated()
+    storage.publish_json(data.url("versions", f"{data.version:06d}.json"), stated)
+
+
+def grown(data: Manifest, **changes) -> Manifest:
+    """The next version, with a shard more."""
+    more = replace(data.shards[0], name=f"train-{data.version:06d}")
+    after = replace(data, version=data.version + 1, parent=data.version, shards=(more,), **changes)
+    manifest.publish(after)
+    return after
 
 
 def line_of(home: Settings, *overrides: str) -> Line:
@@ -92,12 +111,83 @@ def test_the_first_weights_are_the_champions_own_where_there_is_one(home, tmp_pa
     job = make_job(line, "classifier", data)
     assert (job.parent, job.training["images"]) == (other, asked)
 
-    finished(own)
-    lineage = {"lineage": line.stage_lineage("classifier", data)}
-    (own / "stage.json").write_text(json.dumps({"meta": lineage}))
+    finished(own, job)
     promoted(home, "shapes-classifier", classifier=str(own))
     job = make_job(Line(line.recipe, home), "classifier", data)
     assert (job.parent, job.training["images"]) == (str(own), 640)
+
+
+@pytest.fixture
+def encoders(monkeypatch) -> dict[str, str]:
+    """What the inputs of a base make now, by stage: to be changed where one is trained anew."""
+    made = {name: f"{name}-1" for name in ("autoencoder", "clip", "t5")}
+
+    def encodings(line, name, data):
+        inputs = made if name == "base" else {"pixels": "pixels-1"}
+        return [EncoderSpec(it, "text", fingerprint) for it, fingerprint in inputs.items()]
+
+    monkeypatch.setattr(train_stage, "encodings", encodings)
+    return made
+
+
+def champion(home: Settings) -> tuple[Line, Manifest, str]:
+    """(the line of a champion, the data that it learnt from, its base)."""
+    line = line_of(home)
+    data = data_of(line)
+    job = make_job(line, "base", data)
+    base = finished(Path(job.output), job)
+    promoted(home, "shapes", base=base)
+    return line_of(home), data, base
+
+
+@pytest.mark.parametrize("anew", [None, "autoencoder", "clip", "t5"])
+def test_no_base_begins_with_weights_that_have_learnt_to_read_other_encoders(home, encoders, anew):
+    """One that --fresh trained anew keeps the identity that the first version of the data gives."""
+    line, data, base = champion(home)
+    lineage = line.stage_lineage("base", data)
+    data = grown(data)
+    assert line.stage_lineage("base", data) == lineage
+    if anew:
+        encoders[anew] = f"{anew}-2"
+    job = make_job(line, "base", data)
+    assert job.parent == (None if anew else base)
+    stage = line.recipe.stage("base")
+    assert job.training["images"] == (stage.training["images"] if anew else stage.warm_images)
+
+
+def test_an_edit_begins_with_its_base_which_may_be_another_by_now(home, encoders):
+    """It learns from no encoding that would tell."""
+    line = Line(load("shapes-diffusionclip"), home)
+    data = data_of(line)
+    job = make_job(line, "edit", data)
+    promoted(home, line.recipe.name, edit=finished(Path(job.output), job))
+    again = Line(load("shapes-diffusionclip", ["edit.training.batch=8"]), home)
+    assert again.stage_lineage("edit", data) == line.stage_lineage("edit", data)
+    assert make_job(again, "edit", data).parent is None
+
+
+def test_no_weights_go_on_that_have_learnt_what_was_taken_down(home, encoders):
+    """Neither those of a base that saw it, nor of one that began with such a base's."""
+    line, first, base = champion(home)
+    data = grown(first)
+    job = make_job(line, "base", data)
+    second = finished(Path(job.output), job)
+    promoted(home, "shapes", base=second)
+    data = grown(data)
+    line = line_of(home)
+    assert (job.parent, make_job(line, "base", data).parent) == (base, second)
+    named = line_of(home, "name=other", "data.dataset=shapes", f"base.warm_start={second}")
+    assert make_job(named, "base", data).parent == second
+
+    taken_down(first, "0" * 32)
+    assert make_job(line, "base", data).parent is None
+    assert data_commands._learnt_from(home, {first.digest}) == {
+        "shapes/1": ["base"],
+        "shapes/2": ["base"],
+    }
+    told = "has learnt from pictures of .*/shapes version 1 that were taken down.*warm_start=null"
+    with pytest.raises(ValueError, match=told):
+        make_job(named, "base", data)
 
 
 @pytest.mark.parametrize("patience", [0, 640])
