@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,23 @@ def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
     )
 
 
+def warmed_otherwise(line: Line, name: str, begun: Mapping[str, Any]) -> str | None:
+    """What to say of a stage, by its job.json or stage.json, that began with a champion's weights
+    for other images than asked now. No identity holds `warm_images`: whether they count is decided
+    by who is champion when it begins.
+    """
+    stage = line.recipe.stage(name)
+    had, full = begun["training"].get("images"), stage.training.get("images")
+    asked = stage.warm_images or full
+    # The model that a recipe names for the first weights is gone on from for all images.
+    if not begun.get("parent") or had == asked or (stage.warm_start and had == full):
+        return None
+    return (
+        f"{name}.warm_images: begun with {had}, asked {asked}: it stays as it was begun; `--fresh` "
+        "trains it anew"
+    )
+
+
 def _of_version(line: Line, begun: dict[str, Any], job: Any) -> dict[str, Any]:
     """A begun job as one of this job's version, where both versions hold the same shards."""
     if begun["dataset"] != job.dataset or begun["version"] not in manifest.versions(job.dataset):
@@ -121,12 +139,14 @@ def train(
 
         # Of what was tracked when MLflow was away until the end, and longer.
         catch_up([line.stage_dir(name, data) / results.TRACKING], line.settings.mlflow_uri)
+        if told := warmed_otherwise(line, name, done):
+            say(told)
         return done, True
     from training.distributed import fit
     from training.tracking import FINGERPRINT, Run
 
     job = make_job(line, name, data)
-    if told := begun_otherwise(line, name, job):
+    if told := begun_otherwise(line, name, job) or warmed_otherwise(line, name, job.to_json()):
         say(told)
     training = job.training_config()
     run = Run.start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,44 @@ def test_no_weights_go_on_that_have_learnt_what_was_taken_down(home, encoders):
     told = "has learnt from pictures of .*/shapes version 1 that were taken down.*warm_start=null"
     with pytest.raises(ValueError, match=told):
         make_job(named, "base", data)
+
+
+def test_other_warm_images_than_it_was_begun_with_are_not_ignored_in_silence(
+    home, encoders, monkeypatch, capsys
+):
+    """Of a base that is begun, and of one that is finished."""
+    line, data, _ = champion(home)
+    data = grown(data)
+    monkeypatch.setattr(distributed, "fit", MagicMock(side_effect=RuntimeError("enough")))
+    monkeypatch.setattr(tracking.Run, "start", lambda *_, **__: MagicMock())
+
+    def said(*words: str) -> str:
+        with contextlib.suppress(RuntimeError):
+            train(line_of(home, *words), "base", data)
+        return capsys.readouterr().err
+
+    assert said() == "", "it begins"
+    job = make_job(line, "base", data)
+    had, full = job.training["images"], line.recipe.stage("base").training["images"]
+    storage.publish_json(str(Path(job.output, results.JOB)), job.to_json())
+    for _ in ("begun", "finished"):
+        assert said() == ""
+        for words, asked in (("base.warm_images=640", 640), ("base.warm_images=null", full)):
+            told = said(words)
+            assert f"base.warm_images: begun with {had}, asked {asked}: it stays" in told
+            assert "`--fresh` trains it anew" in told
+        finished(Path(job.output), job)
+
+
+def test_warm_images_are_nothing_to_who_began_with_no_champion(home, tmp_path):
+    other = finished(tmp_path / "other")
+    for words in ([], [f"classifier.warm_start={other}"]):
+        line = Line(load("shapes-classifier", words), home)
+        data = manifest.latest(line.dataset) or data_of(line)
+        begun = make_job(line, "classifier", data).to_json()
+        line = Line(load("shapes-classifier", [*words, "classifier.warm_images=640"]), home)
+        assert begun["training"]["images"] != 640
+        assert train_stage.warmed_otherwise(line, "classifier", begun) is None
 
 
 @pytest.mark.parametrize("patience", [0, 640])
