@@ -249,7 +249,7 @@ def _learnt_from(here: Settings, digests: set[str]) -> dict[str, list[str]]:
         guilty = [
             name
             for name, where in stages.items()
-            if any(it["data_digest"] in digests for it in results.ancestry(where))
+            if any(it["data_digest"] in digests for it in results.ancestry(here.stage_noted(where)))
         ]
         if guilty:
             found[model] = guilty

@@ -212,7 +212,8 @@ class Line:
     def version_stages(self, name: str) -> dict[str, str]:
         """Stage -> where it lies; empty for a version that was made elsewhere."""
         note = self._note(name)
-        return storage.read_json(str(note)) if note.exists() else {}
+        noted = storage.read_json(str(note)) if note.exists() else {}
+        return {stage: self.settings.stage_noted(where) for stage, where in noted.items()}
 
     def _note(self, name: str) -> Path:
         return self.settings.versions / f"{name}.json"

@@ -43,7 +43,7 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
     output = str(line.stage_dir(name, data))
     begun = storage.join(output, results.JOB)
     if storage.exists(begun):
-        job = Job.from_json(storage.read_json(begun))
+        job = Job.from_json(results.moved(output, storage.read_json(begun)))
         asked = line.recipe.stage(name).training
         changed = {key: value for key, value in asked.items() if key not in learning(asked)}
         return replace(job, output=output, training=learning(job.training) | changed)
@@ -82,7 +82,7 @@ def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
         return None  # this one goes on
     found: list[tuple[list[str], str]] = []
     for path in sorted(Path(job.output).parent.glob(f"{name}-*/{results.JOB}")):
-        begun = storage.read_json(str(path))
+        begun = results.moved(path.parent, storage.read_json(str(path)))
         same = all(begun["meta"].get(key) == job.meta[key] for key in ("recipe", "lineage"))
         aside = begun["fingerprint"] != path.parent.name  # by --fresh
         if same and not aside and results.committed(path.parent) is None:

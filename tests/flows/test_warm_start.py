@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -19,7 +20,7 @@ from flows.train_stage import begun_otherwise, make_job, train
 from pipeline import manifest, storage
 from pipeline.manifest import Manifest, Shard, fingerprint
 from pipeline.schema import EncoderSpec
-from training import distributed, results, tracking
+from training import distributed, results, resuming, tracking
 from training.job import Job
 from training.resuming import learning
 
@@ -227,6 +228,40 @@ def test_warm_images_are_nothing_to_who_began_with_no_champion(home, tmp_path):
         line = Line(load("shapes-classifier", [*words, "classifier.warm_images=640"]), home)
         assert begun["training"]["images"] != 640
         assert train_stage.warmed_otherwise(line, "classifier", begun) is None
+
+
+@pytest.mark.parametrize("left", ["nothing", "another home"])
+def test_a_home_that_is_moved_as_a_whole_changes_nothing(home, encoders, left):
+    """A begun training goes on, the champion's weights are found, and so are its data: whatever
+    lies where the home was."""
+    line, first, base = champion(home)
+    data = grown(first)
+    job = make_job(line, "base", data)
+    storage.publish_json(str(Path(job.output, results.JOB)), job.to_json())
+    for stage in (*job.inputs.values(), base):
+        begun = replace(job, parent=None, version=1, output=stage)
+        storage.publish_json(str(Path(stage, results.JOB)), begun.to_json())
+    assert make_job(line, "base", data) == job
+
+    moved = Settings(home.home.with_name("elsewhere"), "sqlite://")
+    home.home.rename(moved.home)
+    if left == "another home":
+        shutil.copytree(moved.home, home.home)
+    line = line_of(moved)
+    data = line.manifest()
+    again = make_job(line, "base", data)
+    before = json.dumps(job.to_json())
+    assert again.to_json() == json.loads(before.replace(str(home.home), str(moved.home)))
+    assert resuming.differences(job.to_json(), again.to_json()) == []
+
+    second = finished(Path(again.output), again)
+    promoted(moved, "shapes", base=str(home.stage(Path(second).name)))
+    third = grown(data)
+    assert make_job(line_of(moved), "base", third).parent == second
+    named = data_commands._learnt_from(moved, {first.digest})
+    assert named == {"shapes/1": ["base"], "shapes/2": ["base"]}
+    taken_down(manifest.read(line.dataset, 1), "0" * 32)
+    assert make_job(line_of(moved), "base", third).parent is None
 
 
 @pytest.mark.parametrize("patience", [0, 640])
