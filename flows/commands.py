@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -625,15 +624,20 @@ def _forget(line: Line, stages: tuple[str, ...]) -> None:
     if data is None:
         return
     for name in stages:
-        folder = line.stage_dir(name, data)
-        if folder.exists():
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
-                number += 1
-            folder.rename(aside)
+        if aside := _aside(line.stage_dir(name, data)):
             say(f"{name}: what was trained before is now in {aside}")
-    if line.model_dir(data).exists():
-        shutil.rmtree(line.model_dir(data))
+    if aside := _aside(line.model_dir(data)):
+        say(f"{line.recipe.name}: the scores and the report from before are now in {aside}")
+
+
+def _aside(folder: Path) -> Path | None:
+    """Where a folder is now that was renamed; None: there was none."""
+    if not folder.exists():
+        return None
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    return folder.rename(aside)
 
 
 def _contender(model: str) -> tuple[str, dict[str, Any]]:

@@ -246,19 +246,14 @@ def _learnt_from(here: Settings, digests: set[str]) -> dict[str, list[str]]:
     for note in sorted(Path(here.versions).rglob("*.json")):
         model = note.relative_to(here.versions).with_suffix("").as_posix()
         stages = storage.read_json(str(note))
-        guilty = [name for name, where in stages.items() if _ancestry(where) & digests]
+        guilty = [
+            name
+            for name, where in stages.items()
+            if any(it["data_digest"] in digests for it in results.ancestry(here.stage_noted(where)))
+        ]
         if guilty:
             found[model] = guilty
     return found
-
-
-def _ancestry(stage: str | None) -> set[str]:
-    """The data versions that a stage and those before it learnt from."""
-    seen: set[str] = set()
-    while stage and (done := results.committed(stage)):
-        seen.add(done["data_digest"])
-        stage = done.get("parent")
-    return seen
 
 
 def _url(source: str) -> str:

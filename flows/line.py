@@ -29,6 +29,19 @@ CODE_VERSION = 1
 """Raised by hand when a change of the code must train everything anew."""
 
 
+def taken_down(stage: str) -> str | None:
+    """The version of the data, told in words, from which a finished stage or one before it has
+    learnt pictures that were taken down since.
+    """
+    for done in results.ancestry(stage):
+        dataset, number = done["dataset"], done["version"]
+        if number in manifests.versions(dataset):
+            version = manifests.read(dataset, number)
+            if version.digest == done["data_digest"] and version.redacted.get("keys"):
+                return f"{dataset} version {number}"
+    return None
+
+
 @dataclass(frozen=True)
 class Line:
     """A recipe on an installation."""
@@ -130,26 +143,40 @@ class Line:
         """The stage's stage.json, or None while it is not trained (a pretrained one never is)."""
         return results.committed(str(self.stage_dir(name, data)))
 
-    def parent(self, name: str, data: Manifest) -> str | None:
+    def parent(self, name: str, data: Manifest, encodings: Mapping[str, str]) -> str | None:
         """The champion's stage, where it can be the first weights of a new one: same config, other
-        data.
+        data, of which no picture was taken down since; and it learnt from these `encodings`, name
+        to fingerprint. A lineage does not tell: an encoder that was trained anew keeps its
+        identity, and has other weights.
         """
         champion = None if name in FROZEN else self.ledger.champion()
-        if champion is None:
-            return None
-        before = self.version_stages(champion).get(name)
+        before = self.version_stages(champion).get(name) if champion else None
         done = results.committed(before) if before else None
-        if done is None or done["meta"].get("lineage") != self.stage_lineage(name, data):
+        if before is None or done is None:
             return None
-        return before
+        if done["meta"].get("lineage") != self.stage_lineage(name, data):
+            return None
+        learnt = {it["name"]: it["fingerprint"] for it in done["encodings"]}
+        if learnt != encodings or not learnt.keys() >= {*self.recipe.inputs(name)}:
+            return None  # nothing tells which weights an input had that encodes nothing
+        return None if taken_down(before) else before
 
     def warm_start(self, name: str) -> str | None:
         """Directory of the finished stage that the recipe names for a stage's first weights.
-        ValueError when there is none.
+        ValueError when there is none, or pictures that it has seen were taken down.
         """
         asked, key = self.recipe.stage(name).warm_start, f"{name}.warm_start"
         if asked is None:
             return None
+        found = self._named(name, asked, key)
+        if seen := taken_down(found):
+            raise ValueError(
+                f"{key}: {asked} has learnt from pictures of {seen} that were taken down since; "
+                f"train it anew, name another, or set {key}=null to start from nothing"
+            )
+        return found
+
+    def _named(self, name: str, asked: str, key: str) -> str:
         if "://" in asked and not storage.is_local(asked):
             raise ValueError(f"{key}: {asked} is on no file system of this machine; copy it to one")
         if results.committed(storage.local_path(asked)):
@@ -185,7 +212,8 @@ class Line:
     def version_stages(self, name: str) -> dict[str, str]:
         """Stage -> where it lies; empty for a version that was made elsewhere."""
         note = self._note(name)
-        return storage.read_json(str(note)) if note.exists() else {}
+        noted = storage.read_json(str(note)) if note.exists() else {}
+        return {stage: self.settings.stage_noted(where) for stage, where in noted.items()}
 
     def _note(self, name: str) -> Path:
         return self.settings.versions / f"{name}.json"

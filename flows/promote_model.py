@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from pipeline import storage
 from pipeline.manifest import Manifest
+from training import results
 
 from .ending import leaving_without_goodbyes
 from .line import Line
 from .recipe import FROZEN
 from .score_model import (
+    CANDIDATE,
     GENERATOR,
     SCORES,
     Question,
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from evaluation.scorecard import Scored
 
 REPORT = "report.html"
+UNREADY = "`darkroom encode` with the recipe of the model makes what scoring reads: run it first"
 SHOWN = 6
 """Prompts and pictures with which the report shows what else a model does."""
 
@@ -68,7 +72,7 @@ def register_candidate(line: Line, data: Manifest, run_id: str | None = None) ->
 
 def decide(line: Line, data: Manifest, name: str, champion: str | None) -> Decision:
     """The gate's verdict on a registered version. Against a champion both are scored anew, in this
-    run.
+    run. ValueError where what that reads is not there.
     """
     from evaluation import gate, registry
 
@@ -76,9 +80,9 @@ def decide(line: Line, data: Manifest, name: str, champion: str | None) -> Decis
     facts = registry.facts(name, tracking_uri=uri)
     before = None
     if champion is None or champion == name:
-        scored = _as_scored(line, data, name)
+        scored = _as_scored(line, data, name) or _anew(line, _question(line, data), name)
     else:
-        question = ask(line, data)
+        question = _question(line, data)
         scored = _anew(line, question, name)
         if not _reads_alike(*(registry.stages(it, tracking_uri=uri) for it in (name, champion))):
             # What the candidate's encoders made is nothing that the champion has learnt to read.
@@ -141,7 +145,7 @@ def write_report(
         for stage in line.recipe.stages
         if not line.recipe.stage(stage).pretrained
     ]
-    scored = _as_scored(line, data, name)
+    scored = _as_scored(line, data, name) or decision.candidate
     asked = scored.prompts[:SHOWN]
     shown = [prompt.text for prompt in asked]
     pictures = heldout_pictures(line, data, SHOWN)
@@ -201,16 +205,44 @@ def _reads_alike(mine: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
     return encoders and ("base" in mine) == ("base" in theirs)
 
 
+def _question(line: Line, data: Manifest) -> Question:
+    for stage in line.recipe.stages:
+        if stage in FROZEN and not line.recipe.stage(stage).pretrained:
+            where = line.stage_dir(stage, data)
+            if results.committed(where) is None:
+                raise ValueError(f"{line.recipe.name}: no {stage} is trained in {where}; {UNREADY}")
+    try:
+        return ask(line, data)
+    except FileNotFoundError as error:
+        raise ValueError(f"{data.dataset}, version {data.version}: {error}; {UNREADY}") from error
+
+
 def _anew(line: Line, question: Question, name: str) -> Scored:
     from evaluation import registry
 
     generator = registry.load(name, tracking_uri=line.settings.mlflow_uri)
-    return question.score(line, generator, f"score {name}", generator.defaults["guidance"])
+    try:
+        return question.score(line, generator, f"score {name}", generator.defaults["guidance"])
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: {error}; {UNREADY}") from error
 
 
-def _as_scored(line: Line, data: Manifest, name: str) -> Scored:
+def _as_scored(line: Line, data: Manifest, name: str) -> Scored | None:
+    """The scores that a registered version got on this data when it was made; None where it was
+    made of other data, or of stages that were trained anew since.
+    """
+    from evaluation import registry
+    from evaluation.packaging import MANIFEST
     from evaluation.scorecard import Scored
 
+    record = line.model_dir(data) / CANDIDATE
+    if not record.exists():
+        return None
+    folder, _ = registry.locate(name, tracking_uri=line.settings.mlflow_uri)
+    identity = storage.read_json(str(folder / MANIFEST))["package"]
+    # A package's folder is named after its identity.
+    if not identity.startswith(Path(storage.read_json(str(record))["package"]).name):
+        return None
     return Scored.load(str(line.model_dir(data) / SCORES))
 
 

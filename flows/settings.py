@@ -29,6 +29,13 @@ class Settings:
     def stage(self, identity: str) -> Path:
         return self.home / "stages" / identity
 
+    def stage_noted(self, where: str) -> str:
+        """A stage's directory, or a pretrained model, as a note names it that was written when the
+        home may have lain elsewhere.
+        """
+        here = self.stage(Path(where).name)
+        return str(here) if here.is_dir() else where
+
     def model(self, identity: str) -> Path:
         return self.home / "models" / identity
 

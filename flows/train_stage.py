@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,12 +43,12 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
     output = str(line.stage_dir(name, data))
     begun = storage.join(output, results.JOB)
     if storage.exists(begun):
-        job = Job.from_json(storage.read_json(begun))
+        job = Job.from_json(results.moved(output, storage.read_json(begun)))
         asked = line.recipe.stage(name).training
         changed = {key: value for key, value in asked.items() if key not in learning(asked)}
         return replace(job, output=output, training=learning(job.training) | changed)
-    stage = line.recipe.stage(name)
-    parent = line.parent(name, data)
+    stage, specs = line.recipe.stage(name), encodings(line, name, data)
+    parent = line.parent(name, data, {it.name: it.fingerprint for it in specs})
     warm = {"images": stage.warm_images} if parent and stage.warm_images else {}
     return Job(
         kind=kind_of(name),
@@ -61,7 +62,7 @@ def make_job(line: Line, name: str, data: Manifest) -> Any:
             | framing(spec.side, spec.buckets, spec.flip)
             | ({"side": spec.side} if spec.buckets else {})
             | ({} if (p := spec.options.get("precision", "fp32")) == "fp32" else {"precision": p})
-            for spec in encodings(line, name, data)
+            for spec in specs
         ),
         inputs={needed: line.source(needed, data) for needed in line.recipe.inputs(name)},
         output=output,
@@ -81,7 +82,7 @@ def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
         return None  # this one goes on
     found: list[tuple[list[str], str]] = []
     for path in sorted(Path(job.output).parent.glob(f"{name}-*/{results.JOB}")):
-        begun = storage.read_json(str(path))
+        begun = results.moved(path.parent, storage.read_json(str(path)))
         same = all(begun["meta"].get(key) == job.meta[key] for key in ("recipe", "lineage"))
         aside = begun["fingerprint"] != path.parent.name  # by --fresh
         if same and not aside and results.committed(path.parent) is None:
@@ -92,6 +93,23 @@ def begun_otherwise(line: Line, name: str, job: Any) -> str | None:
     return (
         f"{name}: {'; '.join(changed)}: trained anew; the begun training lies in {folder}, and "
         "goes on where it is asked for as it was begun"
+    )
+
+
+def warmed_otherwise(line: Line, name: str, begun: Mapping[str, Any]) -> str | None:
+    """What to say of a stage, by its job.json or stage.json, that began with a champion's weights
+    for other images than asked now. No identity holds `warm_images`: whether they count is decided
+    by who is champion when it begins.
+    """
+    stage = line.recipe.stage(name)
+    had, full = begun["training"].get("images"), stage.training.get("images")
+    asked = stage.warm_images or full
+    # The model that a recipe names for the first weights is gone on from for all images.
+    if not begun.get("parent") or had == asked or (stage.warm_start and had == full):
+        return None
+    return (
+        f"{name}.warm_images: begun with {had}, asked {asked}: it stays as it was begun; `--fresh` "
+        "trains it anew"
     )
 
 
@@ -121,12 +139,14 @@ def train(
 
         # Of what was tracked when MLflow was away until the end, and longer.
         catch_up([line.stage_dir(name, data) / results.TRACKING], line.settings.mlflow_uri)
+        if told := warmed_otherwise(line, name, done):
+            say(told)
         return done, True
     from training.distributed import fit
     from training.tracking import FINGERPRINT, Run
 
     job = make_job(line, name, data)
-    if told := begun_otherwise(line, name, job):
+    if told := begun_otherwise(line, name, job) or warmed_otherwise(line, name, job.to_json()):
         say(told)
     training = job.training_config()
     run = Run.start(

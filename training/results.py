@@ -41,6 +41,39 @@ def committed(stage_dir: str | os.PathLike[str]) -> dict[str, Any] | None:
     return storage.read_json(path) if os.path.exists(path) else None
 
 
+def ancestry(stage_dir: str | os.PathLike[str] | None) -> Iterator[dict[str, Any]]:
+    """The stage.json of a finished stage, and of those with whose weights it and they began, as
+    `moved` has them."""
+    seen = set[str]()  # a directory may hold another training now than the one that was a parent
+    while stage_dir and str(stage_dir) not in seen and (done := committed(stage_dir)):
+        done = moved(stage_dir, done)
+        yield done
+        seen.add(str(stage_dir))
+        stage_dir = done.get("parent")
+
+
+def moved(stage_dir: str | os.PathLike[str], said: dict[str, Any]) -> dict[str, Any]:
+    """What a stage's job.json or stage.json says, in places of today: a home that was moved as a
+    whole since the training began has data set, inputs and parent where its stages are."""
+    begun = os.path.join(stage_dir, JOB)
+    if not os.path.exists(begun):
+        return said
+    before = Path(storage.read_json(begun)["output"]).parent.parent
+    now = Path(stage_dir).absolute().parent.parent
+
+    def place(was: str) -> str:
+        inside = Path(was).is_relative_to(before)
+        here = now / Path(was).relative_to(before) if inside else now
+        return str(here) if inside and here.exists() else was
+
+    parent = said.get("parent")
+    return said | {
+        "dataset": place(said["dataset"]),
+        "inputs": {stage: place(where) for stage, where in said["inputs"].items()},
+        "parent": parent and place(parent),
+    }
+
+
 def history(stage_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The log points so far, oldest first; a line that a killed process left torn is left out, and
     so, with a warning, is one that is not JSON."""

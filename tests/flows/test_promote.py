@@ -1,5 +1,6 @@
 """Against whom a candidate is held, and on what."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,12 +8,15 @@ import pytest
 
 from evaluation import registry
 from evaluation.gate import Evidence
+from evaluation.scorecard import Scored
 from flows import promote_model
 from flows.line import Line
 from flows.promote_model import _reads_alike
 from flows.recipe import load
 from flows.score_model import Question
 from flows.settings import Settings
+from pipeline import manifest
+from pipeline.manifest import Manifest, Shard
 
 MADE_OF = {"autoencoder": "autoencoder-1", "clip": "clip-1", "t5": "t5-1", "base": "base-1"}
 ALONE = {"autoencoder": "autoencoder-1", "clip": "clip-1"}
@@ -74,7 +78,7 @@ def test_with_a_base_and_without_are_compared_by_pictures_alone(
         return Scores(question.heldout is not None and "base" in made_of[generator.name])
 
     question = Question([], None, None, None, "encodings", None)  # pyright: ignore
-    monkeypatch.setattr(promote_model, "ask", lambda *_: question)
+    monkeypatch.setattr(promote_model, "_question", lambda *_: question)
     monkeypatch.setattr(Question, "score", score)
     monkeypatch.setattr(registry, "stages", lambda name, tracking_uri: made_of[name])
     monkeypatch.setattr(
@@ -91,3 +95,56 @@ def test_with_a_base_and_without_are_compared_by_pictures_alone(
         lacking = "shapes/1" if "base" in mine else "shapes/2"
         assert f"{lacking} has no value per prompt" in verdict.reason
     assert not {it.name for it in verdict.stages if it.name == "base" and it.shared}
+
+
+@pytest.fixture
+def shapes(tmp_path, monkeypatch) -> tuple[Line, Manifest]:
+    """A line with data, of which two packages are registered: shapes/1 and shapes/2."""
+    line = Line(load("shapes", ['gate={"absolute": {"legible": 0.5}}']), Settings(tmp_path, ""))
+    shard = Shard("train-000000", "train", 4, 100, "0" * 64)
+    manifest.publish(Manifest(line.dataset, 1, None, (shard,)))
+    for number in "12":
+        folder = tmp_path / f"shapes/{number}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"package": number * 64}))
+    monkeypatch.setattr(registry, "locate", lambda name, tracking_uri: (tmp_path / name, None))
+    monkeypatch.setattr(registry, "stages", lambda name, tracking_uri: MADE_OF)
+    holds = dict.fromkeys(("integrity", "lineage", "infra"), True)
+    monkeypatch.setattr(registry, "facts", lambda name, tracking_uri: holds)
+    return line, line.manifest()
+
+
+@pytest.mark.parametrize("champion", [None, "self"])
+def test_a_version_is_judged_by_scores_of_its_own(shapes, monkeypatch, champion):
+    """Those that lie where the newest data's model does may be of another, or not be there."""
+    line, data = shapes
+    stored, anew = Scores(asked=False), Scores(asked=False)
+    monkeypatch.setattr(Scored, "load", lambda url: stored)
+    monkeypatch.setattr(promote_model, "_question", lambda *_: None)
+    monkeypatch.setattr(promote_model, "_anew", lambda *_: anew)
+
+    def scored(name: str):
+        return promote_model.decide(line, data, name, champion and name).candidate
+
+    assert scored("shapes/1") is anew, "nothing was scored here"
+    folder = line.model_dir(data)
+    folder.mkdir(parents=True)
+    said = {"package": f"/where/the/home/was/package/{'1' * 16}"}
+    (folder / "candidate.json").write_text(json.dumps(said))
+    assert scored("shapes/1") is stored
+    assert scored("shapes/2") is anew
+
+
+def test_what_cannot_be_scored_anew_says_what_to_do(shapes, monkeypatch):
+    line, data = shapes
+    with pytest.raises(ValueError, match="no autoencoder is trained in .*`darkroom encode` with"):
+        promote_model.decide(line, data, "shapes/1", None)
+
+    def ask(*_):
+        raise FileNotFoundError("train-000001.safetensors")
+
+    monkeypatch.setattr(promote_model, "ask", ask)
+    monkeypatch.setattr(promote_model.results, "committed", lambda _: {})
+    told = "version 1: train-000001.safetensors; `darkroom encode` with"
+    with pytest.raises(ValueError, match=told):
+        promote_model.decide(line, data, "shapes/1", "shapes/2")
