@@ -283,15 +283,15 @@ def test_what_was_out_of_reach_is_asked_for_again_and_nothing_else(tmp_path, gal
     rules = IngestRules(download=DownloadRules(private_hosts=(gallery.host,), retries=0))
     version = ingest([url], str(tmp_path / "data"), rules).manifest
     gallery.taken()
-    call = Downloader.__call__
+    fetch = Downloader._fetch
 
-    def one_away(self, url):
+    def one_away(self, url, share):
         if url.endswith("/7.png"):
             raise Rejected("unreachable", "no answer")
-        return call(self, url)
+        return fetch(self, url, share)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Downloader, "__call__", one_away)
+        patch.setattr(Downloader, "_fetch", one_away)
         with pytest.raises(ValueError, match=r"1 of 40 .*/7.png \(unreachable: "):
             reproduce(version, str(tmp_path / "again"))
     assert gallery.taken() == [n for n in range(40) if n != 7]

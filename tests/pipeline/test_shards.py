@@ -97,13 +97,13 @@ def test_any_samples_come_back_here_and_in_tarfile(tmp_path, samples):
 
 def test_a_remote_shard_is_not_kept_where_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("DARKROOM_HOME", str(tmp_path))
-    shard = write_shard(SAMPLES, "memory://remote", "train")
-    samples = read_shard(f"memory://remote/shards/{shard.name}.tar")
+    shard = write_shard(SAMPLES, "memory://read-once", "train")
+    samples = read_shard(f"memory://read-once/shards/{shard.name}.tar")
     assert next(samples) == SAMPLES[0]
     assert os.listdir(tmp_path / "cache") == []
     assert list(samples) == SAMPLES[1:]
     assert os.listdir(tmp_path / "cache") == []
-    assert len(list(read_table("memory://remote", shard.name)["key"])) == len(SAMPLES)
+    assert len(list(read_table("memory://read-once", shard.name)["key"])) == len(SAMPLES)
     assert len(os.listdir(tmp_path / "cache")) == 1  # a table is read again and again
 
 
