@@ -411,9 +411,14 @@ def shapes_diffusionclip() -> Recipe:
 
 def emoji_imagen() -> Recipe:
     """shapes-imagen for your own captioned pictures at 64 px: set data.sources and a name; T5 reads
-    the captions, 16 px are drawn and enlarged to 64.
+    the captions, 16 px are drawn and enlarged to 64. The threshold is static: what a dynamic one
+    divides by where something exceeds the range dims white grounds, too.
     """
-    return _of_pictures("emoji-imagen", shapes_imagen(), images=300_000)
+    recipe = _of_pictures("emoji-imagen", shapes_imagen(), images=300_000)
+    static = {"threshold": "static"}
+    enlarging = recipe.stage("sr1")
+    sr1 = enlarging.model_copy(update={"sampler": {**(enlarging.sampler or {}), **static}})
+    return recipe.model_copy(update={"sampler": {**recipe.sampler, **static}, "sr1": sr1})
 
 
 def emoji_unclip() -> Recipe:
