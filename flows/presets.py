@@ -456,8 +456,8 @@ def _of_pictures(name: str, like: Recipe, *, images: int) -> Recipe:
         }
     )
     taken = ("data", "clip", "evaluation")
-    # Of 100 captions; by luck it is .01.
-    gate = own.gate.model_copy(update={"absolute": {"retrieval": 0.2}})
+    # Of 100 captions, by luck .01; of pictures with a style, in styles not seen of that name.
+    gate = own.gate.model_copy(update={"absolute": {"retrieval_heldout": 0.2}})
     t5 = own.stage("t5").model_copy(update={"config": like.stage("t5").config})
     return like.model_copy(
         update={"name": name, "base": base, "t5": t5, "gate": gate}
