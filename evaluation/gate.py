@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.manifest import fingerprint
+
 from .metrics import paired_difference, student_t
 
 
@@ -64,6 +66,11 @@ class GatePolicy(_Frozen):
     """Fewest prompts behind a value that has one per prompt."""
     blocks: int = Field(default=20, ge=2)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+    @property
+    def identity(self) -> str:
+        """Its fingerprint."""
+        return fingerprint(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
     def _it_can_refuse(self) -> GatePolicy:
@@ -154,6 +161,8 @@ class Verdict(_Frozen):
     reason: str
     candidate: str = ""
     champion: str | None = None
+    policy: str = ""
+    """Names the policy that decided."""
     stages: tuple[StageChange, ...] = ()
     """Beside the champion's; none without a champion."""
     differences: tuple[Difference, ...] = ()
@@ -207,6 +216,7 @@ def decide(
         reason=reason,
         candidate=new.name,
         champion=old.name if old else None,
+        policy=policy.identity,
         stages=() if old is None else tuple(_changes(new, old)),
         differences=() if old is None else tuple(_differences(new, old, policy.blocks)),
     )

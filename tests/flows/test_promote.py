@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from evaluation import registry
-from evaluation.gate import Evidence
+from evaluation.gate import Evidence, decide
+from evaluation.ledger import Entry
 from evaluation.scorecard import Scored
 from flows import promote_model
 from flows.line import Line
@@ -38,6 +39,25 @@ def test_a_champion_is_asked_about_held_out_encodings_that_it_can_read(change, a
     changed = {name: it for name, it in (MADE_OF | change).items() if it}
     assert _reads_alike(MADE_OF, changed) == alike
     assert _reads_alike(changed, MADE_OF) == alike
+
+
+def test_who_was_kept_out_is_judged_again_by_another_policy(tmp_path):
+    strict, mild = (
+        Line(load("shapes", [f"gate.absolute.correct={least}"]), Settings(tmp_path, "sqlite://"))
+        for least in (0.9, 0.5)
+    )
+    evidence = Evidence(
+        values={"correct": 0.7}, facts=dict.fromkeys(("integrity", "lineage", "infra"), True)
+    )
+    for line, kind in ((strict, "reject"), (mild, "promote")):
+        assert promote_model.decided_before(line, "shapes/1") is None
+        verdict = decide(evidence, None, line.recipe.gate)
+        assert ("promote" if verdict.promote else "reject") == kind
+        told = verdict.model_dump(mode="json")
+        entry = Entry(kind=kind, candidate="shapes/1", verdict=told)
+        entry = line.ledger.settle(lambda _, it=entry: it)
+        assert promote_model.decided_before(line, "shapes/1") == entry
+    assert promote_model.decided_before(strict, "shapes/1") == entry, "who serves, serves"
 
 
 class Scores:
