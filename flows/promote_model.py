@@ -126,8 +126,8 @@ def settle(line: Line, data: Manifest, name: str) -> tuple[Entry, Decision]:
 
 
 def decided_before(line: Line, name: str) -> Entry | None:
-    """The newest entry about a version, which makes asking again a no-op; None without one, or where
-    another policy than the recipe's now kept it out.
+    """The newest entry about a version, which makes asking again a no-op; None without one, or
+    where another policy than the recipe's now kept it out.
     """
     entry = next((e for e in reversed(line.ledger.entries()) if e.candidate == name), None)
     if entry is None or entry.kind != "reject":
