@@ -8,7 +8,7 @@ import pytest
 
 from evaluation import registry
 from evaluation.gate import Evidence, decide
-from evaluation.ledger import Entry
+from evaluation.ledger import Entry, Kind
 from evaluation.scorecard import Scored
 from flows import promote_model
 from flows.line import Line
@@ -49,7 +49,8 @@ def test_who_was_kept_out_is_judged_again_by_another_policy(tmp_path):
     evidence = Evidence(
         values={"correct": 0.7}, facts=dict.fromkeys(("integrity", "lineage", "infra"), True)
     )
-    for line, kind in ((strict, "reject"), (mild, "promote")):
+    kinds: tuple[tuple[Line, Kind], ...] = ((strict, "reject"), (mild, "promote"))
+    for line, kind in kinds:
         assert promote_model.decided_before(line, "shapes/1") is None
         verdict = decide(evidence, None, line.recipe.gate)
         assert ("promote" if verdict.promote else "reject") == kind
