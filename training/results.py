@@ -56,9 +56,10 @@ def moved(stage_dir: str | os.PathLike[str], said: dict[str, Any]) -> dict[str, 
     """What a stage's job.json or stage.json says, in places of today: a home that was moved as a
     whole since the training began has data set, inputs and parent where its stages are."""
     begun = os.path.join(stage_dir, JOB)
-    if not os.path.exists(begun):
+    output = storage.read_json(begun).get("output") if os.path.exists(begun) else None
+    if output is None:  # who reads all of a damaged one says so
         return said
-    before = Path(storage.read_json(begun)["output"]).parent.parent
+    before = Path(output).parent.parent
     now = Path(stage_dir).absolute().parent.parent
 
     def place(was: str) -> str:
