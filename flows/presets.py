@@ -384,7 +384,7 @@ def shapes_diffusionclip() -> Recipe:
                     "network": {"in_channels": 3, "channels": 48, "blocks": 1, "patch": 2},
                     "diffusion": flow.stage("base").config["diffusion"],
                 },
-                training=_training(images=150_000, batch=128, learning_rate=1e-3),
+                training=_training(images=90_000, batch=128, learning_rate=1e-3),
             ),
             "edit": StageRecipe(
                 config={
@@ -394,7 +394,7 @@ def shapes_diffusionclip() -> Recipe:
                     "judged_noise": 0.15,
                 },
                 # An eighth of the scenes is red: 16 of a batch.
-                training=_training(images=51_200, batch=128, learning_rate=3e-4),
+                training=_training(images=44_800, batch=128, learning_rate=3e-4),
             ),
             "gate": flow.gate.model_copy(
                 update={
