@@ -390,11 +390,12 @@ def shapes_diffusionclip() -> Recipe:
                 config={
                     "direction": 2.0,
                     "reconstruction": 0.4,
-                    "structure": 1.5,
+                    "structure": 2.0,
+                    "inversion_steps": 14,
                     "judged_noise": 0.15,
                 },
                 # An eighth of the scenes is red: 16 of a batch.
-                training=_training(images=44_800, batch=128, learning_rate=3e-4),
+                training=_training(images=51_200, batch=128, learning_rate=3e-4),
             ),
             "gate": flow.gate.model_copy(
                 update={
