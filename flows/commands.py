@@ -221,7 +221,7 @@ def edit(
     from evaluation.registry import load
     from evaluation.sample import png
     from pipeline import storage
-    from training.request import BATCH
+    from training.request import at_once
 
     named, chosen = _contender(model)
     every = {"noise": noise, "inversion_steps": inversion_steps, "steps": steps}
@@ -235,8 +235,9 @@ def edit(
     names, options = [*given], {**said, "edited": not unedited, **chosen}
     files = []
     with meter("edit") as progress:
-        for start in range(0, len(names), BATCH):
-            part = names[start : start + BATCH]
+        rows = at_once(generator.latent_shape[-1])
+        for start in range(0, len(names), rows):
+            part = names[start : start + rows]
             try:
                 edited = generator.edit(np.stack([given[name] for name in part]), **options)
             except ValueError as error:

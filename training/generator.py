@@ -33,13 +33,13 @@ from .diffusion import Cond, SamplerConfig, classifier, normal
 from .diffusion.guidance import Guide, clip_log_prob, reconstruction
 from .diffusion.samplers import slerp
 from .request import (
-    BATCH,
     Embeddings,
     Known,
     Labels,
     Maps,
     Pictures,
     Request,
+    at_once,
     check_labels,
     check_low,
     check_map,
@@ -200,7 +200,7 @@ class Generator:
         self._check(asked)
         pictures = [
             list(self._stages(asked.rows(rows), chosen, [make(rows) for make in guides]))[-1][1]
-            for rows in asked.batches()
+            for rows in asked.batches(self.resolution)
         ]
         shape = (0, self.resolution, self.resolution, 3)
         return np.concatenate(pictures) if pictures else np.zeros(shape, np.uint8)
@@ -221,7 +221,9 @@ class Generator:
         returns; `options` are fields of BaseSampler, as there."""
         asked = Request.of(prompts, negative, seed, labels, low, embeddings, map)
         self._check(asked)
-        parts = [dict(self._stages(asked.rows(rows), options)) for rows in asked.batches()]
+        parts = [
+            dict(self._stages(asked.rows(rows), options)) for rows in asked.batches(self.resolution)
+        ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
@@ -231,8 +233,8 @@ class Generator:
         if self.codec is None:
             raise ValueError("encode: this generator draws pixels and has no autoencoder")
         x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
-        rows = range(0, len(x), BATCH)
-        made = [self.codec.encode(x[start : start + BATCH].to(self._device)) for start in rows]
+        parts = x.split(at_once(max(x.shape[-2:])))
+        made = [self.codec.encode(part.to(self._device)) for part in parts]
         return torch.cat(made)[:, : self.latent_shape[0]].float()
 
     @torch.no_grad()
@@ -240,7 +242,8 @@ class Generator:
         """Pictures of what `encode` makes."""
         if self.codec is None:
             raise ValueError("decode: this generator draws pixels and has no autoencoder")
-        return np.concatenate([_numpy(self.codec.decode(part)) for part in z.split(BATCH)])
+        side = self.resolution * max(z.shape[-2:]) // self.latent_shape[-1]
+        return np.concatenate([_numpy(self.codec.decode(it)) for it in z.split(at_once(side))])
 
     def mapped(self, pictures: Pictures) -> Maps:
         """The label maps of pictures, by what made those of the training. ValueError for a
@@ -249,8 +252,9 @@ class Generator:
         if mapper is None:
             raise ValueError("mapped: this generator is told no label maps")
         found = [np.zeros((0, *pictures.shape[1:3]), np.uint8)]
-        for start in range(0, len(pictures), BATCH):
-            x = torch.from_numpy(np.ascontiguousarray(pictures[start : start + BATCH]))
+        rows = at_once(max(pictures.shape[1:3]))
+        for start in range(0, len(pictures), rows):
+            x = torch.from_numpy(np.ascontiguousarray(pictures[start : start + rows]))
             maps = mapper(x.permute(0, 3, 1, 2).to(self._device))
             found.append(maps.to(torch.uint8).cpu().numpy())
         return np.concatenate(found)
@@ -300,7 +304,11 @@ class Generator:
         )
         self._check(asked)
         chosen = {"kind": "ddim", "eta": 0.0, "corrections": 0, **options}
-        return list(self._stages(asked, chosen, eps=eps))[-1][1]
+        drawn = [
+            list(self._stages(asked.rows(rows), chosen, eps=eps[rows]))[-1][1]
+            for rows in asked.batches(self.resolution)
+        ]
+        return np.concatenate(drawn)
 
     @torch.no_grad()
     def latents(
@@ -322,7 +330,7 @@ class Generator:
         return torch.cat(
             [
                 self._latents(part, told, self._embeddings(part, told, samplers), sampler)
-                for rows in asked.batches()
+                for rows in asked.batches(self.resolution)
                 for part in [asked.rows(rows)]
                 for told in [self._read(part)]
             ]
@@ -353,9 +361,10 @@ class Generator:
                 f"{', '.join(map(str, wanted))}]"
             )
         drawn = [np.zeros((0, *wanted), np.uint8)]
-        for start in range(0, len(pictures), BATCH):
-            rows = torch.from_numpy(pictures[start : start + BATCH]).to(self._device)
-            noised = self.editor.noised(self.base.model, rows.permute(0, 3, 1, 2) / 127.5 - 1, way)
+        rows = at_once(side)
+        for start in range(0, len(pictures), rows):
+            x = torch.from_numpy(pictures[start : start + rows]).to(self._device)
+            noised = self.editor.noised(self.base.model, x.permute(0, 3, 1, 2) / 127.5 - 1, way)
             by = self.editor.model if edited else self.base.model
             drawn.append(_numpy(to_bytes(self.editor.drawn(noised, by, way))))
         return np.concatenate(drawn)
