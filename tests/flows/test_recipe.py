@@ -22,6 +22,17 @@ def test_presets_survive_json_and_their_stages_accept_them(name):
     recipes.check_stages(made)
 
 
+def test_the_guidance_that_a_preset_names_is_one_that_it_is_scored_with():
+    """The sweep's choice takes the place of the sampler's guidance."""
+    named = {
+        name: (recipe.sampler["guidance"], recipe.evaluation.guidance_scales)
+        for name, recipe in ((name, make()) for name, make in PRESETS.items())
+        if "guidance" in recipe.sampler
+    }
+    assert "sd-512" in named
+    assert all(guidance in scales for guidance, scales in named.values()), named
+
+
 def test_overrides_reach_every_depth():
     made = load("shapes", ["seed=7", "base.training.images=100", "data.ingest.min_side=8"])
     assert (made.seed, made.base.training["images"], made.data.ingest.min_side) == (7, 100, 8)
