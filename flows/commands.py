@@ -370,9 +370,8 @@ def compare(
 ) -> dict[str, Any]:
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
-    from evaluation.editing import edits
     from evaluation.given import Given
-    from evaluation.techniques import editing, techniques
+    from evaluation.techniques import techniques
     from pipeline import storage
 
     from .score_model import ask
@@ -411,10 +410,8 @@ def compare(
         question.reference[:6],
         line.recipe.evaluation.seed,
         Given.of(contenders[0].generator, asked[:4], question.pictured),
+        question.heldout,
     )
-    heldout = question.heldout
-    if heldout is not None and (edited := edits(contenders[0].generator, heldout)):
-        shown.append(editing(edited))
     comparison.write(out, title or " · ".join(loaded), drawn, asked, shown, question.reference)
     if gallery:
         storage.publish_bytes(gallery, comparison.gallery(drawn))
