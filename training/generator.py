@@ -99,7 +99,8 @@ class Generator:
     classifier: Any = None
     """The classifier stage, for classifier guidance; None without one."""
     clip: Path | None = None
-    """Folder of a CLIP stage with both towers, for CLIP guidance; None without one."""
+    """Folder of a CLIP's two towers, ours or pretrained, for CLIP guidance and embeddings of
+    pictures; None without one."""
     noisy_clip: Any = None
     """The noise-aware CLIP stage, which guides in that one's place; None without one."""
     prior: Any = None
@@ -182,11 +183,11 @@ class Generator:
         needs `map`: for each prompt the index in `map_classes` of every pixel of the picture.
 
         `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage;
-        `clip_guidance` that of the noise-aware CLIP, or
-        else of the line's CLIP, which judges the estimate of the picture. Both come on top of
-        `guidance`: 0 there leaves the captions to them. `known` is what the pictures must agree
-        with, one for each prompt: inpainting and super-resolution by conditioning alone (PiGDM,
-        Song et al. 2023). `embeddings` are what unCLIP's decoder is told of the pictures: what its
+        `clip_guidance` that of the noise-aware CLIP, or else of the CLIP that the stages hear,
+        which judges the estimate of the picture. Both come on top of `guidance`: 0 there leaves the
+        captions to them. `known` is what the pictures must agree with, one for each prompt:
+        inpainting and super-resolution by conditioning alone (PiGDM, Song et al. 2023).
+        `embeddings` are what unCLIP's decoder is told of the pictures: what its
         prior draws, one given for each prompt, the caption's own in the same space ("text"), or
         nothing. ValueError where the generator lacks what they need.
         """
@@ -260,9 +261,9 @@ class Generator:
         return np.concatenate(found)
 
     def embed(self, pictures: Pictures) -> Embeddings:
-        """The embeddings of square pictures. ValueError without a CLIP that has an image tower."""
+        """The embeddings of square pictures. ValueError without a CLIP."""
         if self.clip is None:
-            raise ValueError("embed: this generator has no CLIP with an image tower")
+            raise ValueError("embed: this generator has no CLIP")
         x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
         return self._judge.images(x.to(self._device))
 
@@ -393,11 +394,12 @@ class Generator:
 
     @cached_property
     def _judge(self) -> Any:
-        """The CLIP stage with both towers."""
-        from .stages import load
+        """The CLIP with both towers."""
+        from .encoders.clip import open_judge
+        from .encoders.sources import open_source
 
         assert self.clip is not None
-        return load(self.clip).to(self._device)
+        return open_judge(open_source(self.clip, "clip"), self._device)
 
     @property
     def networks(self) -> list[torch.nn.Module]:
@@ -633,7 +635,7 @@ class Generator:
             return []
         if (self.clip is None and self.noisy_clip is None) or self.codec is not None:
             raise ValueError(
-                "clip_guidance needs a base of pixels and the line's own CLIP: "
+                "clip_guidance needs a base of pixels and a CLIP: "
                 + ("this generator draws latents" if self.codec else "this generator has none")
             )
         path = self.base.config.diffusion.build_path()
