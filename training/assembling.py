@@ -27,7 +27,7 @@ from .generator import (
     BaseSampler,
     Generator,
     StageSampler,
-    check_levels,
+    check_samplers,
     stage_samplers,
 )
 
@@ -189,7 +189,7 @@ def open_stages(
             )
         side = stage.latent_shape.tolist()[-1]
     beside = {name: samplers.get(name, StageSampler()) for name in drawing if name != BASE}
-    check_levels(base, sampler, enlarging, beside)
+    check_samplers(base, sampler, enlarging, beside)
     return Generator(
         base=base,
         codec=codec,

@@ -63,8 +63,17 @@ class BaseSampler(SamplerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.level < 0:
+        if not self.level >= 0:
             raise ValueError(f"level: got {self.level}, wanted at least 0")
+
+    def check_threshold(self, data: str, where: str = "threshold") -> None:
+        """ValueError where estimates are bound that are no pictures; `data` is the stage's."""
+        if self.threshold != "none" and data != "pixels":
+            drawn = {"moments": "latents", "embedding": "embeddings"}[data]
+            raise ValueError(
+                f"{where}: got {self.threshold!r}, which bounds pictures to [-1, 1], and {drawn} "
+                "are drawn here; set it to 'none'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -495,7 +504,7 @@ class Generator:
                 raise ValueError(f"{name}: no stage {stage!r} that draws; this generator has {has}")
             samplers[stage] = _replaced(samplers[stage], {key: value}, stage)
         sampler = _replaced(self.sampler, mine)
-        check_levels(self.base, sampler, self.enlarging, samplers)
+        check_samplers(self.base, sampler, self.enlarging, samplers)
         return sampler, samplers
 
     def _check(self, asked: Request) -> None:
@@ -792,12 +801,18 @@ def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
     return reconstruct(type(sampler), asdict(sampler) | dict(chosen), where or "sampler")
 
 
-def check_levels(
+def check_samplers(
     base: Any,
     sampler: BaseSampler,
     enlarging: Mapping[str, Any],
     samplers: Mapping[str, StageSampler],
 ) -> None:
+    """ValueError where stages do not draw as samplers say, which are a prior's too: what is damaged
+    in another way than it was learnt, and bounds for what is no picture."""
+    if base is not None:
+        sampler.check_threshold(base.config.data)
+    if PRIOR in samplers:
+        samplers[PRIOR].check_threshold("embedding", f"{PRIOR}.threshold")
     low = None if base is None else base.config.low
     if low:
         low.check(sampler.level, "level")

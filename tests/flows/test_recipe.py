@@ -101,6 +101,12 @@ def test_stage_configs_are_checked_by_the_stages(override, told):
         ("shapes", "sampler.grid=karras", "sampler: karras grid on path 'flow'"),
         ("shapes-ddpm", "sampler.variance=learned", "learned_variance=true"),
         ("shapes", "sampler.stepps=3", "did you mean 'steps'"),
+        ("shapes", "sampler.threshold=static", "sampler.threshold: got 'static', .* latents are"),
+        (
+            "shapes-unclip",
+            "prior.sampler.threshold=dynamic",
+            "prior.sampler.threshold: .*embeddings",
+        ),
     ],
 )
 def test_what_the_base_cannot_be_used_with_is_refused_before_the_training(recipe, override, told):
@@ -125,6 +131,8 @@ def test_what_the_base_cannot_be_used_with_is_refused_before_the_training(recipe
         ("shapes-cdm", {"sr1.level": [0.0, 0.9]}, "got 0.9, and it learnt noise from 0 to 0.3"),
         ("shapes-cdm", {"sr1.variance": ["learned"]}, "needs a network that learns it"),
         ("shapes-vae", {"steps": [8]}, "evaluation.options: there is no base"),
+        ("shapes", {"threshold": ["none", "dynamic"]}, "threshold: got 'dynamic', which bounds"),
+        ("shapes", {"guidance_interval": [[0.8, 0.2]]}, "got (0.8, 0.2), wanted two times"),
     ],
 )
 def test_options_that_cannot_be_swept_are_refused_before_the_training(preset, options, said):

@@ -139,6 +139,8 @@ def test_a_call_may_choose_how_each_stage_draws(generator):
     }.items():
         with pytest.raises(ValueError, match=said):
             generator(PROMPTS, **{wrong: 1})
+    with pytest.raises(ValueError, match=r"prior.threshold: got 'static', .* embeddings are"):
+        generator(PROMPTS, **{"prior.threshold": "static"})
 
 
 def test_the_base_follows_the_embedding_that_it_is_given(generator, scenes):

@@ -239,6 +239,8 @@ def test_what_is_missing_is_named(line, tmp_path):
         assemble(tmp_path / "g", {"clip": line.stages["clip"]})
     with pytest.raises(ValueError, match="defaults: no key 'guidence'; did you mean 'guidance'"):
         assemble(tmp_path / "g", line.stages, {"guidence": 3.0})
+    with pytest.raises(ValueError, match="threshold: got 'dynamic', .* set it to 'none'"):
+        assemble(tmp_path / "g", line.stages, {"threshold": "dynamic"})
     with pytest.raises(ValueError, match="no generator"):
         Generator.load(tmp_path)
 
@@ -254,6 +256,8 @@ def test_wrong_calls_are_refused(generator):
         generator(PROMPTS, stps=3)
     with pytest.raises(ValueError, match="kind: got 'eulr'"):
         generator(PROMPTS, sampler="eulr")
+    with pytest.raises(ValueError, match=r"threshold: got 'static', which .* latents are drawn"):
+        generator(PROMPTS, threshold="static")
 
 
 def test_pretrained_encoders_travel_in_the_package(line, tmp_path):
