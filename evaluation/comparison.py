@@ -74,7 +74,8 @@ class Drawn:
     right: ndarray
     """1 where the picture shows what its prompt says (or is found again by CLIP), else 0."""
     evaluations: float
-    """Network evaluations a picture; a guided step has two."""
+    """Of the networks that draw, a picture; a guided step has two. Those of a classifier or a CLIP
+    that guides are not among them."""
     seconds: float
     """A picture."""
     against_first: metrics.Interval | None

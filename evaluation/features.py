@@ -10,17 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy import ndarray
-from torch import Tensor
-from torch.nn.functional import interpolate
 
 from pipeline.load import Loader
-from training.encoders.sources import Source
 from training.measuring import fixed_rows
 
 from .sample import Pictures
@@ -45,6 +42,7 @@ class ClipFeatures:
     def __init__(
         self, where: str | Path, *, device: str | torch.device | None = None, batch: int = 256
     ):
+        from training.encoders.clip import open_judge
         from training.encoders.shapes import clip_shape
         from training.encoders.sources import open_source
 
@@ -55,7 +53,7 @@ class ClipFeatures:
             )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._batch, self.side = batch, clip_shape(source)[0]
-        self._towers: _Towers = (_Pretrained if source.pretrained else _ours)(source, self.device)
+        self._towers = open_judge(source, self.device)
         self.tuple_id = {
             "extractor": f"CLIP {source.where}" if source.pretrained else "the line's own CLIP",
             "weights": source.weights_sha256(),
@@ -78,41 +76,6 @@ class ClipFeatures:
     def _images(self, pictures: Pictures) -> Features:
         x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).to(self.device)
         return self._towers.images(x).cpu().numpy()
-
-
-class _Towers(Protocol):
-    def images(self, pixels: Tensor) -> Tensor: ...
-    def texts(self, captions: Sequence[str]) -> Tensor: ...
-
-
-def _ours(source: Source, device: torch.device) -> _Towers:
-    from training import stages
-
-    stage: Any = stages.load(source.where)
-    return stage.to(device)
-
-
-class _Pretrained:
-    """Pictures are fitted to the side it sees, as our own stage does it."""
-
-    def __init__(self, source: Source, device: torch.device):
-        from training.encoders.scorers import Towers
-        from training.encoders.shapes import clip_shape
-
-        self._clip, self._side = Towers(source, str(device)), clip_shape(source)[0]
-
-    @torch.no_grad()
-    def images(self, pixels: Tensor) -> Tensor:
-        x, side = pixels.float() / 255, self._side
-        if x.shape[-1] != x.shape[-2]:
-            raise ValueError(f"clip: pictures must be square, got {list(x.shape)}")
-        if x.shape[-1] != side:
-            x = interpolate(x, (side, side), mode="bicubic", antialias=True)
-        return self._clip.features(x)
-
-    @torch.no_grad()
-    def texts(self, captions: Sequence[str]) -> Tensor:
-        return self._clip.texts(captions)
 
 
 def pictures_of(loader: Loader, count: int, batch: int = 256) -> Pictures:

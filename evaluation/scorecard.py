@@ -290,6 +290,8 @@ class _Scoring:
         self.options = config.options if scale is None else {}
         self.begun: dict[_Way, Pictures] = {}
         """Pictures of the first prompts, by the way in which they were drawn."""
+        self.spent: dict[_Way, float] = {}
+        """The seconds that each of them took."""
         self.sampler = Sampler(
             generator,
             steps=config.steps,
@@ -386,19 +388,23 @@ class _Scoring:
         """The first prompts, drawn unless they were."""
         way = self._way(scale, options or {})
         if way not in self.begun:
-            self.begun[way] = self.sampler(self.texts[: self.first], scale, options=options)[0]
+            drawn = self.sampler(self.texts[: self.first], scale, options=options)
+            self.begun[way], self.spent[way] = drawn
         return self.begun[way]
 
     def _complete(
         self, scale: float, options: Mapping[str, Setting]
     ) -> tuple[Pictures, float, int]:
-        """(all pictures, the seconds and the number of those that the sweep had not drawn yet)."""
-        begun = self.begun.get(self._way(scale, options))
+        """(all pictures, the seconds and the number of those that the sweep had not drawn yet; of
+        the sweep's where there are no others)."""
+        begun = self.begun.get(way := self._way(scale, options))
         first = 0 if begun is None else len(begun)
         rest, seconds = self.sampler(self.texts, scale, first=first, options=options)
-        if begun is not None:
-            rest = np.concatenate([begun, rest]) if len(rest) else begun
-        return rest, seconds, len(rest) - first
+        if begun is None:
+            return rest, seconds, len(rest)
+        if not len(rest):
+            return begun, self.spent[way], first
+        return np.concatenate([begun, rest]), seconds, len(rest)
 
     def _sweep(self, sweep: Mapping[float, Pictures]) -> tuple[list[Scale], list[ndarray]]:
         """(cheap values at each scale, its main metric by prompt). The distribution's values are

@@ -1,6 +1,7 @@
 """What a model does beside drawing from a caption: what each of its stages draws, variations and
 mixtures of pictures by their embeddings (unCLIP), pictures between two noises, holes filled, small
-copies enlarged. But for what a base is trained to enlarge, the sampling alone is conditioned.
+copies enlarged, pictures edited. But for what a base is trained to enlarge, and a copy of it to
+edit, the sampling alone is conditioned.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import metrics
+from .editing import Edits, edits
 from .given import Given, bicubic
 from .page import image
 from .sample import Pictures
 
 if TYPE_CHECKING:
+    from pipeline.load import Loader
     from training.generator import Generator
     from training.request import Known
-
-    from .editing import Edits
 
 TURN = 0.5
 """Of a right angle: as far as unCLIP turns an embedding (sec. 3.3)."""
@@ -62,9 +63,11 @@ def techniques(
     pictures: Pictures,
     seed: int,
     given: Given | None = None,
+    heldout: Loader | None = None,
 ) -> list[Technique]:
     """All that the generator can do: `prompts`, and what is `given` beside them, for what is drawn,
-    real `pictures` for the rest. Only what draws its last pictures as pixels, in one stage, from
+    real `pictures` for the rest, but for an edit those of a loader that have what it changes;
+    without `heldout` none is shown. Only what draws its last pictures as pixels, in one stage, from
     nothing that shows what they are, can be held to some of them.
     """
     if not hasattr(generator, "codec"):  # a painter of another make
@@ -90,6 +93,8 @@ def techniques(
         if not generator.enlarging and given.real is None:
             found.append(inpainting(generator, pictures, seed))
             found.append(super_resolution(generator, pictures, seed))
+    if heldout is not None and (edited := edits(generator, heldout)):
+        found.append(editing(edited))
     return found
 
 

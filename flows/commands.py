@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -173,7 +173,8 @@ def sample(
         raise UsageError(
             "nothing to draw: give a prompt, or --low, --map or --label to a model of such"
         )
-    named, chosen = _contender(model)
+    own = ("prompts", "labels", "low", "map", "known")
+    named, chosen = _contender(model, own, "prompts, --label, --low and --map tell it")
     generator = load(named, tracking_uri=settings().mlflow_uri)
     label, small, maps = _label(generator, labels), _low(generator, low), _maps(generator, map)
     asked = [
@@ -198,13 +199,18 @@ def sample(
         pictures = generator(texts, **(said | options))
     except ValueError as error:
         raise UsageError(f"{model}: {error}") from None
+    spoken = {
+        "prompt": any(it.strip() for it in prompts),
+        "negative": chosen.get("negative", negative),
+    }
+    unheard = _unheard(generator, named, spoken, bool(label))
     seed = chosen.get("seed", seed)
     files = []
     for number, (picture, words) in enumerate(zip(pictures, asked, strict=True)):
         name = f"{number:03d}-{_slug(' '.join(words))}-{seed + number}.png"
         storage.publish_bytes(storage.join(out, name), png(picture))
         files.append(storage.join(out, name))
-    return {"files": files, "text": "\n".join(files)}
+    return {"files": files, **unheard, "text": "\n".join(files)}
 
 
 def edit(
@@ -221,9 +227,10 @@ def edit(
     from evaluation.registry import load
     from evaluation.sample import png
     from pipeline import storage
-    from training.request import BATCH
+    from training.request import at_once
 
-    named, chosen = _contender(model)
+    ways = ("noise", "inversion_steps", "steps")
+    named, chosen = _contender(model, ("pictures",), "--pictures tells it", ways)
     every = {"noise": noise, "inversion_steps": inversion_steps, "steps": steps}
     said = {name: value for name, value in every.items() if value is not None}
     if twice := [it for it in chosen if it in said]:
@@ -235,8 +242,9 @@ def edit(
     names, options = [*given], {**said, "edited": not unedited, **chosen}
     files = []
     with meter("edit") as progress:
-        for start in range(0, len(names), BATCH):
-            part = names[start : start + BATCH]
+        rows = at_once(generator.latent_shape[-1])
+        for start in range(0, len(names), rows):
+            part = names[start : start + rows]
             try:
                 edited = generator.edit(np.stack([given[name] for name in part]), **options)
             except ValueError as error:
@@ -285,6 +293,25 @@ def _to_edit(generator: Any, model: str, place: str) -> dict[str, Any]:
         return read_pictures(place, generator.latent_shape[-1], "edits")
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"--pictures: {error}") from None
+
+
+def _unheard(
+    generator: Any, model: str, spoken: Mapping[str, Any], label: bool
+) -> dict[str, list[str]]:
+    """Which of the texts that were `spoken` a model does not hear, and which attributes it draws by
+    chance, as it was told no class; both are said too."""
+    hears = getattr(generator, "reads_text", True)
+    ignored = [] if hears else [name for name, it in spoken.items() if it]
+    if ignored:
+        say(f"{model} hears no text: what was said ({', '.join(ignored)}) changes no picture")
+    known = getattr(generator, "given", {}).get("labels", {})
+    by_chance = [] if label or (hears and spoken["prompt"]) else [*known]
+    if by_chance:
+        say(
+            f"{model} is told {' and '.join(by_chance)}, and here it was not: they are drawn by "
+            f"chance; name them by {' '.join(f'--label {it}=...' for it in by_chance)}"
+        )
+    return {"ignored": ignored, "by_chance": by_chance}
 
 
 def _label(generator: Any, words: Sequence[str]) -> dict[str, str]:
@@ -369,9 +396,8 @@ def compare(
 ) -> dict[str, Any]:
     """The first model's prompts, drawn by each; `MODEL?steps=8` sets a field of its sampler."""
     from evaluation import comparison, registry
-    from evaluation.editing import edits
     from evaluation.given import Given
-    from evaluation.techniques import editing, techniques
+    from evaluation.techniques import techniques
     from pipeline import storage
 
     from .score_model import ask
@@ -379,7 +405,8 @@ def compare(
     uri = settings().mlflow_uri
     if len(models) < 2:
         raise UsageError('name two models or more, e.g. shapes "shapes?steps=8"')
-    named = [_contender(model) for model in models]
+    own = ("prompts", "seed", "labels", "low", "map", "known")
+    named = [_contender(model, own, "all models are told the same") for model in models]
     loaded = {
         name: registry.load(name, tracking_uri=uri)
         for name in dict.fromkeys(name for name, _ in named)
@@ -410,10 +437,8 @@ def compare(
         question.reference[:6],
         line.recipe.evaluation.seed,
         Given.of(contenders[0].generator, asked[:4], question.pictured),
+        question.heldout,
     )
-    heldout = question.heldout
-    if heldout is not None and (edited := edits(contenders[0].generator, heldout)):
-        shown.append(editing(edited))
     comparison.write(out, title or " · ".join(loaded), drawn, asked, shown, question.reference)
     if gallery:
         storage.publish_bytes(gallery, comparison.gallery(drawn))
@@ -640,17 +665,33 @@ def _aside(folder: Path) -> Path | None:
     return folder.rename(aside)
 
 
-def _contender(model: str) -> tuple[str, dict[str, Any]]:
-    """MODEL?key=value&key=value: the model and the fields of its sampler; commas make a list."""
+def _contender(
+    model: str, own: Sequence[str], why: str, settable: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
+    """MODEL?key=value&key=value: the model and options of a call, such as fields of its sampler;
+    commas make a list. UsageError for what is the command's `own` to say, with the reason and what
+    is `settable` (by default what a generator's call takes)."""
     name, _, query = model.partition("?")
     options: dict[str, Any] = {}
     for part in query.split("&") if query else ():
         key, _, value = part.partition("=")
         if not value:
             raise UsageError(f"{model}: expected MODEL?key=value&key=value, got {part!r}")
+        if key in own:
+            may = ", ".join(settable or _settable())
+            raise UsageError(f"{model}: {key} cannot be set so: {why}. What can be: {may}")
         values = [_number(text) for text in value.split(",")]
         options[{"kind": "sampler"}.get(key, key)] = values if len(values) > 1 else values[0]
     return name, options
+
+
+def _settable() -> list[str]:
+    """What a text can say of a call to a generator."""
+    from training.generator import BaseSampler
+
+    names = [it.name for it in fields(BaseSampler)]
+    more = ["classifier_guidance", "clip_guidance", "embeddings", "negative"]
+    return [*sorted([*names, *more]), "and of another stage's sampler its fields, as sr1.steps"]
 
 
 def _number(text: str) -> int | float | str:

@@ -144,6 +144,7 @@ def shapes_glide() -> Recipe:
 def shapes_cdm() -> Recipe:
     """CDM (Ho et al. 2022): scenes of 16 px, enlarged to 32 and to 64; what is enlarged is damaged
     in training, by noise for the first and by a blur for the second, and they are told how much.
+    Other than there they denoise what the small picture lacks, not the whole.
     """
     diffusion = {"path": "cosine", "prediction": "v", "times": "uniform"}
     return _cascade(
@@ -158,8 +159,9 @@ def shapes_cdm() -> Recipe:
 
 def shapes_imagen() -> Recipe:
     """Imagen (Saharia et al. 2022): T5 alone is heard, which reads pieces of words as the published
-    one does; a base of 16 px, an Efficient U-Net from 16 to 64 px, v-prediction, noise on what is
-    enlarged, dynamic thresholding.
+    one does; a base of 16 px that predicts v, an Efficient U-Net from 16 to 64 px, noise on what is
+    enlarged, dynamic thresholding. Other than there that one denoises what the small picture lacks,
+    by EDM's prediction.
     """
     diffusion = {"path": "flow", "prediction": "v"}
     dynamic = {"threshold": "dynamic", "threshold_quantile": 0.95}

@@ -415,6 +415,7 @@ def _check_sampler(recipe: Recipe) -> None:
     base: Any = reconstruct(CONFIGS["base"], recipe.stage("base").config, "base.config")
     try:
         sampler = reconstruct(BaseSampler, recipe.sampler, "sampler")
+        sampler.check_threshold(base.data, "sampler.threshold")
         if base.low:
             base.low.check(sampler.level, "sampler.level")
     except ValueError as error:
@@ -445,6 +446,7 @@ def _check_cascade(recipe: Recipe) -> None:
     for name, given in recipe.samplers.items():
         try:
             sampler = reconstruct(StageSampler, given, f"{name}.sampler")
+            sampler.check_threshold(configs[name].data, f"{name}.sampler.threshold")
             sampler.build_grid(configs[name].diffusion.build_path())
             if configs[name].low:
                 configs[name].low.check(sampler.level, f"{name}.sampler.level")

@@ -127,8 +127,12 @@ def heldout_pictures(line: Line, data: Manifest, count: int) -> Pictures:
     """Real pictures, spread evenly over those that nothing learns from."""
     from evaluation.features import pictures_of
 
-    pixels = [pixels_spec(line.recipe.data.side)]
-    return pictures_of(_loader(line, data, pixels, "heldout"), count)
+    return pictures_of(heldout_loader(line, data), count)
+
+
+def heldout_loader(line: Line, data: Manifest) -> Loader:
+    """The pictures that nothing learns from, as they are, and their labels."""
+    return _loader(line, data, [pixels_spec(line.recipe.data.side)], "heldout")
 
 
 def _loader(line: Line, data: Manifest, specs: Sequence[EncoderSpec], *splits: str) -> Loader:

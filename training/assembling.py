@@ -27,7 +27,7 @@ from .generator import (
     BaseSampler,
     Generator,
     StageSampler,
-    check_levels,
+    check_samplers,
     stage_samplers,
 )
 
@@ -170,9 +170,6 @@ def open_stages(
         load(directories[name]).to(device) if name in directories else None
         for name in ("classifier", "noisy_clip", "edit")
     )
-    towers = directories.get("clip") if "clip" in sources else None
-    if towers is not None and sources["clip"].pretrained:
-        towers = None
     shape = tuple(latent_shape if base is None else base.latent_shape.tolist())
     side = shape[-1]
     if codec is not None:
@@ -192,7 +189,7 @@ def open_stages(
             )
         side = stage.latent_shape.tolist()[-1]
     beside = {name: samplers.get(name, StageSampler()) for name in drawing if name != BASE}
-    check_levels(base, sampler, enlarging, beside)
+    check_samplers(base, sampler, enlarging, beside)
     return Generator(
         base=base,
         codec=codec,
@@ -201,7 +198,7 @@ def open_stages(
         resolution=side,
         precision=precision,
         classifier=judge,
-        clip=towers,
+        clip=directories["clip"] if "clip" in sources else None,
         noisy_clip=noisy,
         editor=editor,
         prior=drawing.get(PRIOR),

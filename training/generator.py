@@ -33,13 +33,13 @@ from .diffusion import Cond, SamplerConfig, classifier, normal
 from .diffusion.guidance import Guide, clip_log_prob, reconstruction
 from .diffusion.samplers import slerp
 from .request import (
-    BATCH,
     Embeddings,
     Known,
     Labels,
     Maps,
     Pictures,
     Request,
+    at_once,
     check_labels,
     check_low,
     check_map,
@@ -63,8 +63,17 @@ class BaseSampler(SamplerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.level < 0:
+        if not self.level >= 0:
             raise ValueError(f"level: got {self.level}, wanted at least 0")
+
+    def check_threshold(self, data: str, where: str = "threshold") -> None:
+        """ValueError where estimates are bound that are no pictures; `data` is the stage's."""
+        if self.threshold != "none" and data != "pixels":
+            drawn = {"moments": "latents", "embedding": "embeddings"}[data]
+            raise ValueError(
+                f"{where}: got {self.threshold!r}, which bounds pictures to [-1, 1], and {drawn} "
+                "are drawn here; set it to 'none'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +108,8 @@ class Generator:
     classifier: Any = None
     """The classifier stage, for classifier guidance; None without one."""
     clip: Path | None = None
-    """Folder of a CLIP stage with both towers, for CLIP guidance; None without one."""
+    """Folder of a CLIP's two towers, ours or pretrained, for CLIP guidance and embeddings of
+    pictures; None without one."""
     noisy_clip: Any = None
     """The noise-aware CLIP stage, which guides in that one's place; None without one."""
     prior: Any = None
@@ -182,11 +192,11 @@ class Generator:
         needs `map`: for each prompt the index in `map_classes` of every pixel of the picture.
 
         `classifier_guidance` is the scale of log p(labels | x_t) by the classifier stage;
-        `clip_guidance` that of the noise-aware CLIP, or
-        else of the line's CLIP, which judges the estimate of the picture. Both come on top of
-        `guidance`: 0 there leaves the captions to them. `known` is what the pictures must agree
-        with, one for each prompt: inpainting and super-resolution by conditioning alone (PiGDM,
-        Song et al. 2023). `embeddings` are what unCLIP's decoder is told of the pictures: what its
+        `clip_guidance` that of the noise-aware CLIP, or else of the CLIP that the stages hear,
+        which judges the estimate of the picture. Both come on top of `guidance`: 0 there leaves the
+        captions to them. `known` is what the pictures must agree with, one for each prompt:
+        inpainting and super-resolution by conditioning alone (PiGDM, Song et al. 2023).
+        `embeddings` are what unCLIP's decoder is told of the pictures: what its
         prior draws, one given for each prompt, the caption's own in the same space ("text"), or
         nothing. ValueError where the generator lacks what they need.
         """
@@ -200,7 +210,7 @@ class Generator:
         self._check(asked)
         pictures = [
             list(self._stages(asked.rows(rows), chosen, [make(rows) for make in guides]))[-1][1]
-            for rows in asked.batches()
+            for rows in asked.batches(self.resolution)
         ]
         shape = (0, self.resolution, self.resolution, 3)
         return np.concatenate(pictures) if pictures else np.zeros(shape, np.uint8)
@@ -221,7 +231,9 @@ class Generator:
         returns; `options` are fields of BaseSampler, as there."""
         asked = Request.of(prompts, negative, seed, labels, low, embeddings, map)
         self._check(asked)
-        parts = [dict(self._stages(asked.rows(rows), options)) for rows in asked.batches()]
+        parts = [
+            dict(self._stages(asked.rows(rows), options)) for rows in asked.batches(self.resolution)
+        ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
@@ -231,8 +243,8 @@ class Generator:
         if self.codec is None:
             raise ValueError("encode: this generator draws pixels and has no autoencoder")
         x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
-        rows = range(0, len(x), BATCH)
-        made = [self.codec.encode(x[start : start + BATCH].to(self._device)) for start in rows]
+        parts = x.split(at_once(max(x.shape[-2:])))
+        made = [self.codec.encode(part.to(self._device)) for part in parts]
         return torch.cat(made)[:, : self.latent_shape[0]].float()
 
     @torch.no_grad()
@@ -240,7 +252,8 @@ class Generator:
         """Pictures of what `encode` makes."""
         if self.codec is None:
             raise ValueError("decode: this generator draws pixels and has no autoencoder")
-        return np.concatenate([_numpy(self.codec.decode(part)) for part in z.split(BATCH)])
+        side = self.resolution * max(z.shape[-2:]) // self.latent_shape[-1]
+        return np.concatenate([_numpy(self.codec.decode(it)) for it in z.split(at_once(side))])
 
     def mapped(self, pictures: Pictures) -> Maps:
         """The label maps of pictures, by what made those of the training. ValueError for a
@@ -249,16 +262,17 @@ class Generator:
         if mapper is None:
             raise ValueError("mapped: this generator is told no label maps")
         found = [np.zeros((0, *pictures.shape[1:3]), np.uint8)]
-        for start in range(0, len(pictures), BATCH):
-            x = torch.from_numpy(np.ascontiguousarray(pictures[start : start + BATCH]))
+        rows = at_once(max(pictures.shape[1:3]))
+        for start in range(0, len(pictures), rows):
+            x = torch.from_numpy(np.ascontiguousarray(pictures[start : start + rows]))
             maps = mapper(x.permute(0, 3, 1, 2).to(self._device))
             found.append(maps.to(torch.uint8).cpu().numpy())
         return np.concatenate(found)
 
     def embed(self, pictures: Pictures) -> Embeddings:
-        """The embeddings of square pictures. ValueError without a CLIP that has an image tower."""
+        """The embeddings of square pictures. ValueError without a CLIP."""
         if self.clip is None:
-            raise ValueError("embed: this generator has no CLIP with an image tower")
+            raise ValueError("embed: this generator has no CLIP")
         x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
         return self._judge.images(x.to(self._device))
 
@@ -300,7 +314,11 @@ class Generator:
         )
         self._check(asked)
         chosen = {"kind": "ddim", "eta": 0.0, "corrections": 0, **options}
-        return list(self._stages(asked, chosen, eps=eps))[-1][1]
+        drawn = [
+            list(self._stages(asked.rows(rows), chosen, eps=eps[rows]))[-1][1]
+            for rows in asked.batches(self.resolution)
+        ]
+        return np.concatenate(drawn)
 
     @torch.no_grad()
     def latents(
@@ -322,7 +340,7 @@ class Generator:
         return torch.cat(
             [
                 self._latents(part, told, self._embeddings(part, told, samplers), sampler)
-                for rows in asked.batches()
+                for rows in asked.batches(self.resolution)
                 for part in [asked.rows(rows)]
                 for told in [self._read(part)]
             ]
@@ -353,9 +371,10 @@ class Generator:
                 f"{', '.join(map(str, wanted))}]"
             )
         drawn = [np.zeros((0, *wanted), np.uint8)]
-        for start in range(0, len(pictures), BATCH):
-            rows = torch.from_numpy(pictures[start : start + BATCH]).to(self._device)
-            noised = self.editor.noised(self.base.model, rows.permute(0, 3, 1, 2) / 127.5 - 1, way)
+        rows = at_once(side)
+        for start in range(0, len(pictures), rows):
+            x = torch.from_numpy(pictures[start : start + rows]).to(self._device)
+            noised = self.editor.noised(self.base.model, x.permute(0, 3, 1, 2) / 127.5 - 1, way)
             by = self.editor.model if edited else self.base.model
             drawn.append(_numpy(to_bytes(self.editor.drawn(noised, by, way))))
         return np.concatenate(drawn)
@@ -384,11 +403,12 @@ class Generator:
 
     @cached_property
     def _judge(self) -> Any:
-        """The CLIP stage with both towers."""
-        from .stages import load
+        """The CLIP with both towers."""
+        from .encoders.clip import open_judge
+        from .encoders.sources import open_source
 
         assert self.clip is not None
-        return load(self.clip).to(self._device)
+        return open_judge(open_source(self.clip, "clip"), self._device)
 
     @property
     def networks(self) -> list[torch.nn.Module]:
@@ -484,7 +504,7 @@ class Generator:
                 raise ValueError(f"{name}: no stage {stage!r} that draws; this generator has {has}")
             samplers[stage] = _replaced(samplers[stage], {key: value}, stage)
         sampler = _replaced(self.sampler, mine)
-        check_levels(self.base, sampler, self.enlarging, samplers)
+        check_samplers(self.base, sampler, self.enlarging, samplers)
         return sampler, samplers
 
     def _check(self, asked: Request) -> None:
@@ -624,7 +644,7 @@ class Generator:
             return []
         if (self.clip is None and self.noisy_clip is None) or self.codec is not None:
             raise ValueError(
-                "clip_guidance needs a base of pixels and the line's own CLIP: "
+                "clip_guidance needs a base of pixels and a CLIP: "
                 + ("this generator draws latents" if self.codec else "this generator has none")
             )
         path = self.base.config.diffusion.build_path()
@@ -781,12 +801,18 @@ def _replaced(sampler: Any, chosen: Mapping[str, Any], where: str = "") -> Any:
     return reconstruct(type(sampler), asdict(sampler) | dict(chosen), where or "sampler")
 
 
-def check_levels(
+def check_samplers(
     base: Any,
     sampler: BaseSampler,
     enlarging: Mapping[str, Any],
     samplers: Mapping[str, StageSampler],
 ) -> None:
+    """ValueError where stages do not draw as samplers say, which are a prior's too: what is damaged
+    in another way than it was learnt, and bounds for what is no picture."""
+    if base is not None:
+        sampler.check_threshold(base.config.data)
+    if PRIOR in samplers:
+        samplers[PRIOR].check_threshold("embedding", f"{PRIOR}.threshold")
     low = None if base is None else base.config.low
     if low:
         low.check(sampler.level, "level")

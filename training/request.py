@@ -16,7 +16,8 @@ from .diffusion.guidance import Guide, linear_inverse
 from .diffusion.path import Path as NoisePath
 
 BATCH = 32
-"""Pictures drawn at once: a bound on memory."""
+"""Pictures of up to BATCH_SIDE pixels that are drawn at once: a bound on memory."""
+BATCH_SIDE = 256
 
 Pictures = UInt8[np.ndarray, "picture height width 3"]
 Labels = Sequence[Mapping[str, str] | None]
@@ -25,6 +26,12 @@ Maps = UInt8[np.ndarray, "picture height width"]
 """The index of each pixel's class."""
 Embeddings = Float[Tensor, "picture width"]
 """Of pictures by CLIP, of length 1."""
+
+
+def at_once(side: int) -> int:
+    """Pictures of `side` pixels that are drawn at once: of larger ones as many as have no more
+    pixels together than BATCH of BATCH_SIDE have, and at least one."""
+    return max(1, min(BATCH, BATCH * BATCH_SIDE**2 // max(1, side) ** 2))
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,10 @@ class Request:
             )
         return cls(prompts, negatives, seeds, labels, low, embeddings, map)
 
-    def batches(self) -> list[slice]:
-        return [slice(start, start + BATCH) for start in range(0, len(self.prompts), BATCH)]
+    def batches(self, side: int) -> list[slice]:
+        """The rows that are drawn at once, where the largest picture has `side` pixels a side."""
+        rows = at_once(side)
+        return [slice(start, start + rows) for start in range(0, len(self.prompts), rows)]
 
     def rows(self, rows: slice) -> Request:
         return Request(

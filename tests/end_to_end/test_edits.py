@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,7 @@ def test_a_packaged_generator_edits_pictures(darkroom, tmp_path):
     )  # fmt: skip
     assert made["verdict"]["promote"], made["verdict"]
     assert "edit" in made["took"]
+    assert "From red to blue" in Path(made["report"]).read_text()
     card = made["scorecard"]
     assert 0 <= card["edit_changed"] <= 1 and 0 <= card["edit_kept"] <= 1
     uri = f"sqlite:///{darkroom.home}/mlflow.db"

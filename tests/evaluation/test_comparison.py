@@ -158,6 +158,14 @@ def test_a_classifier_is_told_what_the_prompts_ask_for():
     assert guided.labels == [prompt.truth for prompt in PROMPTS[:3]]
 
 
+def test_the_page_says_whose_evaluations_are_counted(parsed):
+    drawn = compare([Contender("a", Painter()), Contender("b", Painter())], PROMPTS[:3], seed=0)
+    page = parsed(render("t", drawn, PROMPTS[:3], rows=1))
+    said = " ".join(page.text)
+    assert "Counted are evaluations of the networks that draw." in said
+    assert "guidance by a classifier or by CLIP" in said
+
+
 def test_the_page_is_self_contained_and_escapes_captions():
     drawn = compare([Contender("a", Painter()), Contender("<i>", Painter(3))], PROMPTS, seed=0)
     html = render("two of them", drawn, PROMPTS, rows=4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evaluation.editing import edits, named
-from evaluation.techniques import editing
+from evaluation.techniques import editing, techniques
 from pipeline import shapes
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
@@ -93,6 +93,28 @@ def test_what_changed_and_what_was_kept_are_told_apart(loader):
     np.testing.assert_array_equal(
         shown.rows[1], [it[1] for it in (found.before, found.inverted, found.after)]
     )
+
+
+class Editor(Painter):
+    """One of latents, whose autoencoder changes a bit of each number."""
+
+    base = SimpleNamespace(config=SimpleNamespace(hears_embedding=False))
+    codec, clip, enlarging = "there is one", None, {}
+
+    def encode(self, pictures):
+        return pictures
+
+    def decode(self, z):
+        return z ^ 1
+
+
+def test_an_edit_is_among_what_a_model_does_where_scenes_are_held_out_for_it(loader):
+    real = np.stack([shapes.draw(shapes.scene(0, k), SIDE) for k in range(2)])
+    shown = [it.title for it in techniques(Editor(), ["a ring"], real, 0, heldout=loader)]
+    assert shown == ["Through the autoencoder", "From red to blue"]
+    assert [it.title for it in techniques(Editor(), ["a ring"], real, 0)] == shown[:1]
+    other = techniques(Editor("cat", "dog"), ["a ring"], real, 0, heldout=loader)
+    assert [it.title for it in other] == shown[:1]
 
 
 def test_where_nothing_can_be_judged_nothing_is_said(loader):

@@ -197,6 +197,27 @@ def test_what_is_the_generators_own_already_is_not_drawn_again():
     assert len(painter.drawn) == 3 * 32 + 2 * 64
 
 
+class Slow(Painter):
+    """Takes 10 ms, of a clock of its own, for each picture of a call."""
+
+    now = 0.0
+
+    def __call__(self, prompts, **told):
+        self.now += 0.01 * len(prompts)
+        return super().__call__(prompts, **told)
+
+
+@pytest.mark.parametrize(("prompts", "scale"), [(32, None), (96, None), (200, None), (32, 2.0)])
+def test_the_speed_is_measured_however_few_the_sweep_left_to_draw(prompts, scale, monkeypatch):
+    painter = Slow(lambda i, guidance: guidance == 1.0 and i % 2)
+    monkeypatch.setattr("evaluation.sample.time.perf_counter", lambda: painter.now)
+    config = CONFIG.model_copy(update={"sweep_prompts": prompts, "guidance_scales": (2.0,)})
+    card = scored(painter, config, scale=scale).scorecard
+    assert card.scale == 2.0
+    assert card.headline["pictures_per_second"] == pytest.approx(100)
+    assert len(painter.drawn) == 2 * 96
+
+
 def test_a_model_that_serves_draws_as_it_does_whatever_is_swept():
     painter = Tuned(slips)
     config = CONFIG.model_copy(update={"options": dict((LEVEL, STEPS))})

@@ -71,6 +71,14 @@ def test_pictures_are_edited_under_their_names(model, tmp_path):
     assert model.told[-1] == told
 
 
+def test_of_large_pictures_fewer_are_edited_at_once(model, tmp_path):
+    model.latent_shape = (3, 1024, 1024)
+    for k in range(3):
+        picture(tmp_path / "in" / f"{k}.png", k, side=1024)
+    commands.edit("m", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert model.counts == [2, 1]
+
+
 def test_what_cannot_be_edited_is_refused_and_nothing_is_written(model, tmp_path):
     good, small = picture(tmp_path / "in" / "a.png"), picture(tmp_path / "small.png", side=8)
     (tmp_path / "broken.png").write_bytes(b"nothing")

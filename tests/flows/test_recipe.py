@@ -22,6 +22,17 @@ def test_presets_survive_json_and_their_stages_accept_them(name):
     recipes.check_stages(made)
 
 
+def test_the_guidance_that_a_preset_names_is_one_that_it_is_scored_with():
+    """The sweep's choice takes the place of the sampler's guidance."""
+    named = {
+        name: (recipe.sampler["guidance"], recipe.evaluation.guidance_scales)
+        for name, recipe in ((name, make()) for name, make in PRESETS.items())
+        if "guidance" in recipe.sampler
+    }
+    assert "sd-512" in named
+    assert all(guidance in scales for guidance, scales in named.values()), named
+
+
 def test_overrides_reach_every_depth():
     made = load("shapes", ["seed=7", "base.training.images=100", "data.ingest.min_side=8"])
     assert (made.seed, made.base.training["images"], made.data.ingest.min_side) == (7, 100, 8)
@@ -90,6 +101,12 @@ def test_stage_configs_are_checked_by_the_stages(override, told):
         ("shapes", "sampler.grid=karras", "sampler: karras grid on path 'flow'"),
         ("shapes-ddpm", "sampler.variance=learned", "learned_variance=true"),
         ("shapes", "sampler.stepps=3", "did you mean 'steps'"),
+        ("shapes", "sampler.threshold=static", "sampler.threshold: got 'static', .* latents are"),
+        (
+            "shapes-unclip",
+            "prior.sampler.threshold=dynamic",
+            "prior.sampler.threshold: .*embeddings",
+        ),
     ],
 )
 def test_what_the_base_cannot_be_used_with_is_refused_before_the_training(recipe, override, told):
@@ -114,6 +131,8 @@ def test_what_the_base_cannot_be_used_with_is_refused_before_the_training(recipe
         ("shapes-cdm", {"sr1.level": [0.0, 0.9]}, "got 0.9, and it learnt noise from 0 to 0.3"),
         ("shapes-cdm", {"sr1.variance": ["learned"]}, "needs a network that learns it"),
         ("shapes-vae", {"steps": [8]}, "evaluation.options: there is no base"),
+        ("shapes", {"threshold": ["none", "dynamic"]}, "threshold: got 'dynamic', which bounds"),
+        ("shapes", {"guidance_interval": [[0.8, 0.2]]}, "got (0.8, 0.2), wanted two times"),
     ],
 )
 def test_options_that_cannot_be_swept_are_refused_before_the_training(preset, options, said):

@@ -1,12 +1,18 @@
 """A model is a fold over stages: prior -> base -> enlarging stages, each told what came before."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from training import encoders, stages
 from training.assembling import assemble
 from training.autoencoding import to_unit
+from training.contrastive import model_config
 from training.denoising import BaseStage, BaseStageConfig
 from training.enlarging import shrunk
 from training.generator import Generator, _cond
@@ -133,6 +139,8 @@ def test_a_call_may_choose_how_each_stage_draws(generator):
     }.items():
         with pytest.raises(ValueError, match=said):
             generator(PROMPTS, **{wrong: 1})
+    with pytest.raises(ValueError, match=r"prior.threshold: got 'static', .* embeddings are"):
+        generator(PROMPTS, **{"prior.threshold": "static"})
 
 
 def test_the_base_follows_the_embedding_that_it_is_given(generator, scenes):
@@ -151,6 +159,84 @@ def test_the_base_follows_the_embedding_that_it_is_given(generator, scenes):
     np.testing.assert_array_equal(text, given)
     with pytest.raises(ValueError, match="embeddings: got 2 for 3 prompts"):
         generator(PROMPTS, embeddings=z[:2])
+
+
+@pytest.fixture(scope="module")
+def pretrained(line, tmp_path_factory) -> Generator:
+    """A base of pixels that is told the embeddings of a CLIP as open_clip publishes them."""
+    from open_clip.model import CLIP
+
+    from pipeline.encode import encode, pixels_spec
+    from pipeline.execute import Executor
+    from training.job import Job, run
+
+    root = tmp_path_factory.mktemp("pretrained")
+    where = root / "clip"
+    where.mkdir()
+    text = {"vocabulary": 49408, "context": 77, "width": 16, "heads": 2, "layers": 1}
+    image = {"kind": "vit", "side": SIDE, "width": 32, "layers": 1}
+    config = model_config(stages.config_of("clip", {"embed": 12, "image": image, "text": text}))
+    torch.manual_seed(0)
+    save_file(CLIP(**config).state_dict(), where / "open_clip_model.safetensors")
+    prepared = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+    described = {"model_cfg": config, "preprocess_cfg": prepared}
+    (where / "open_clip_config.json").write_text(json.dumps(described))
+    specs = [encoders.spec_of(str(where), name) for name in ("clip", "clip_image")]
+    encode(line.data, specs, encoders.build, Executor(kind="local"))
+    shown = [pixels_spec(SIDE), *specs]
+    run(
+        Job(
+            kind="base", fingerprint="base", config={**CONFIGS["base"], "side": 0},
+            training={"images": 32, "batch": 16, "learning_rate": 3e-3},
+            dataset=line.data.dataset, version=1,
+            encodings=tuple(
+                {"name": s.name, "kind": s.kind, "fingerprint": s.fingerprint}
+                | ({"side": s.side} if s.side else {})
+                for s in shown
+            ),
+            inputs={"clip": str(where)}, output=str(root / "base"),
+        )
+    )  # fmt: skip
+    assemble(root / "generator", {"clip": where, "base": root / "base"}, {"steps": 4})
+    shutil.rmtree(where)
+    return Generator.load(root / "generator", "cpu", precision="fp32")
+
+
+def test_a_pretrained_clip_s_embeddings_are_those_that_the_base_was_taught(pretrained, scenes):
+    from pipeline import shapes
+    from pipeline.images import fit
+    from training.encoders import clip
+    from training.encoders.sources import open_source
+
+    taught = clip.load_image(open_source(pretrained.clip, "clip_image"))
+    told = taught(scenes[0])["clip_image_pooled"].astype(np.float32)
+    pictures = np.ascontiguousarray(scenes[0].transpose(0, 2, 3, 1))
+    found = pretrained.embed(pictures)
+    np.testing.assert_allclose(found, told, atol=2e-3)  # which were stored as float16
+    # Larger ones were fitted to its side by Lanczos when they were encoded.
+    large = np.stack([shapes.draw(shapes.scene(5, k), 3 * SIDE) for k in range(32)])
+    fitted = np.stack([fit(Image.fromarray(it), SIDE) for it in large])
+    told = taught(fitted)["clip_image_pooled"].astype(np.float32)
+    miss = np.linalg.norm(pretrained.embed(large).numpy() - told, axis=1)
+    assert miss.mean() < 0.05 * np.linalg.norm(told - told.mean(0), axis=1).mean()
+
+
+def test_what_needs_both_towers_of_a_pretrained_clip_is_had(pretrained, scenes):
+    pictures = np.ascontiguousarray(scenes[0][:4].transpose(0, 2, 3, 1))
+    z, blank = pretrained.embed(pictures), [""] * 4
+    varied = pretrained.latents(blank, seed=1, embeddings=z, guidance=1.0)
+    other = pretrained.latents(blank, seed=1, embeddings=z.flip(0), guidance=1.0)
+    assert (varied - other).abs().max() > 1e-4
+
+    def liking(scale: float) -> torch.Tensor:
+        drawn = pretrained(PROMPTS, seed=1, guidance=0.0, clip_guidance=scale)
+        return (pretrained.embed(drawn) * pretrained.embed_texts(PROMPTS)).sum(1)
+
+    assert (liking(40.0) > liking(0.0)).all()
+    judge = pretrained._judge
+    heard = pretrained.embed_texts(PROMPTS)  # by way of float16
+    torch.testing.assert_close(judge.texts(PROMPTS), heard, atol=2e-3, rtol=0)
+    assert judge.temperature == pytest.approx(1 / 0.07, rel=1e-4)  # as open_clip begins
 
 
 def test_the_nearest_of_a_prior_s_candidates_is_taken(generator):

@@ -159,13 +159,47 @@ def test_defaults_can_be_overruled_call_by_call(generator):
         assert (generator(PROMPTS, **change) != plain).any(), change
 
 
-def test_many_prompts_are_drawn_in_batches(generator, monkeypatch):
-    from training import generator as module
+def test_the_larger_the_pictures_the_fewer_are_drawn_at_once(generator, monkeypatch):
+    from training import request as module
 
-    whole = generator(PROMPTS * 2)
-    monkeypatch.setattr(module, "BATCH", 4)
-    parts = generator(PROMPTS * 2)
-    assert np.abs(parts.astype(int) - whole).max() <= 1
+    assert [module.at_once(side) for side in (0, 16, 64, 256)] == [32] * 4
+    assert [module.at_once(side) for side in (257, 512, 1024, 4096)] == [31, 8, 2, 1]
+
+    def drawn() -> list[np.ndarray]:
+        pictures = generator(PROMPTS * 2, guidance=1.0)
+        latents = generator.encode(pictures)
+        shares = [0.0, 0.3, 0.7, 1.0]
+        way = generator.between(PROMPTS[0], (0, 1), shares, guidance=1.0)
+        return [pictures, generator.decode(latents), way]
+
+    rows = {"network": [], "encode": [], "decode": []}
+    hook = generator.base.network.register_forward_pre_hook(
+        lambda _, inputs: rows["network"].append(len(inputs[0]))
+    )
+    for name in ("encode", "decode"):
+        asked = getattr(generator.codec, name)
+
+        def counted(x, name=name, asked=asked):
+            rows[name].append(len(x))
+            return asked(x)
+
+        monkeypatch.setattr(generator.codec, name, counted)
+    whole = drawn()
+    assert {name: {*it} for name, it in rows.items()} == {
+        "network": {6, 4}, "encode": {6}, "decode": {6, 4},
+    }  # fmt: skip
+    for it in rows.values():
+        it.clear()
+    # As if 16 px were twice the side of which twelve are drawn at once.
+    monkeypatch.setattr(module, "BATCH", 12)
+    monkeypatch.setattr(module, "BATCH_SIDE", 8)
+    parts = drawn()
+    hook.remove()
+    assert {name: {*it} for name, it in rows.items()} == {
+        "network": {3, 1}, "encode": {3}, "decode": {3, 1},
+    }  # fmt: skip
+    for before, after in zip(whole, parts, strict=True):
+        assert np.abs(before.astype(int) - after).max() <= 1
     assert generator([]).shape == (0, 16, 16, 3)
 
 
@@ -205,6 +239,8 @@ def test_what_is_missing_is_named(line, tmp_path):
         assemble(tmp_path / "g", {"clip": line.stages["clip"]})
     with pytest.raises(ValueError, match="defaults: no key 'guidence'; did you mean 'guidance'"):
         assemble(tmp_path / "g", line.stages, {"guidence": 3.0})
+    with pytest.raises(ValueError, match="threshold: got 'dynamic', .* set it to 'none'"):
+        assemble(tmp_path / "g", line.stages, {"threshold": "dynamic"})
     with pytest.raises(ValueError, match="no generator"):
         Generator.load(tmp_path)
 
@@ -220,6 +256,8 @@ def test_wrong_calls_are_refused(generator):
         generator(PROMPTS, stps=3)
     with pytest.raises(ValueError, match="kind: got 'eulr'"):
         generator(PROMPTS, sampler="eulr")
+    with pytest.raises(ValueError, match=r"threshold: got 'static', which .* latents are drawn"):
+        generator(PROMPTS, threshold="static")
 
 
 def test_pretrained_encoders_travel_in_the_package(line, tmp_path):

@@ -116,7 +116,7 @@ def test_the_small_picture_is_enlarged(made, low):
 
 
 def test_a_picture_is_a_function_of_its_own_low_and_seed(made, low, monkeypatch):
-    from training import generator as module
+    from training import request as module
 
     options = {"level": 0.3, "kind": "ddim", "eta": 1.0}
     it, seeds = made["enlarged"], [5, 9, 2]

@@ -221,7 +221,7 @@ def test_a_drawn_picture_keeps_to_its_map(made, pictures):
 
 
 def test_each_condition_of_latents_is_heard(made, pictures, monkeypatch):
-    from training import generator as module
+    from training import request as module
 
     it = made["latents"]
     maps = it.mapped(pictures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
@@ -190,12 +191,27 @@ class SamplerConfig:
 
     def __post_init__(self):
         _check_names(self)
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, wanted at least 1")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta: got {self.eta}, wanted 0 (deterministic) to 1 (ancestral)")
         # JSON has no tuples.
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        first, last = self.guidance_interval
+        levels = self.sigma_max is None or self.sigma_min < self.sigma_max < math.inf
+        for name, right, wanted in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("eta", 0 <= self.eta <= 1, "0 (deterministic) to 1 (ancestral)"),
+            ("step_size", 0 < self.step_size < math.inf, "a finite number above 0"),
+            ("table_steps", self.table_steps >= 1, "at least 1"),
+            ("shift", 0 < self.shift < math.inf, "a finite number above 0"),
+            ("sigma_min", 0 < self.sigma_min < math.inf, "a finite level above 0"),
+            ("sigma_max", levels, f"a finite level above sigma_min, {self.sigma_min}, or none"),
+            ("rho", 0 < self.rho < math.inf, "a finite number above 0"),
+            ("guidance", math.isfinite(self.guidance), "a finite scale"),
+            ("guidance_interval", 0 <= first <= last <= 1, "two times in order, from 0 to 1"),
+            ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "0 to 1"),
+            ("threshold_quantile", 0 < self.threshold_quantile <= 1, "above 0 and up to 1"),
+            ("corrections", self.corrections >= 0, "at least 0"),
+        ):
+            if not right:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
 
     def build_step(self, path: Path, learned: samplers.Variance | None = None) -> samplers.Step:
         """`learned` is what variance "learned" stands for."""

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from pipeline.schema import PICTURE_EMBEDDING
 
+from .shapes import clip_shape
 from .sources import Source
 from .text import TextEncoder
 
@@ -40,22 +42,72 @@ def load_image(
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """The image tower: uint8 [n, 3, side, side] -> {"clip_image_pooled": float16 [n, width]}, each
     of length 1 as the text tower's are."""
-    model, _ = open_towers(source)
-    model = model.to(device).eval().requires_grad_(False)
+    towers = Towers(source).to(device)
     kind, half = torch.device(device).type, precision == "bf16"
-    mean, deviation = (
-        torch.tensor(values, device=device).view(3, 1, 1) for values in normalisation(source, model)
-    )
 
-    @torch.no_grad()
     def encode(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).float() / 255
         with torch.autocast(kind, torch.bfloat16, enabled=half):
-            found = model.encode_image((x - mean) / deviation)
-        pooled = F.normalize(found.float(), dim=-1)
+            pooled = towers.images(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))
         return {f"{PICTURE_EMBEDDING}_pooled": pooled.to(torch.float16).cpu().numpy()}
 
     return encode
+
+
+class Towers(nn.Module):
+    """Both towers of a CLIP, frozen and asked as our own stage is (`contrastive.ClipStage`): it
+    may be a stage or a pretrained one, and of each the pictures are prepared as it wants them."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, source: Source):
+        super().__init__()
+        self.model, self.tokenize = open_towers(source)
+        self.side = clip_shape(source)[0]
+        prepared = normalisation(source, self.model)
+        for name, values in zip(("mean", "deviation"), prepared, strict=True):
+            one = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(name, one, persistent=False)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def images(self, pixels: UInt8[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch embed"]:
+        """Features of length 1 of square pictures of any side."""
+        return self._seen(pixels.float() / 255)
+
+    def features(self, x: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch embed"]:
+        """The same of pictures in [-1, 1], with gradients."""
+        return self._seen((x + 1) / 2)
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Float[Tensor, "batch embed"]:
+        """Features of length 1 of captions."""
+        ids = torch.from_numpy(self.tokenize(captions)).to(self.mean.device)
+        return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+
+    @property
+    def temperature(self) -> float:
+        """What cosines are multiplied by."""
+        return self.model.logit_scale.exp().clamp(max=100).item()
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """Of pictures in [0, 1]. ValueError unless they are square."""
+        if x.shape[-2] != x.shape[-1]:
+            raise ValueError(f"clip: pictures must be square, got {list(x.shape)}")
+        if x.shape[-1] != self.side:
+            x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True)
+        found = self.model.encode_image((x - self.mean) / self.deviation)
+        return F.normalize(found.float(), dim=-1)
+
+
+def open_judge(source: Source, device: torch.device | str = "cpu") -> Any:
+    """A CLIP to hold pictures against captions, frozen: our stage itself, or a pretrained one that
+    is asked as it is (images, features, texts, temperature)."""
+    if source.pretrained:
+        return Towers(source).to(device)
+    from ..stages import load as load_stage
+
+    return load_stage(source.where).to(device)
 
 
 def open_towers(source: Source) -> tuple[Any, Padded]:

@@ -25,7 +25,7 @@ from pipeline import storage
 from pipeline.manifest import fingerprint
 from pipeline.score import Scorer, ScorerSpec, check_name
 
-from .clip import normalisation, open_towers
+from .clip import Towers
 from .shapes import clip_shape
 from .sources import Source, fetch, files, open_source
 
@@ -185,43 +185,33 @@ def _source(config: ScorerConfig) -> Source:
     return source
 
 
-class Towers:
-    """Both towers of a CLIP: pictures and captions to features of length 1."""
+class _Shared:
+    """A CLIP that several scorers show the same pictures in turn."""
 
     def __init__(self, source: Source, device: str):
-        model, self.tokenize = open_towers(source)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.mean, self.std = (
-            torch.tensor(it, dtype=torch.float32, device=device)[:, None, None]
-            for it in normalisation(source, model)
-        )
+        self.towers, self.device = Towers(source).to(device), device
         self.seen: tuple[np.ndarray, Tensor] | None = None
 
     def images(self, pixels: np.ndarray) -> Float[Tensor, "picture embed"]:
         """Of uint8 [n, 3, side, side]. The array it looked at last costs nothing."""
         if self.seen is None or self.seen[0] is not pixels:
-            x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.mean.device).float() / 255
-            self.seen = pixels, self.features(x)
+            x = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
+            self.seen = pixels, self.towers.images(x)
         return self.seen[1]
 
-    def features(self, x: Float[Tensor, "picture 3 side side"]) -> Float[Tensor, "picture embed"]:
-        """Of pictures in [0, 1]."""
-        return F.normalize(self.model.encode_image((x - self.mean) / self.std).float(), dim=-1)
-
     def texts(self, captions: Sequence[str]) -> Float[Tensor, "text embed"]:
-        ids = torch.from_numpy(self.tokenize(captions)).to(self.mean.device)
-        return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        return self.towers.texts(captions)
 
 
-_CLIPS: WeakValueDictionary[tuple[Source, str, str], Towers] = WeakValueDictionary()
+_CLIPS: WeakValueDictionary[tuple[Source, str, str], _Shared] = WeakValueDictionary()
 
 
-def _clip(source: Source, device: str) -> Towers:
+def _clip(source: Source, device: str) -> _Shared:
     """One for all scorers of a process that look through it, while there is any."""
     key = source, source.weights_sha256(), device
     clip = _CLIPS.get(key)
     if clip is None:
-        clip = _CLIPS[key] = Towers(source, device)
+        clip = _CLIPS[key] = _Shared(source, device)
     return clip
 
 

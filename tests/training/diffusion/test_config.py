@@ -1,6 +1,7 @@
 """Configs: plain names and numbers that survive JSON and refuse what cannot work."""
 
 import json
+import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -86,11 +87,34 @@ def test_what_cannot_work_is_refused(fields, message):
         ({"kind": "euler"}, "dpmpp2m"),
         ({"steps": 0}, "at least 1"),
         ({"eta": 1.5}, "deterministic"),
+        ({"guidance_interval": [0.8, 0.2]}, r"got \(0.8, 0.2\), wanted two times in order"),
+        ({"guidance_interval": [20, 80]}, r"got \(20, 80\), wanted two times"),
+        ({"guidance_interval": [-0.1, 1.0]}, "from 0 to 1"),
+        ({"guidance": math.nan}, "guidance: got nan, wanted a finite scale"),
+        ({"guidance": math.inf}, "guidance: got inf"),
+        ({"guidance_rescale": 1.1}, "guidance_rescale: got 1.1, wanted 0 to 1"),
+        ({"guidance_rescale": -0.1}, "guidance_rescale: got -0.1"),
+        ({"threshold_quantile": 0.0}, "threshold_quantile: got 0.0, wanted above 0 and up to 1"),
+        ({"threshold_quantile": 99.5}, "threshold_quantile: got 99.5"),
+        ({"corrections": -1}, "corrections: got -1, wanted at least 0"),
+        ({"step_size": 0.0}, "step_size: got 0.0, wanted a finite number above 0"),
+        ({"shift": 0.0}, "shift: got 0.0, wanted a finite number above 0"),
+        ({"shift": math.nan}, "shift: got nan"),
+        ({"table_steps": 0}, "table_steps: got 0, wanted at least 1"),
+        ({"sigma_min": 0.0}, "sigma_min: got 0.0, wanted a finite level above 0"),
+        ({"sigma_min": 2.0, "sigma_max": 1.0}, "sigma_max: got 1.0, wanted .* above sigma_min, 2"),
+        ({"sigma_max": math.inf}, "sigma_max: got inf"),
+        ({"rho": 0.0}, "rho: got 0.0, wanted a finite number above 0"),
     ],
 )
 def test_samplers_that_cannot_work_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         SamplerConfig(**fields)
+
+
+def test_the_ends_of_each_range_are_in_it():
+    SamplerConfig(guidance_interval=(0.5, 0.5), guidance_rescale=1.0, threshold_quantile=1.0)
+    SamplerConfig(guidance=-1.0, sigma_min=1.0, sigma_max=1.5, rho=1.0, table_steps=1)
 
 
 KINDS = ["ddim", "heun", "dpmpp2m", "unipc", "euler_maruyama", "annealed"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.execute import Executor
 from pipeline.score import read_scores, score
 from training import contrastive, stages
+from training.encoders import clip as clips
 from training.encoders import scorers
 from training.encoders.scorers import (
     ClipHeadConfig,
@@ -265,9 +266,15 @@ def test_a_clip_is_loaded_once_and_looks_at_a_picture_once_for_all_its_scorers(
     clip, scenes, tmp_path, monkeypatch
 ):
     opened, looks = [], []
-    monkeypatch.setattr(
-        scorers, "open_towers", lambda source: opened.append(1) or towers(source, looks)
-    )
+    open_towers = clips.open_towers
+
+    def towers(source):
+        opened.append(1)
+        model, tokenize = open_towers(source)
+        model.visual.register_forward_hook(lambda *_: looks.append(1))
+        return model, tokenize
+
+    monkeypatch.setattr(clips, "open_towers", towers)
     path = head(tmp_path / "a.safetensors", **mlp((EMBED, 1), (0,)))
     specs = [
         spec_of(ClipSimilarityConfig(clip=clip)),
@@ -284,14 +291,6 @@ def test_a_clip_is_loaded_once_and_looks_at_a_picture_once_for_all_its_scorers(
     del made
     gc.collect()
     assert not scorers._CLIPS  # nothing of it stays behind on the GPU
-
-
-def towers(source, looks):
-    from training.encoders.clip import open_towers
-
-    model, tokenize = open_towers(source)
-    model.visual.register_forward_hook(lambda *_: looks.append(1))
-    return model, tokenize
 
 
 def test_the_fingerprint_names_the_numbers_and_not_the_place(clip, detector, tmp_path, monkeypatch):
