@@ -17,6 +17,7 @@ import contextlib
 import functools
 import itertools
 import json
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -178,8 +179,9 @@ class Rows:
         return names_of(self.keys)
 
     def close(self) -> None:
-        for lines in (self.said, self.asked, self.found):
-            lines.close()
+        with contextlib.ExitStack() as after:  # on a full disk each may raise
+            for lines in (self.said, self.asked, self.found):
+                after.callback(lines.close)
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,10 @@ class Run:
     """Files in staging that are this run's."""
 
     def run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
-        with contextlib.ExitStack() as room:
-            if storage.is_local(self.dataset):
-                room.enter_context(storage.room(storage.local_path(self.dataset)))
+        # Lines lie beside a local data set, and else where temporary files go.
+        local = storage.is_local(self.dataset)
+        place = storage.local_path(self.dataset) if local else tempfile.gettempdir()
+        with storage.room(place):
             return self._run(sources, prints)
 
     def _run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
