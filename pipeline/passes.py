@@ -20,7 +20,7 @@ import json
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,6 +177,11 @@ class Rows:
     @property
     def names(self) -> np.ndarray:
         return names_of(self.keys)
+
+    def again_names(self) -> frozenset[bytes]:
+        """Of those that were out of reach in the last version."""
+        numbers = np.flatnonzero(np.array(self.again, bool)).tolist()
+        return frozenset(row_name(*self.said[number][:2]) for number in numbers)
 
     def close(self) -> None:
         with contextlib.ExitStack() as after:  # on a full disk each may raise
@@ -561,10 +566,10 @@ class Run:
     ) -> IngestResult:
         names, reasons = left_out(Manifest(self.dataset, 0, None, shards))
         dropped = Positions(names), np.array([*reasons, ""], object)
-        new = 0
+        new, again = 0, rows.again_names()
         with writing(self.dataset) as (table, publish_table):
             for batch in read_batches(self.base) if self.base else ():
-                table.add(restated(self._still_past(batch, rows), *dropped))
+                table.add(restated(_still_past(batch, again, rows.come), *dropped))
             for start in range(0, len(rows), 8192):
                 some = range(start, min(start + 8192, len(rows)))
                 batch = batch_of(self._outcomes(rows, some, sources, decision))
@@ -624,23 +629,6 @@ class Run:
                 "split": SPLITS[decision.split[number]],
                 "flags": sorted({*flags, *found.get("flags", ())}),
             }
-
-    def _still_past(self, batch: Any, rows: Rows) -> Any:
-        """Without the rows that were out of reach or not there, and are new again."""
-        again = {
-            row_name(*rows.said[number][:2])
-            for number in np.flatnonzero(np.array(rows.again, bool)).tolist()
-        }
-        if not again and not rows.come:
-            return batch
-
-        def stands(row: str, stamp: str, reason: str) -> bool:
-            if reason in MAY_CHANGE:
-                return row_name(row, stamp) not in again
-            return reason != "missing_file" or row not in rows.come
-
-        columns = (batch[name].to_pylist() for name in ("id", "stamp", "reason"))
-        return batch.filter([stands(*it) for it in zip(*columns, strict=True)])
 
     def _check_undisturbed(self, manifest: Manifest, gone: Mapping[str, Any]) -> None:
         """No take-down and no deletion meanwhile, where no lock can keep them out."""
@@ -721,6 +709,20 @@ def parts_of(rows: int) -> list[tuple[int, int]]:
         start, stop = stop, stop + min(left, size, max(_FEWEST, left // 4))
         parts.append((start, stop))
     return parts
+
+
+def _still_past(batch: Any, again: Collection[bytes], come: Collection[str]) -> Any:
+    """Without the rows that were out of reach or not there, and are new again: by name, by id."""
+    if not again and not come:
+        return batch
+
+    def stands(row: str, stamp: str, reason: str) -> bool:
+        if reason in MAY_CHANGE:
+            return row_name(row, stamp) not in again
+        return reason != "missing_file" or row not in come
+
+    columns = (batch[name].to_pylist() for name in ("id", "stamp", "reason"))
+    return batch.filter([stands(*it) for it in zip(*columns, strict=True)])
 
 
 def _hashes(pair: str, name: str | None) -> tuple[float, float]:
