@@ -108,15 +108,24 @@ def pack_keys(keys: Sequence[str]) -> np.ndarray:
 
 def unpack_keys(packed: np.ndarray) -> list[str]:
     """What `pack_keys` was given."""
-    texts = np.ascontiguousarray(packed).view(f"S{packed.shape[1]}").ravel()
-    return [key.decode() for key in texts.tolist()]
+    return _decoded(_as_bytes(packed))
+
+
+def _as_bytes(packed: np.ndarray) -> np.ndarray:
+    """bytes [n]: a view of packed keys, where they lie together."""
+    return np.ascontiguousarray(packed).view(f"S{packed.shape[1]}").ravel()
+
+
+def _decoded(keys: np.ndarray) -> list[str]:
+    return [key.decode() for key in keys.tolist()]
 
 
 @dataclass(frozen=True)
 class _Open:
     """One shard, mapped. What was not asked for, or nobody knows, is empty."""
 
-    keys: list[str]
+    keys: np.ndarray
+    """bytes [n], as they lie in a file: as texts they take three times the room."""
     captions: list[str]
     labels: list[str | None]
     offsets: np.ndarray
@@ -212,7 +221,8 @@ class Loader:
         self._number(by_bucket)
         self._memory = _Memory()
         most = max(8, _OPEN_FILES // max(1, len(self.encodings)))
-        self._open = lru_cache(most)(self._open_shard)
+        # A batch is of one block of shards, or of the end of one and the beginning of the next.
+        self._open = lru_cache(min(most, 2 * self.plan.block_shards))(self._open_shard)
         bucketed = sum(bool(stored.buckets) for stored in self._stored)
         self._open_bucket = lru_cache(most * max(1, bucketed))(self._open_shards_bucket)
 
@@ -290,7 +300,8 @@ class Loader:
             return list(map(by_shard.__getitem__, back))
 
         if self.captions or self.encodings:
-            batch["key"] = in_order((part.shard.keys, part.local) for part in parts)
+            keys = np.concatenate([part.shard.keys[part.local] for part in parts])
+            batch["key"] = _decoded(keys[back])
         if self.captions:
             batch["caption"] = in_order((part.shard.captions, part.captions) for part in parts)
             labels = in_order((part.shard.labels, part.local) for part in parts)
@@ -463,20 +474,18 @@ class Loader:
                 opened.append(
                     _open_encoded(path, encoding, stored.fields, shard.samples, stored.views)
                 )
-        keys = [table.keys] if table else []
-        keys += [unpack_keys(arrays["keys"]) for arrays in opened]
+        keys = [_as_bytes(pack_keys(table.keys))] if table else []
+        keys += [_as_bytes(arrays["keys"]) for arrays in opened]
         offsets = [table.offsets] if table else []
         offsets += [arrays["sample_offsets"] for arrays in opened if "sample_offsets" in arrays]
-        if any(k != keys[0] for k in keys) or any(
-            not np.array_equal(o, offsets[0]) for o in offsets
-        ):
+        if any(not np.array_equal(one, each[0]) for each in (keys, offsets) for one in each[1:]):
             raise ValueError(
                 f"{self.dataset}, shard {shard.name}: its table and its encodings "
                 f"({', '.join(e.name for e in self.encodings)}) do not hold the same samples and "
                 "captions; delete its encoded files and encode again"
             )
         return _Open(
-            keys=keys[0] if keys else [],
+            keys=keys[0] if keys else np.empty(0, "S1"),
             captions=table.captions if table else [],
             labels=table.labels if table else [],
             offsets=offsets[0] if offsets else np.arange(shard.samples + 1),
