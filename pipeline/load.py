@@ -149,8 +149,8 @@ class _Part(NamedTuple):
 
     number: int
     """Which of the loader's shards."""
-    rows: _Ints
-    """Their rows in the batch."""
+    span: slice
+    """Their rows in the batch by shards."""
     local: _Rows
     """Their rows in the shard."""
     captions: _Ints | _Rows
@@ -290,31 +290,35 @@ class Loader:
         epoch: int,
         turned: np.ndarray | None = None,
     ) -> Batch:
-        bucket, parts = self._parts(indices, draw(self.seed, "caption", positions))
+        bucket, order, parts = self._parts(indices, draw(self.seed, "caption", positions))
         batch: Batch = {"position": positions, "epoch": epoch}
-        back = np.argsort(np.concatenate([part.rows for part in parts])).tolist()
+        # What is read shard by shard is put into the order of the batch at once.
+        back = np.argsort(order)
+        places = back.tolist()
 
         def in_order(chosen: Iterable[tuple[list[Any], _Ints | _Rows]]) -> list[Any]:
             parts = (map(values.__getitem__, _list(rows)) for values, rows in chosen)
             by_shard = list(itertools.chain.from_iterable(parts))
-            return list(map(by_shard.__getitem__, back))
+            return list(map(by_shard.__getitem__, places))
 
         if self.captions or self.encodings:
-            keys = np.concatenate([part.shard.keys[part.local] for part in parts])
+            keys = np.concatenate([part.shard.keys.take(part.local) for part in parts])
             batch["key"] = _decoded(keys[back])
         if self.captions:
             batch["caption"] = in_order((part.shard.captions, part.captions) for part in parts)
             labels = in_order((part.shard.labels, part.local) for part in parts)
             batch["label"] = [None if label is None else json.loads(label) for label in labels]
+        turned = None if turned is None else turned[order]
         for number, encoding in enumerate(self.encodings):
             if encoding.kind == "image":
                 found = [self._pictures(number, bucket, part, turned) for part in parts]
                 for name, field in self._fields[bucket][number].items():
-                    batch[name] = rows = self._memory.empty(field, len(indices))
+                    by_shard, rows = (self._memory.empty(field, len(order)) for _ in range(2))
                     for part, (arrays, local) in zip(parts, found, strict=True):
-                        rows[part.rows] = arrays[name][local]
+                        _take(arrays[name], local, by_shard[part.span])
+                    batch[name] = _take(by_shard, back, rows)
             else:
-                batch |= self._texts(number, parts, len(indices))
+                batch |= self._texts(number, parts, order, back)
         return batch
 
     def _pictures(
@@ -326,34 +330,38 @@ class Loader:
             members, arrays = self._open_bucket(number, part.number, bucket)
             local = np.searchsorted(members, local)
         if stored.views == 2:
-            local = 2 * local + (0 if turned is None else turned[part.rows])
+            local = 2 * local + (0 if turned is None else turned[part.span])
         return arrays, local
 
-    def _texts(self, number: int, parts: list[_Part], size: int) -> Batch:
+    def _texts(self, number: int, parts: list[_Part], order: _Ints, back: _Ints) -> Batch:
         """The fields of one text encoding, its captions padded to the longest of them."""
         name, stored = self.encodings[number].name, self._stored[number].fields
+        size = len(order)
         pooled = stored["pooled"].empty(size)
         begin, end = np.empty(size, np.int64), np.empty(size, np.int64)
         for part in parts:
             arrays = part.shard.arrays[number]
             text = arrays["caption_rows"][part.captions]
-            pooled[part.rows] = arrays["pooled"][text]
-            begin[part.rows], end[part.rows] = arrays["offsets"][text], arrays["offsets"][text + 1]
+            _take(arrays["pooled"], text, pooled[part.span])
+            _take(arrays["offsets"], text, begin[part.span])
+            _take(arrays["offsets"], text + 1, end[part.span])
         lengths: _Ints = end - begin
         longest = int(lengths.max())
         padded = self._memory.empty(stored["tokens"], size, longest)
         for part in parts:
             arrays = part.shard.arrays[number]
             # A caption's tokens lie together: a copy for each beats a fancy index of all tokens.
-            spans = map(_list, (part.rows, begin[part.rows], end[part.rows]))
+            spans = (_list(each[part.span]) for each in (order, begin, end))
             for row, first, last in zip(*spans, strict=True):
                 tokens.copy(arrays, first, last, padded[row, : last - first])
                 padded[row, last - first :] = 0
-        mask = np.arange(longest) < lengths[:, None]
-        return {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled}
+        mask = np.arange(longest) < lengths[back][:, None]
+        return {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled[back]}
 
-    def _parts(self, indices: np.ndarray, turns: np.ndarray) -> tuple[int, list[_Part]]:
-        """(the bucket, the batch by shards); `turns` in [0, 1) say which caption a sample shows."""
+    def _parts(self, indices: np.ndarray, turns: np.ndarray) -> tuple[int, _Ints, list[_Part]]:
+        """(the bucket, the rows of the batch by shards, the shards); `turns` in [0, 1) say which
+        caption a sample shows.
+        """
         groups = np.searchsorted(self._starts, indices, side="right") - 1
         order = np.argsort(groups, kind="stable")
         groups, local = groups[order], self._local[indices[order]]
@@ -368,16 +376,16 @@ class Loader:
                 "alike() gives"
             )
         parts: list[_Part] = []
-        ends = [*begins[1:], len(order)]
-        for first, last, group in zip(begins, ends, groups[begins].tolist(), strict=True):
-            shard, rows = self._open(group - at * shards), local[first:last]
+        spans = map(slice, begins, [*begins[1:], len(order)])
+        for span, group in zip(spans, groups[begins].tolist(), strict=True):
+            shard, rows = self._open(group - at * shards), local[span]
             captions = rows
             if self._reads_captions:
                 begin = shard.offsets[rows]
                 count = shard.offsets[rows + 1] - begin
-                captions = begin + (turns[first:last] * count).astype(np.int64)
-            parts.append(_Part(group - at * shards, order[first:last], rows, captions, shard))
-        return buckets[at], parts
+                captions = begin + (turns[span] * count).astype(np.int64)
+            parts.append(_Part(group - at * shards, span, rows, captions, shard))
+        return buckets[at], order, parts
 
     def _number(self, kept: dict[int, list[_Rows]]) -> None:
         """Number the samples, bucket after bucket, by the rows kept of each shard."""
@@ -550,6 +558,11 @@ class _Memory:
 
 def _list(numbers: _Ints | _Rows) -> list[int]:
     return numbers.tolist()
+
+
+def _take(rows: np.ndarray, which: np.ndarray, into: np.ndarray) -> np.ndarray:
+    """Rows, all of which are there, into room of their dtype (with "raise" numpy copies twice)."""
+    return rows.take(which, 0, into, "clip")
 
 
 def _open_index(encoding: Encoding, stored: _Stored, shard: Shard) -> dict[str, np.ndarray]:
