@@ -63,7 +63,7 @@ from .manifest import Manifest, Shard, blocked, fingerprint, publish, read
 from .outcomes import STORED, batch_of, read_batches, restated, writing
 from .rows import Lines, Positions, names_of, names_of_keys, parsed, row_name
 from .select import left_out, select
-from .sources import Row, Source
+from .sources import Row, Source, release
 from .units import HASHES, captioner, reader, result_url, told, writer
 
 MAY_CHANGE = ("unreachable", "private_address")
@@ -207,7 +207,8 @@ class Run:
         # Lines lie beside a local data set, and else where temporary files go.
         local = storage.is_local(self.dataset)
         place = storage.local_path(self.dataset) if local else tempfile.gettempdir()
-        with storage.room(place):
+        with storage.room(place), contextlib.ExitStack() as after:
+            after.callback(release)  # the parquet that its units read last, where they ran here
             return self._run(sources, prints)
 
     def _run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
