@@ -21,7 +21,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ from .decide import (
     uniform,
 )
 from .download import DownloadRules, OpenedRules, is_remote
-from .execute import Executor, run
+from .execute import Executor, run, workers_of
 from .ingest import (
     CODE,
     FOLDERS,
@@ -360,6 +360,8 @@ class Run:
     ) -> None:
         if units:
             lines = self._share(asked, "rows")
+            workers = workers_of(self.executor, len(units))
+            download = replace(download, concurrency=max(1, download.concurrency // workers))
             work = functools.partial(reader, self.dataset, self.rules.reading(), download, lines)
             self.used.update(f"{unit['unit']}{end}" for unit in units for end in (".bin", ".jsonl"))
             self._resume("read", work, units, "jsonl", ready)

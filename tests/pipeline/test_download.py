@@ -20,6 +20,7 @@ from pipeline import download as downloads
 from pipeline import ingest as ingesting
 from pipeline import outcomes, passes, storage
 from pipeline.download import Downloader, DownloadRules, is_public, is_remote
+from pipeline.execute import Executor, run
 from pipeline.ingest import IngestRules, ingest
 from pipeline.outcomes import Rejected
 
@@ -713,6 +714,38 @@ def test_what_is_tried_again_is_named_once_however_many_rows_there_were(
         assert (grown.counts["seen"], grown.counts["rejected:unreachable"]) == (16, 5)
         took.append(len(named))
     assert took[0] == took[1]
+
+
+@pytest.mark.parametrize(
+    ("executor", "all_workers", "each"),
+    [
+        (Executor(), 16, 16),
+        (Executor(kind="processes", workers=2), 16, 8),
+        (Executor(kind="processes", workers=2), 5, 2),
+        (Executor(kind="processes", workers=2), 1, 1),
+        (Executor(kind="processes", workers=40), 16, 8),  # there are but two units
+    ],
+)
+def test_the_workers_of_a_run_share_its_downloads(
+    server, tmp_path, monkeypatch, executor, all_workers, each
+):
+    server.pictures = {f"{i}.png": picture(i) for i in range(40)}
+    rows = [{"url": server.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(40)]
+    given = []
+
+    def noted(factory, units, **options):
+        if factory.func is passes.reader:
+            given.append((len(units), factory.args[2].concurrency))
+        return run(factory, units, **options | {"executor": Executor()})
+
+    monkeypatch.setattr(passes, "run", noted)
+    download = DownloadRules(private_hosts=("127.0.0.1",), concurrency=all_workers)
+    result = ingest(
+        [table(tmp_path, rows)], str(tmp_path / "set"), IngestRules(download=download), executor
+    )
+    assert given == [(2, each)]
+    assert result.counts["kept"] == 40
+    assert result.manifest.rules["download"]["concurrency"] == all_workers
 
 
 def test_how_pictures_are_fetched_does_not_decide_what_they_are(tmp_path, server):
