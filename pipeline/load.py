@@ -151,9 +151,9 @@ class _Part(NamedTuple):
     """Which of the loader's shards."""
     span: slice
     """Their rows in the batch by shards."""
-    local: _Rows
+    local: _Ints
     """Their rows in the shard."""
-    captions: _Ints | _Rows
+    captions: _Ints
     """Which of the shard's captions they show; `local` where nobody asks."""
     shard: _Open
 
@@ -296,7 +296,7 @@ class Loader:
         back = np.argsort(order)
         places = back.tolist()
 
-        def in_order(chosen: Iterable[tuple[list[Any], _Ints | _Rows]]) -> list[Any]:
+        def in_order(chosen: Iterable[tuple[list[Any], _Ints]]) -> list[Any]:
             parts = (map(values.__getitem__, _list(rows)) for values, rows in chosen)
             by_shard = list(itertools.chain.from_iterable(parts))
             return list(map(by_shard.__getitem__, places))
@@ -308,10 +308,10 @@ class Loader:
             batch["caption"] = in_order((part.shard.captions, part.captions) for part in parts)
             labels = in_order((part.shard.labels, part.local) for part in parts)
             batch["label"] = [None if label is None else json.loads(label) for label in labels]
-        turned = None if turned is None else turned[order]
+        turned = np.zeros(len(order), np.bool_) if turned is None else turned[order]
         for number, encoding in enumerate(self.encodings):
             if encoding.kind == "image":
-                found = [self._pictures(number, bucket, part, turned) for part in parts]
+                found = self._pictures(number, bucket, parts, turned)
                 for name, field in self._fields[bucket][number].items():
                     by_shard, rows = (self._memory.empty(field, len(order)) for _ in range(2))
                     for part, (arrays, local) in zip(parts, found, strict=True):
@@ -322,16 +322,23 @@ class Loader:
         return batch
 
     def _pictures(
-        self, number: int, bucket: int, part: _Part, turned: np.ndarray | None
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """(the arrays of a picture encoding that hold a part of a batch, its rows there)."""
-        arrays, local, stored = part.shard.arrays[number], part.local, self._stored[number]
+        self, number: int, bucket: int, parts: list[_Part], turned: np.ndarray
+    ) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Of each part: the arrays of a picture encoding that hold it, its rows there."""
+        stored = self._stored[number]
+        found = [(part.shard.arrays[number], part.local) for part in parts]
         if stored.buckets:
-            members, arrays = self._open_bucket(number, part.number, bucket)
-            local = np.searchsorted(members, local)
+            opened = (self._open_bucket(number, part.number, bucket) for part in parts)
+            found = [
+                (arrays, np.searchsorted(members, part.local))
+                for part, (members, arrays) in zip(parts, opened, strict=True)
+            ]
         if stored.views == 2:
-            local = 2 * local + (0 if turned is None else turned[part.span])
-        return arrays, local
+            found = [
+                (arrays, 2 * local + turned[part.span])
+                for part, (arrays, local) in zip(parts, found, strict=True)
+            ]
+        return found
 
     def _texts(self, number: int, parts: list[_Part], order: _Ints, back: _Ints) -> Batch:
         """The fields of one text encoding, its captions padded to the longest of them."""
@@ -364,7 +371,8 @@ class Loader:
         """
         groups = np.searchsorted(self._starts, indices, side="right") - 1
         order = np.argsort(groups, kind="stable")
-        groups, local = groups[order], self._local[indices[order]]
+        groups = groups[order]
+        local = self._local[indices[order]].astype(np.int64)  # once, not in each lookup
         turns = turns[order]
         begins = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist()]
         buckets, shards = tuple(self._kept), len(self.shards)
@@ -556,7 +564,7 @@ class _Memory:
         return sys.getrefcount(self._kept[number]) == self._unheld
 
 
-def _list(numbers: _Ints | _Rows) -> list[int]:
+def _list(numbers: _Ints) -> list[int]:
     return numbers.tolist()
 
 
