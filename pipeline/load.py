@@ -292,7 +292,8 @@ class Loader:
     ) -> Batch:
         bucket, order, parts = self._parts(indices, draw(self.seed, "caption", positions))
         batch: Batch = {"position": positions, "epoch": epoch}
-        # What is read shard by shard is put into the order of the batch at once.
+        # What is read shard by shard is put into the order of the batch at once, unless it is so
+        # much that it has left the processor's cache by then.
         back = np.argsort(order)
         places = back.tolist()
 
@@ -313,10 +314,15 @@ class Loader:
             if encoding.kind == "image":
                 found = self._pictures(number, bucket, parts, turned)
                 for name, field in self._fields[bucket][number].items():
-                    by_shard, rows = (self._memory.empty(field, len(order)) for _ in range(2))
+                    batch[name] = rows = self._memory.empty(field, len(order))
+                    if rows.nbytes >= _LARGE:
+                        for part, (arrays, local) in zip(parts, found, strict=True):
+                            rows[order[part.span]] = arrays[name][local]
+                        continue
+                    by_shard = np.empty_like(rows)
                     for part, (arrays, local) in zip(parts, found, strict=True):
                         _take(arrays[name], local, by_shard[part.span])
-                    batch[name] = _take(by_shard, back, rows)
+                    _take(by_shard, back, rows)
             else:
                 batch |= self._texts(number, parts, order, back)
         return batch

@@ -264,6 +264,16 @@ def test_memory_is_kept_for_a_few_batches_alone(data, encodings, monkeypatch):
     assert len(loader._memory._kept) == _KEPT
 
 
+def test_large_batches_hold_what_small_ones_do(shaped, monkeypatch):
+    """They are put together otherwise."""
+    specs = [replace(BUCKETED, flip=True), pixels_spec(4, BUCKETS, flip=True), WORDS]
+    loader = Loader(shaped, [*encode(shaped, specs, build, LOCAL).values()], global_batch=4, seed=0)
+    small = [loader.batch(step) for step in range(8)]
+    monkeypatch.setattr(load, "_LARGE", 1)
+    for step, batch in enumerate(small):
+        equal(loader.batch(step), batch)
+
+
 def test_chosen_rows_are_the_same_each_time(data, encodings):
     loader = Loader(data, encodings, global_batch=4, seed=0)
     batch = loader.rows([12, 0, 5, 5])
