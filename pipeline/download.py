@@ -52,7 +52,7 @@ class DownloadRules:
 
     kind: Literal["download"] = "download"
     concurrency: int = 16
-    """Downloads at a time, in each worker."""
+    """Downloads at a time. The workers of a run share them, but each has one at least."""
     seconds: float = 30.0
     """For one try of one picture, from the look-up of the host's name to the last byte."""
     total_seconds: float = 120.0

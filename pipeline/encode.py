@@ -51,6 +51,9 @@ Build = Callable[[EncoderSpec], Any]
 
 PIXELS = "pixels"
 _PIXELS_VERSION = 1  # raised by hand when `images.decode` or `images.fit` give other numbers
+_FEW = 20
+"""Of a shard of fewer samples than this, as many may be rejected as of so many: nightly growth
+leaves small shards, and a twentieth of theirs is none."""
 
 
 def pixels_spec(side: int, buckets: Sequence[Bucket] = (), flip: bool = False) -> EncoderSpec:
@@ -82,7 +85,7 @@ def encode(
 
     Raises ValueError when a directory holds another encoder's work, when an encoder gives too few
     rows or another shape than before, when there is no memory for a single row, and when more than
-    `max_rejected_share` of a shard is rejected.
+    `max_rejected_share` of a shard is rejected (of 20 samples, where a shard has fewer).
     """
     names = [spec.name for spec in specs]
     if len(set(names)) < len(names):
@@ -197,11 +200,13 @@ class _Encode:
             if not storage.create_exclusive(encoding.stated_url(bucket), text):
                 _refuse_other(encoding, spec, stored, bucket)
         rejected = np.flatnonzero(bad).tolist()
-        if len(rejected) > self.max_rejected_share * len(table.keys):
+        of = max(len(table.keys), _FEW)
+        if len(rejected) > self.max_rejected_share * of:
             raise ValueError(
                 f"encoder {spec.name}, shard {shard}: {len(rejected)} of {len(table.keys)} "
                 f"samples gave NaN or Inf (the first: {table.keys[rejected[0]]}), at most "
-                f"{self.max_rejected_share:.0%} may; check the encoder's weights and precision"
+                f"{self.max_rejected_share:.0%} of {of} may; check the encoder's weights and "
+                "precision"
             )
         publish_encoded(encoding, shard, table.keys, files, rejected)
         return len(rejected)

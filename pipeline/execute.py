@@ -102,6 +102,15 @@ def run(
     return given
 
 
+def workers_of(executor: Executor, units: int) -> int:
+    """How many workers `run` has for so many units, unless each is to keep what its factory made
+    (`keep`). ValueError where they are Ray's and there is no session.
+    """
+    if executor.chosen == "local":
+        return min(1, units)
+    return min(executor.workers or (_ray_cpus() if executor.chosen == "ray" else cpus()), units)
+
+
 def _local(factory: Factory, units: list[dict[str, Any]]) -> Stream:
     work = factory()
     for index, unit in enumerate(units):
@@ -307,17 +316,10 @@ def _work_table(table: Any, work: Work) -> Any:
 
 
 def _ray(factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool) -> Stream:
-    import ray
+    cpus = _ray_cpus()
     import ray.data as _data
 
     ray_data: Any = _data
-    if not ray.is_initialized():
-        raise ValueError(
-            "executor 'ray' needs a session: call ray.init() first "
-            "or use Executor(kind='processes')"
-        )
-    cluster: Any = ray
-    cpus = int(cluster.cluster_resources().get("CPU", 1))
     size = min(workers or cpus, len(units))
     # A fixed pool that holds every CPU starves Ray Data's own tasks and stalls until a time-out of
     # half an hour: the pool claims at most half of them, though its processes may well use more.
@@ -348,6 +350,19 @@ def _ray(factory: Factory, units: list[dict[str, Any]], workers: int, keep: bool
         for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in batch.to_pylist():
                 yield row["index"], json.loads(row["result"])
+
+
+def _ray_cpus() -> int:
+    """Those of the cluster. ValueError where there is no session."""
+    import ray
+
+    cluster: Any = ray
+    if not cluster.is_initialized():
+        raise ValueError(
+            "executor 'ray' needs a session: call ray.init() first "
+            "or use Executor(kind='processes')"
+        )
+    return int(cluster.cluster_resources().get("CPU", 1))
 
 
 @contextlib.contextmanager

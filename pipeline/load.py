@@ -108,15 +108,24 @@ def pack_keys(keys: Sequence[str]) -> np.ndarray:
 
 def unpack_keys(packed: np.ndarray) -> list[str]:
     """What `pack_keys` was given."""
-    texts = np.ascontiguousarray(packed).view(f"S{packed.shape[1]}").ravel()
-    return [key.decode() for key in texts.tolist()]
+    return _decoded(_as_bytes(packed))
+
+
+def _as_bytes(packed: np.ndarray) -> np.ndarray:
+    """bytes [n]: a view of packed keys, where they lie together."""
+    return np.ascontiguousarray(packed).view(f"S{packed.shape[1]}").ravel()
+
+
+def _decoded(keys: np.ndarray) -> list[str]:
+    return [key.decode() for key in keys.tolist()]
 
 
 @dataclass(frozen=True)
 class _Open:
     """One shard, mapped. What was not asked for, or nobody knows, is empty."""
 
-    keys: list[str]
+    keys: np.ndarray
+    """bytes [n], as they lie in a file: as texts they take three times the room."""
     captions: list[str]
     labels: list[str | None]
     offsets: np.ndarray
@@ -140,11 +149,11 @@ class _Part(NamedTuple):
 
     number: int
     """Which of the loader's shards."""
-    rows: _Ints
-    """Their rows in the batch."""
-    local: _Rows
+    span: slice
+    """Their rows in the batch by shards."""
+    local: _Ints
     """Their rows in the shard."""
-    captions: _Ints | _Rows
+    captions: _Ints
     """Which of the shard's captions they show; `local` where nobody asks."""
     shard: _Open
 
@@ -212,7 +221,8 @@ class Loader:
         self._number(by_bucket)
         self._memory = _Memory()
         most = max(8, _OPEN_FILES // max(1, len(self.encodings)))
-        self._open = lru_cache(most)(self._open_shard)
+        # A batch is of one block of shards, or of the end of one and the beginning of the next.
+        self._open = lru_cache(min(most, 2 * self.plan.block_shards))(self._open_shard)
         bucketed = sum(bool(stored.buckets) for stored in self._stored)
         self._open_bucket = lru_cache(most * max(1, bucketed))(self._open_shards_bucket)
 
@@ -280,72 +290,95 @@ class Loader:
         epoch: int,
         turned: np.ndarray | None = None,
     ) -> Batch:
-        bucket, parts = self._parts(indices, draw(self.seed, "caption", positions))
+        bucket, order, parts = self._parts(indices, draw(self.seed, "caption", positions))
         batch: Batch = {"position": positions, "epoch": epoch}
-        back = np.argsort(np.concatenate([part.rows for part in parts])).tolist()
+        # What is read shard by shard is put into the order of the batch at once, unless it is so
+        # much that it has left the processor's cache by then.
+        back = np.argsort(order)
+        places = back.tolist()
 
-        def in_order(chosen: Iterable[tuple[list[Any], _Ints | _Rows]]) -> list[Any]:
+        def in_order(chosen: Iterable[tuple[list[Any], _Ints]]) -> list[Any]:
             parts = (map(values.__getitem__, _list(rows)) for values, rows in chosen)
             by_shard = list(itertools.chain.from_iterable(parts))
-            return list(map(by_shard.__getitem__, back))
+            return list(map(by_shard.__getitem__, places))
 
         if self.captions or self.encodings:
-            batch["key"] = in_order((part.shard.keys, part.local) for part in parts)
+            keys = np.concatenate([part.shard.keys.take(part.local) for part in parts])
+            batch["key"] = _decoded(keys[back])
         if self.captions:
             batch["caption"] = in_order((part.shard.captions, part.captions) for part in parts)
             labels = in_order((part.shard.labels, part.local) for part in parts)
             batch["label"] = [None if label is None else json.loads(label) for label in labels]
+        turned = np.zeros(len(order), np.bool_) if turned is None else turned[order]
         for number, encoding in enumerate(self.encodings):
             if encoding.kind == "image":
-                found = [self._pictures(number, bucket, part, turned) for part in parts]
+                found = self._pictures(number, bucket, parts, turned)
                 for name, field in self._fields[bucket][number].items():
-                    batch[name] = rows = self._memory.empty(field, len(indices))
+                    batch[name] = rows = self._memory.empty(field, len(order))
+                    if rows.nbytes >= _LARGE:
+                        for part, (arrays, local) in zip(parts, found, strict=True):
+                            rows[order[part.span]] = arrays[name][local]
+                        continue
+                    by_shard = np.empty_like(rows)
                     for part, (arrays, local) in zip(parts, found, strict=True):
-                        rows[part.rows] = arrays[name][local]
+                        _take(arrays[name], local, by_shard[part.span])
+                    _take(by_shard, back, rows)
             else:
-                batch |= self._texts(number, parts, len(indices))
+                batch |= self._texts(number, parts, order, back)
         return batch
 
     def _pictures(
-        self, number: int, bucket: int, part: _Part, turned: np.ndarray | None
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """(the arrays of a picture encoding that hold a part of a batch, its rows there)."""
-        arrays, local, stored = part.shard.arrays[number], part.local, self._stored[number]
+        self, number: int, bucket: int, parts: list[_Part], turned: np.ndarray
+    ) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Of each part: the arrays of a picture encoding that hold it, its rows there."""
+        stored = self._stored[number]
+        found = [(part.shard.arrays[number], part.local) for part in parts]
         if stored.buckets:
-            members, arrays = self._open_bucket(number, part.number, bucket)
-            local = np.searchsorted(members, local)
+            opened = (self._open_bucket(number, part.number, bucket) for part in parts)
+            found = [
+                (arrays, np.searchsorted(members, part.local))
+                for part, (members, arrays) in zip(parts, opened, strict=True)
+            ]
         if stored.views == 2:
-            local = 2 * local + (0 if turned is None else turned[part.rows])
-        return arrays, local
+            found = [
+                (arrays, 2 * local + turned[part.span])
+                for part, (arrays, local) in zip(parts, found, strict=True)
+            ]
+        return found
 
-    def _texts(self, number: int, parts: list[_Part], size: int) -> Batch:
+    def _texts(self, number: int, parts: list[_Part], order: _Ints, back: _Ints) -> Batch:
         """The fields of one text encoding, its captions padded to the longest of them."""
         name, stored = self.encodings[number].name, self._stored[number].fields
+        size = len(order)
         pooled = stored["pooled"].empty(size)
         begin, end = np.empty(size, np.int64), np.empty(size, np.int64)
         for part in parts:
             arrays = part.shard.arrays[number]
             text = arrays["caption_rows"][part.captions]
-            pooled[part.rows] = arrays["pooled"][text]
-            begin[part.rows], end[part.rows] = arrays["offsets"][text], arrays["offsets"][text + 1]
+            _take(arrays["pooled"], text, pooled[part.span])
+            _take(arrays["offsets"], text, begin[part.span])
+            _take(arrays["offsets"], text + 1, end[part.span])
         lengths: _Ints = end - begin
         longest = int(lengths.max())
         padded = self._memory.empty(stored["tokens"], size, longest)
         for part in parts:
             arrays = part.shard.arrays[number]
             # A caption's tokens lie together: a copy for each beats a fancy index of all tokens.
-            spans = map(_list, (part.rows, begin[part.rows], end[part.rows]))
+            spans = (_list(each[part.span]) for each in (order, begin, end))
             for row, first, last in zip(*spans, strict=True):
                 tokens.copy(arrays, first, last, padded[row, : last - first])
                 padded[row, last - first :] = 0
-        mask = np.arange(longest) < lengths[:, None]
-        return {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled}
+        mask = np.arange(longest) < lengths[back][:, None]
+        return {f"{name}_tokens": padded, f"{name}_mask": mask, f"{name}_pooled": pooled[back]}
 
-    def _parts(self, indices: np.ndarray, turns: np.ndarray) -> tuple[int, list[_Part]]:
-        """(the bucket, the batch by shards); `turns` in [0, 1) say which caption a sample shows."""
+    def _parts(self, indices: np.ndarray, turns: np.ndarray) -> tuple[int, _Ints, list[_Part]]:
+        """(the bucket, the rows of the batch by shards, the shards); `turns` in [0, 1) say which
+        caption a sample shows.
+        """
         groups = np.searchsorted(self._starts, indices, side="right") - 1
         order = np.argsort(groups, kind="stable")
-        groups, local = groups[order], self._local[indices[order]]
+        groups = groups[order]
+        local = self._local[indices[order]].astype(np.int64)  # once, not in each lookup
         turns = turns[order]
         begins = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist()]
         buckets, shards = tuple(self._kept), len(self.shards)
@@ -357,16 +390,16 @@ class Loader:
                 "alike() gives"
             )
         parts: list[_Part] = []
-        ends = [*begins[1:], len(order)]
-        for first, last, group in zip(begins, ends, groups[begins].tolist(), strict=True):
-            shard, rows = self._open(group - at * shards), local[first:last]
+        spans = map(slice, begins, [*begins[1:], len(order)])
+        for span, group in zip(spans, groups[begins].tolist(), strict=True):
+            shard, rows = self._open(group - at * shards), local[span]
             captions = rows
             if self._reads_captions:
                 begin = shard.offsets[rows]
                 count = shard.offsets[rows + 1] - begin
-                captions = begin + (turns[first:last] * count).astype(np.int64)
-            parts.append(_Part(group - at * shards, order[first:last], rows, captions, shard))
-        return buckets[at], parts
+                captions = begin + (turns[span] * count).astype(np.int64)
+            parts.append(_Part(group - at * shards, span, rows, captions, shard))
+        return buckets[at], order, parts
 
     def _number(self, kept: dict[int, list[_Rows]]) -> None:
         """Number the samples, bucket after bucket, by the rows kept of each shard."""
@@ -463,20 +496,18 @@ class Loader:
                 opened.append(
                     _open_encoded(path, encoding, stored.fields, shard.samples, stored.views)
                 )
-        keys = [table.keys] if table else []
-        keys += [unpack_keys(arrays["keys"]) for arrays in opened]
+        keys = [_as_bytes(pack_keys(table.keys))] if table else []
+        keys += [_as_bytes(arrays["keys"]) for arrays in opened]
         offsets = [table.offsets] if table else []
         offsets += [arrays["sample_offsets"] for arrays in opened if "sample_offsets" in arrays]
-        if any(k != keys[0] for k in keys) or any(
-            not np.array_equal(o, offsets[0]) for o in offsets
-        ):
+        if any(not np.array_equal(one, each[0]) for each in (keys, offsets) for one in each[1:]):
             raise ValueError(
                 f"{self.dataset}, shard {shard.name}: its table and its encodings "
                 f"({', '.join(e.name for e in self.encodings)}) do not hold the same samples and "
                 "captions; delete its encoded files and encode again"
             )
         return _Open(
-            keys=keys[0] if keys else [],
+            keys=keys[0] if keys else np.empty(0, "S1"),
             captions=table.captions if table else [],
             labels=table.labels if table else [],
             offsets=offsets[0] if offsets else np.arange(shard.samples + 1),
@@ -539,8 +570,13 @@ class _Memory:
         return sys.getrefcount(self._kept[number]) == self._unheld
 
 
-def _list(numbers: _Ints | _Rows) -> list[int]:
+def _list(numbers: _Ints) -> list[int]:
     return numbers.tolist()
+
+
+def _take(rows: np.ndarray, which: np.ndarray, into: np.ndarray) -> np.ndarray:
+    """Rows, all of which are there, into room of their dtype (with "raise" numpy copies twice)."""
+    return rows.take(which, 0, into, "clip")
 
 
 def _open_index(encoding: Encoding, stored: _Stored, shard: Shard) -> dict[str, np.ndarray]:

@@ -17,10 +17,11 @@ import contextlib
 import functools
 import itertools
 import json
+import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ from .decide import (
     uniform,
 )
 from .download import DownloadRules, OpenedRules, is_remote
-from .execute import Executor, run
+from .execute import Executor, run, workers_of
 from .ingest import (
     CODE,
     FOLDERS,
@@ -62,7 +63,7 @@ from .manifest import Manifest, Shard, blocked, fingerprint, publish, read
 from .outcomes import STORED, batch_of, read_batches, restated, writing
 from .rows import Lines, Positions, names_of, names_of_keys, parsed, row_name
 from .select import left_out, select
-from .sources import Row, Source
+from .sources import Row, Source, release
 from .units import HASHES, captioner, reader, result_url, told, writer
 
 MAY_CHANGE = ("unreachable", "private_address")
@@ -177,9 +178,15 @@ class Rows:
     def names(self) -> np.ndarray:
         return names_of(self.keys)
 
+    def again_names(self) -> frozenset[bytes]:
+        """Of those that were out of reach in the last version."""
+        numbers = np.flatnonzero(np.array(self.again, bool)).tolist()
+        return frozenset(row_name(*self.said[number][:2]) for number in numbers)
+
     def close(self) -> None:
-        for lines in (self.said, self.asked, self.found):
-            lines.close()
+        with contextlib.ExitStack() as after:  # on a full disk each may raise
+            for lines in (self.said, self.asked, self.found):
+                after.callback(lines.close)
 
 
 @dataclass(frozen=True)
@@ -197,9 +204,11 @@ class Run:
     """Files in staging that are this run's."""
 
     def run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
-        with contextlib.ExitStack() as room:
-            if storage.is_local(self.dataset):
-                room.enter_context(storage.room(storage.local_path(self.dataset)))
+        # Lines lie beside a local data set, and else where temporary files go.
+        local = storage.is_local(self.dataset)
+        place = storage.local_path(self.dataset) if local else tempfile.gettempdir()
+        with storage.room(place), contextlib.ExitStack() as after:
+            after.callback(release)  # the parquet that its units read last, where they ran here
             return self._run(sources, prints)
 
     def _run(self, sources: Sequence[Source], prints: Mapping[str, str]) -> IngestResult:
@@ -351,6 +360,8 @@ class Run:
     ) -> None:
         if units:
             lines = self._share(asked, "rows")
+            workers = workers_of(self.executor, len(units))
+            download = replace(download, concurrency=max(1, download.concurrency // workers))
             work = functools.partial(reader, self.dataset, self.rules.reading(), download, lines)
             self.used.update(f"{unit['unit']}{end}" for unit in units for end in (".bin", ".jsonl"))
             self._resume("read", work, units, "jsonl", ready)
@@ -558,10 +569,10 @@ class Run:
     ) -> IngestResult:
         names, reasons = left_out(Manifest(self.dataset, 0, None, shards))
         dropped = Positions(names), np.array([*reasons, ""], object)
-        new = 0
+        new, again = 0, rows.again_names()
         with writing(self.dataset) as (table, publish_table):
             for batch in read_batches(self.base) if self.base else ():
-                table.add(restated(self._still_past(batch, rows), *dropped))
+                table.add(restated(_still_past(batch, again, rows.come), *dropped))
             for start in range(0, len(rows), 8192):
                 some = range(start, min(start + 8192, len(rows)))
                 batch = batch_of(self._outcomes(rows, some, sources, decision))
@@ -621,23 +632,6 @@ class Run:
                 "split": SPLITS[decision.split[number]],
                 "flags": sorted({*flags, *found.get("flags", ())}),
             }
-
-    def _still_past(self, batch: Any, rows: Rows) -> Any:
-        """Without the rows that were out of reach or not there, and are new again."""
-        again = {
-            row_name(*rows.said[number][:2])
-            for number in np.flatnonzero(np.array(rows.again, bool)).tolist()
-        }
-        if not again and not rows.come:
-            return batch
-
-        def stands(row: str, stamp: str, reason: str) -> bool:
-            if reason in MAY_CHANGE:
-                return row_name(row, stamp) not in again
-            return reason != "missing_file" or row not in rows.come
-
-        columns = (batch[name].to_pylist() for name in ("id", "stamp", "reason"))
-        return batch.filter([stands(*it) for it in zip(*columns, strict=True)])
 
     def _check_undisturbed(self, manifest: Manifest, gone: Mapping[str, Any]) -> None:
         """No take-down and no deletion meanwhile, where no lock can keep them out."""
@@ -718,6 +712,20 @@ def parts_of(rows: int) -> list[tuple[int, int]]:
         start, stop = stop, stop + min(left, size, max(_FEWEST, left // 4))
         parts.append((start, stop))
     return parts
+
+
+def _still_past(batch: Any, again: Collection[bytes], come: Collection[str]) -> Any:
+    """Without the rows that were out of reach or not there, and are new again: by name, by id."""
+    if not again and not come:
+        return batch
+
+    def stands(row: str, stamp: str, reason: str) -> bool:
+        if reason in MAY_CHANGE:
+            return row_name(row, stamp) not in again
+        return reason != "missing_file" or row not in come
+
+    columns = (batch[name].to_pylist() for name in ("id", "stamp", "reason"))
+    return batch.filter([stands(*it) for it in zip(*columns, strict=True)])
 
 
 def _hashes(pair: str, name: str | None) -> tuple[float, float]:

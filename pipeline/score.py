@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 BATCH = 64
 """Pictures that are handed over at once. The last bits of a score depend on it, so it is fixed."""
+_MANY = 20
+"""Of so many samples a scorer that can tell nothing is broken; of fewer, these may be odd ones."""
 
 Scorer = Callable[[np.ndarray, Sequence[str]], Mapping[str, np.ndarray]]
 """(uint8 [n, 3, side, side], the first caption of each) -> float32 [n] by column. Scorers of one
@@ -94,7 +96,7 @@ def score(
     """Every shard scored by every spec, each picture decoded once for all of them.
 
     ValueError: two scorers with the same column, a scorer that does not keep its contract, a shard
-    of which a scorer could not score a single sample.
+    of 20 samples or more of which a scorer could not score a single one.
     """
     columns = [column for spec in specs for column in spec.columns]
     if len(set(columns)) < len(columns):
@@ -192,7 +194,7 @@ class _Score:
         for spec in specs:
             columns = {"key": Column("text", table.keys)}
             for name in spec.columns:
-                if unknown[name] == count:
+                if unknown[name] == count >= _MANY:
                     raise ValueError(
                         f"scorer {spec.name}, shard {shard}: none of {count} samples has a finite "
                         f"{name}; check the scorer's weights"

@@ -57,6 +57,8 @@ _HASH_LIKE = re.compile(
 )
 _MAX_FIELD_BYTES = 64 << 20
 _MAX_JSON_BYTES = 16 << 20
+_BUFFER = 1 << 20
+_BUFFER_FAR = 8 << 20  # where asking takes longer than reading
 _DRAWING = 1
 """Raised by hand when `shapes` draws or words the same scene differently."""
 
@@ -292,10 +294,13 @@ class _Column:
 
     def __init__(self, url: str, group: int, column: str):
         self.url, self.group, self.column = url, group, column
+        self.failed = False
+        """Whether a picture could not be read: those behind it cannot either."""
         self._start = self._stop = 0
         self._batches: Iterator[Any] = iter(())
         self._batch: Any = None
         self._file: IO[bytes] | None = None
+        self._stamp: str | None = None
 
     def picture(self, number: int, max_bytes: int) -> bytes | None:
         """None where there is none. `OverLong`, or `Damaged` where the file is."""
@@ -312,8 +317,10 @@ class _Column:
             if pa.types.is_struct(value.type):
                 value = value["bytes"] if value.is_valid else pa.scalar(None, pa.binary())
         except (pa.ArrowException, StopIteration) as error:
+            self.failed = True
             raise Damaged(f"{self.url}, row group {self.group}: {error}") from None
         except OSError as error:
+            self.failed = True
             _raise_if_out_of_reach(error)
             raise Damaged(f"{self.url}, row group {self.group}: {error}") from None
         if not value.is_valid:
@@ -323,6 +330,10 @@ class _Column:
             raise OverLong(f"{data.size} bytes, allowed {max_bytes}")
         return data.to_pybytes()
 
+    def changed(self) -> bool:
+        """Whether the file is another than the one that was opened."""
+        return storage.stamp(self.url) != self._stamp
+
     def _at(self, number: int) -> Any:
         return self._batch[number - self._start]
 
@@ -331,11 +342,13 @@ class _Column:
 
         parquet: Any = pq
         self.close()
+        self._stamp = storage.stamp(self.url)
         self._file = storage.open_read(self.url)
         self._start = self._stop = 0
-        self._batches = parquet.ParquetFile(self._file).iter_batches(
-            8, row_groups=[self.group], columns=[self.column]
-        )
+        # Of itself Arrow reads the whole row group before it gives the first picture.
+        size = _BUFFER if storage.is_local(self.url) else _BUFFER_FAR
+        table = parquet.ParquetFile(self._file, buffer_size=size, pre_buffer=False)
+        self._batches = table.iter_batches(8, row_groups=[self.group], columns=[self.column])
 
     def close(self) -> None:
         self._batches, self._batch = iter(()), None
@@ -359,6 +372,14 @@ def release() -> None:
     """Let go of the parquet that was read last: it may change before it is read again."""
     while _last:
         _last.pop().close()
+
+
+def release_changed() -> None:
+    """The same, unless it is still what was opened: then the next rows are read on from where it
+    is, not from the start of their row group.
+    """
+    if _last and (_last[0].failed or _last[0].changed()):
+        release()
 
 
 class OverLong(OSError):

@@ -3,8 +3,9 @@
 Every path is an fsspec URL; plain local paths are URLs too and take a road that needs no fsspec.
 What is published under a name first exists under a hidden one beside it (local disks) or in one
 upload (object stores). Hidden names say which process wrote them, so `sweep` can tell what a killed
-run left behind from what a living one is writing. A store that is out of reach is asked again; what
-fails in the end is an OSError that names the URL, and on a full disk `NoRoom`.
+run left behind from what a living one is writing; of other machines' it knows but the age. A store
+that is out of reach is asked again; what fails in the end is an OSError that names the URL, and on
+a full disk `NoRoom`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ _BUFFER = 1 << 20
 _IN_USE_SECONDS = 600
 """For which a file that was asked of the cache stays there: by then it is open."""
 _SPARE_SHARE = 0.01
+_FOREIGN_SECONDS = 86_400
+"""After which nobody writes a draft any more. Nothing locks encoders out, and units of downloads
+take hours where servers are slow."""
 
 
 class NoRoom(OSError):
@@ -295,8 +299,16 @@ def draft(folder: str, durable: bool = True) -> Generator[tuple[IO[bytes], Calla
 
             def publish(url: str) -> None:
                 file.flush()
-                # safetensors puts a file of its own, that others may not read, in its place
-                os.chmod(hidden, mode)
+                try:
+                    # safetensors puts a file of its own, that others may not read, in its place
+                    os.chmod(hidden, mode)
+                except FileNotFoundError:
+                    raise FileNotFoundError(
+                        errno.ENOENT,
+                        "what was written was removed meanwhile, by a take-down on another "
+                        "machine, as a rule; run again",
+                        url,
+                    ) from None
                 publish_file(hidden, url, durable)
 
             yield file, publish
@@ -444,15 +456,24 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep(url: str) -> None:
-    """Remove the hidden drafts that dead processes of this machine left in a local folder."""
+def sweep(url: str, all_foreign: bool = False) -> None:
+    """Remove the hidden drafts that dead processes of this machine left in a local folder, and
+    those of other machines, whose processes cannot be asked, that nobody has written to for a day.
+
+    With `all_foreign` none of another machine's stays: who still writes one fails, and publishes
+    nothing.
+    """
     if not is_local(url) or not os.path.isdir(local_path(url)):
         return
     for entry in os.scandir(local_path(url)):
         parts = entry.name.rsplit(".", 4)  # .name.host.pid.count.tmp
         if entry.name.startswith(".") and len(parts) == 5 and parts[-1] == "tmp":
             host, pid = parts[1:3]
-            if host == _HOST and pid.isdigit() and not _alive(int(pid)):
+            if host != _HOST:
+                left = all_foreign or time.time() - _written_at(entry.path) > _FOREIGN_SECONDS
+            else:
+                left = pid.isdigit() and not _alive(int(pid))
+            if left:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
@@ -753,6 +774,15 @@ def _remote_stamp(info: Mapping[str, Any]) -> str:
 def _hidden(target: str) -> str:
     folder, name = os.path.split(target)
     return os.path.join(folder, f".{name}.{_HOST}.{os.getpid()}.{next(_COUNTER)}.tmp")
+
+
+def _written_at(draft: str) -> float:
+    """When a draft was made, or last written to."""
+    times = [0.0]
+    with contextlib.suppress(FileNotFoundError):  # it was published just now
+        times.append(os.stat(draft).st_mtime)
+        times += [entry.stat().st_mtime for entry in os.scandir(draft)]
+    return max(times)
 
 
 def _alive(pid: int) -> bool:

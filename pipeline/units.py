@@ -20,7 +20,7 @@ from .download import Downloader, DownloadRules, is_remote
 from .manifest import blocked
 from .outcomes import Rejected
 from .rows import read_lines
-from .sources import Damaged, OverLong, fetch_image, release
+from .sources import Damaged, OverLong, fetch_image, release, release_changed
 
 Record = dict[str, Any]
 _PORTION = 4 << 20  # bytes of pictures that a writer holds: what was read is near when it is hashed
@@ -112,8 +112,8 @@ def reader(
         rows = list(read_lines(lines, unit["offset"], unit["length"]))
         results: list[dict[str, Any]] = []
         remote = [image for image, _, problem, _ in rows if not problem and is_remote(image)]
+        release_changed()  # what the unit before has read
         with (
-            contextlib.ExitStack() as after,
             Downloader(download, policy.max_bytes) as downloader,
             contextlib.closing(downloader.all(remote)) as answers,
             # Not durable, as it lives no longer than the run: `writer` sees what power cuts took.
@@ -121,8 +121,6 @@ def reader(
                 storage.join(dataset, "staging", f"{unit['unit']}.bin"), durable=False
             ) as file,
         ):
-            after.callback(release)
-
             end = 0
 
             def stage(data: bytes) -> int:
@@ -157,6 +155,8 @@ def reader(
 def writer(dataset: str, lines: str) -> Callable[[Record], Record]:
     """Pass 2 over one unit: a shard from staged pictures. The unit's lines tell of its samples."""
     from . import shards
+
+    release()  # all is read; Ray's warm processes do pass 2 after pass 1
 
     def pictures(samples: list[Record]) -> dict[str, bytes]:
         wanted: dict[str, list[Record]] = {}

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import storage
 from .carry import carry
+from .ingest import FOLDERS
 from .manifest import Manifest, Shard, blocked, latest, publish, read, versions
 from .outcomes import batch_of, has_table, read_batches, table_name, writing
 
@@ -90,6 +91,9 @@ def remove(dataset: str, keys: Iterable[str], reason: str = "") -> Removal:
         if newest.redacted:
             newest = _follow(newest)
         _collect(dataset)
+        # An ingest that would write them waits for the lock. An encoder elsewhere does not, but it
+        # may be at work on what has to go: its run fails, and can be done again.
+        _sweep(dataset, all_foreign=True)
         alike = _alike(newest, [it["look"] for key in wanted if "look" in (it := listed[key])])
     everywhere = set[str]().union(*held.values())
     return Removal(newest, held, tuple(key for key in wanted if key not in everywhere), alike)
@@ -333,13 +337,13 @@ def _collect(dataset: str, expiring: Collection[int] = (), dry_run: bool = False
     return Garbage(tuple(found), sum(found.values()), tuple(expiring))
 
 
-def _sweep(dataset: str) -> None:
+def _sweep(dataset: str, all_foreign: bool = False) -> None:
     """Remove what killed runs left half written: it may hold what has to go."""
-    for folder in ("", "versions", "shards", "tables", "inputs", "selections"):
-        storage.sweep(storage.join(dataset, folder))
+    for folder in ("", *FOLDERS):
+        storage.sweep(storage.join(dataset, folder), all_foreign)
     for folder in ("encodings", "scores"):
         for name in storage.list_names(storage.join(dataset, folder)):
-            storage.sweep(storage.join(dataset, folder, name))
+            storage.sweep(storage.join(dataset, folder, name), all_foreign)
 
 
 def _needed(all: Collection[Manifest], expiring: Collection[int]) -> Callable[[str], bool]:

@@ -18,8 +18,9 @@ from PIL import Image
 
 from pipeline import download as downloads
 from pipeline import ingest as ingesting
-from pipeline import storage
+from pipeline import outcomes, passes, storage
 from pipeline.download import Downloader, DownloadRules, is_public, is_remote
+from pipeline.execute import Executor, run
 from pipeline.ingest import IngestRules, ingest
 from pipeline.outcomes import Rejected
 
@@ -691,6 +692,60 @@ def test_urls_that_stay_dead_do_not_stop_the_growth(tmp_path, server):
     assert grown.counts["kept"] == 11
     assert grown.counts["rejected:unreachable"] == 5
     assert grown.counts["seen"] == 16
+
+
+def test_what_is_tried_again_is_named_once_however_many_rows_there_were(
+    tmp_path, server, monkeypatch
+):
+    """Not once for each batch of the rows of the version before."""
+    server.pictures = {f"{i}.png": picture(i) for i in range(11)}
+    good = [{"url": server.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(10)]
+    dead = [{"url": f"http://127.0.0.1:1/{i}.png", "caption": f"gone {i}"} for i in range(5)]
+    more = [{"url": server.url("/10.png"), "caption": "picture 10"}]
+    rules = IngestRules(download=DownloadRules(private_hosts=("127.0.0.1",), retries=0))
+    name, named, took = passes.row_name, [], []
+    monkeypatch.setattr(passes, "row_name", lambda *it: named.append(it) or name(*it))
+    for rows_at_once in (100, 4):
+        monkeypatch.setattr(outcomes, "_GROUP", rows_at_once)
+        dataset = str(tmp_path / str(rows_at_once))
+        ingest([table(tmp_path, [*good, *dead])], dataset, rules)
+        named.clear()
+        grown = ingest([table(tmp_path, [*good, *dead, *more])], dataset, rules)
+        assert (grown.counts["seen"], grown.counts["rejected:unreachable"]) == (16, 5)
+        took.append(len(named))
+    assert took[0] == took[1]
+
+
+@pytest.mark.parametrize(
+    ("executor", "all_workers", "each"),
+    [
+        (Executor(), 16, 16),
+        (Executor(kind="processes", workers=2), 16, 8),
+        (Executor(kind="processes", workers=2), 5, 2),
+        (Executor(kind="processes", workers=2), 1, 1),
+        (Executor(kind="processes", workers=40), 16, 8),  # there are but two units
+    ],
+)
+def test_the_workers_of_a_run_share_its_downloads(
+    server, tmp_path, monkeypatch, executor, all_workers, each
+):
+    server.pictures = {f"{i}.png": picture(i) for i in range(40)}
+    rows = [{"url": server.url(f"/{i}.png"), "caption": f"picture {i}"} for i in range(40)]
+    given = []
+
+    def noted(factory, units, **options):
+        if factory.func is passes.reader:
+            given.append((len(units), factory.args[2].concurrency))
+        return run(factory, units, **options | {"executor": Executor()})
+
+    monkeypatch.setattr(passes, "run", noted)
+    download = DownloadRules(private_hosts=("127.0.0.1",), concurrency=all_workers)
+    result = ingest(
+        [table(tmp_path, rows)], str(tmp_path / "set"), IngestRules(download=download), executor
+    )
+    assert given == [(2, each)]
+    assert result.counts["kept"] == 40
+    assert result.manifest.rules["download"]["concurrency"] == all_workers
 
 
 def test_how_pictures_are_fetched_does_not_decide_what_they_are(tmp_path, server):

@@ -475,6 +475,34 @@ def test_rows_that_are_not_finite_are_rejected_up_to_a_share(tmp_path, kind):
     assert all(np.isfinite(rows).all() for rows in arrays.values() if rows.dtype.kind == "f")
 
 
+def test_an_odd_sample_does_not_keep_a_small_shard_from_being_encoded(tmp_path):
+    """A twentieth of three samples is none, and of one that was added alone too."""
+    data, bad = dataset(tmp_path, samples=3), [1]
+
+    def broken(_):
+        def image(pixels):
+            fields = means(pixels)
+            fields["means"][[row for row in bad if row < len(pixels)]] = np.nan
+            return fields
+
+        return image
+
+    encode(data, [MEANS], broken, LOCAL)
+    for shard in data.shards:
+        listed = storage.read_json(f"{data.dataset}/encodings/means01/{shard.name}.rejected.json")
+        assert listed["rows"] == [1]
+    alone = dataset(tmp_path / "alone", shards=1, samples=1)
+    bad[:] = [0]
+    encode(alone, [MEANS], broken, LOCAL)
+    assert not encoded(alone, alone.shards[0], MEANS)[0]["means"].any()
+    bad[:] = [0, 2]
+    with pytest.raises(ValueError, match="2 of 3 samples .*, at most 5% of 20 may"):
+        encode(dataset(tmp_path / "two", samples=3), [MEANS], broken, LOCAL)
+    strict, bad[:] = dataset(tmp_path / "strict", samples=3), [1]
+    with pytest.raises(ValueError, match="1 of 3 samples .*, at most 0% of 20 may"):
+        encode(strict, [MEANS], broken, LOCAL, max_rejected_share=0)
+
+
 def wider(_):
     return lambda pixels: {"means": np.concatenate([means(pixels)["means"]] * 2, 1)}
 

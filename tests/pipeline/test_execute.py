@@ -210,6 +210,13 @@ def test_nothing_to_do_imports_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_how_many_workers_there_are():
+    assert execute.workers_of(Executor(), 9) == 1
+    assert execute.workers_of(PROCESSES, 9) == 2
+    assert execute.workers_of(PROCESSES, 1) == 1
+    assert execute.workers_of(Executor(kind="processes"), 10**6) == execute.cpus()
+
+
 def test_the_executor_is_checked():
     with pytest.raises(ValueError, match="'ray' or 'auto', got 'spark'"):
         Executor(kind="spark")  # pyright: ignore[reportArgumentType]
@@ -241,6 +248,7 @@ def test_ray_gives_the_same_results(ray_session, tmp_path, keep):
     )
     assert results == run(doubling, units, executor=Executor())
     assert seen == list(range(10))
+    assert execute.workers_of(Executor(kind="ray"), 9) == 2
     made = (tmp_path / "log").read_text().split()
     assert len(made) == (len(set(made)) if keep else 9)
     assert str(os.getpid()) not in made

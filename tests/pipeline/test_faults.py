@@ -100,7 +100,7 @@ def small_disk(place: Path, kilobytes: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def refused(work: Callable[[], None]) -> storage.NoRoom | None:
+def refused(work: Callable[[], object]) -> storage.NoRoom | None:
     try:
         work()
     except storage.NoRoom as error:
@@ -126,6 +126,34 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_with_more_room(tmp_pat
         assert tree(dataset) == tree(tmp_path / "calm")
     assert {"staging", "shards"} <= set(failed), failed
     assert any(name == pixels_spec(SIDES[1]).fingerprint for name in failed), failed
+
+
+def stored(url: str) -> dict[str, bytes]:
+    """What lies in a remote data set."""
+    return {name: storage.read_bytes(f"{url}/{name}") for name in storage.list_stamps(url)}
+
+
+def test_a_full_temporary_disk_is_a_clear_error_as_well(tmp_path, monkeypatch):
+    """There a run keeps its lines and drafts where the data set is remote."""
+    monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / "home"))
+    calm, dataset = (f"memory://full-temporary-disk-{it}" for it in ("calm", "set"))
+    source = fill(tmp_path / "in", 72)
+    ingest([source], calm, RULES)
+    size, failed = 4, []
+    with small_disk(tmp_path / "disk", size) as grow:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
+        while error := refused(lambda: ingest([source], dataset, RULES)):
+            assert str(error.filename).startswith(f"{tmp_path}/disk"), error
+            assert f"of {size << 10:,} bytes are free); make room and run again" in str(error)
+            failed.append(size)
+            assert manifest.latest(dataset) is None
+            assert os.listdir(tmp_path / "disk") == []
+            size *= 2
+            assert size <= 512, failed
+            grow(size)
+    assert failed[0] == 4
+    assert len(failed) > 2
+    assert stored(dataset) == stored(calm)
 
 
 FILLS_AND_DIES = """

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
@@ -17,10 +18,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from pipeline import load, manifest, storage, tokens
+from pipeline import images, load, manifest, storage, tokens
 from pipeline.encode import encode, pixels_spec
 from pipeline.execute import Executor
 from pipeline.load import _KEPT, Loader, mapped, text_storage
+from pipeline.plan import BatchPlan
 from pipeline.schema import EncoderSpec, check
 from pipeline.shards import ShardSample, write_shard
 
@@ -31,6 +33,7 @@ WORDS = EncoderSpec("words", "text", "words01")
 BUCKETS = ((4, 8), (4, 4), (8, 4))
 BUCKETED = replace(IMAGES, fingerprint="codes02", buckets=BUCKETS)
 LOCAL = Executor(kind="local")
+GREY = Image.new("RGB", (1, 1), (9, 9, 9))
 
 
 def codes(pixels):
@@ -259,6 +262,16 @@ def test_memory_is_kept_for_a_few_batches_alone(data, encodings, monkeypatch):
     for step, batch in enumerate(all_held):
         equal(batch, Loader(data, encodings, global_batch=13, seed=0).batch(step))
     assert len(loader._memory._kept) == _KEPT
+
+
+def test_large_batches_hold_what_small_ones_do(shaped, monkeypatch):
+    """They are put together otherwise."""
+    specs = [replace(BUCKETED, flip=True), pixels_spec(4, BUCKETS, flip=True), WORDS]
+    loader = Loader(shaped, [*encode(shaped, specs, build, LOCAL).values()], global_batch=4, seed=0)
+    small = [loader.batch(step) for step in range(8)]
+    monkeypatch.setattr(load, "_LARGE", 1)
+    for step, batch in enumerate(small):
+        equal(loader.batch(step), batch)
 
 
 def test_chosen_rows_are_the_same_each_time(data, encodings):
@@ -527,6 +540,44 @@ def test_shards_beyond_the_open_files_are_opened_again(data, encodings):
     loader = Loader(data, encodings, global_batch=13, seed=0)
     loader._open = lru_cache(1)(loader._open_shard)
     equal(loader.batch(5), Loader(data, encodings, global_batch=13, seed=0).batch(5))
+
+
+def test_two_blocks_of_shards_are_open_at_a_time(tmp_path, monkeypatch):
+    data = write(tmp_path, (3,) * 7, ("train",) * 7)
+    done = [*encode(data, [IMAGES], build, LOCAL).values()]
+    monkeypatch.setattr(BatchPlan.__init__, "__defaults__", (2, 0))  # shards of a block
+    loader = Loader(data, done, global_batch=4, seed=0)
+    assert loader.plan.block_shards == 2
+    for step in range(12):
+        loader.batch(step)
+        assert loader._open.cache_info().currsize <= 4
+    assert loader._open.cache_info().misses <= 2 * 7 + 4, "each is opened once an epoch"
+
+
+@pytest.mark.parametrize("spec", [pixels_spec(1), pixels_spec(1, ((1, 1), (1, 2)))])
+def test_an_open_shard_takes_few_bytes_a_sample(tmp_path, spec):
+    """Its keys as texts, and the list of them, took 104."""
+    rows, made = 1500, []
+    for shard in range(2):
+        samples = [
+            ShardSample(f"{shard}{n:031x}", images.encode(GREY, "png"), "png", ("grey",))
+            for n in range(rows)
+        ]
+        made.append(write_shard(samples, str(tmp_path), "train"))
+    data = manifest.Manifest(str(tmp_path), 1, None, tuple(made))
+    done = [*encode(data, [spec], None, LOCAL).values()]
+    loader = Loader(data, done, global_batch=16, seed=0, captions=False)
+    loader.batch(0)
+    loader._open.cache_clear()
+    loader._open_bucket.cache_clear()
+    tracemalloc.start()
+    try:
+        loader.batch(0)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert loader._open.cache_info().currsize == 2
+    assert held < 80 * 2 * rows
 
 
 def test_buckets_beyond_the_open_files_are_opened_again(shaped, bucketed):

@@ -40,8 +40,7 @@ def build(spec):
     return {"light": light, "text": text}[spec.name]
 
 
-def shards(folder, numbers=(0, 1), samples=70):
-    assert BATCH < samples < 2 * BATCH  # a whole batch and a part of one
+def shards(folder, numbers=(0, 1), samples=BATCH + 6):  # a whole batch and a part of one
     made = []
     for shard in numbers:
         rng = np.random.default_rng(shard)
@@ -146,14 +145,25 @@ def test_what_is_not_finite_is_unknown_and_counted(tmp_path):
     assert np.isfinite(np.delete(found, slice(0, 70, 10))).all()
 
 
-def test_a_scorer_that_can_tell_nothing_is_refused(tmp_path):
-    def broken(_):
-        return lambda pixels, captions: {"light": np.full(len(captions), np.nan, np.float32)}
+def broken(_):
+    return lambda pixels, captions: {"light": np.full(len(captions), np.nan, np.float32)}
 
+
+def test_a_scorer_that_can_tell_nothing_is_refused(tmp_path):
     made = shards(tmp_path)
     with pytest.raises(ValueError, match=r"scorer light, shard train-\w+: none of 70 samples has"):
         score(str(tmp_path), made, [LIGHT], broken, LOCAL)
     assert not files(tmp_path)
+
+
+def test_a_few_samples_of_which_nothing_can_be_told_are_unknown(tmp_path):
+    """One that was added alone kept its data set from ever being scored."""
+    for samples in (1, 19):
+        made = shards(tmp_path, [samples], samples)
+        assert score(str(tmp_path), made, [LIGHT], broken, LOCAL).unknown == {"light": samples}
+        assert np.isnan(read_scores(str(tmp_path), made[0].name, ["light01"])["light"]).all()
+    with pytest.raises(ValueError, match="none of 20 samples has"):
+        score(str(tmp_path), shards(tmp_path, [0], 20), [LIGHT], broken, LOCAL)
 
 
 @pytest.mark.parametrize(

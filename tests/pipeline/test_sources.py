@@ -1,6 +1,7 @@
 """Each kind of source lists all of its rows, names what is wrong with it, and hands out no path."""
 
 import csv
+import errno
 import gzip
 import hashlib
 import io
@@ -16,10 +17,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import shapes, storage
+from pipeline import passes, shapes, sources, storage
 from pipeline.ingest import IngestRules, ingest
 from pipeline.shards import ShardSample, write_shard
-from pipeline.sources import Damaged, OverLong, SourceOptions, fetch, open_source, release
+from pipeline.sources import (
+    Damaged,
+    OverLong,
+    SourceOptions,
+    fetch,
+    open_source,
+    release,
+    release_changed,
+)
 
 
 def picture(seed=0, format="PNG"):
@@ -876,6 +885,107 @@ def test_pictures_inside_a_parquet(tmp_path, layout):
     with pytest.raises(Damaged):
         [fetch(row) for row in listed[:2]]
     release()
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The row groups whose pictures are read from their start."""
+    import pyarrow.parquet as pq
+
+    iterate, groups = pq.ParquetFile.iter_batches, []
+
+    def noted(self, *sizes, **chosen):
+        if chosen["columns"] == ["image"]:
+            groups.append(chosen["row_groups"])
+        return iterate(self, *sizes, **chosen)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", noted)
+    yield groups
+    release()
+
+
+def test_units_read_a_row_group_on_from_where_the_one_before_ended(tmp_path, opened):
+    """Each had begun at its start, and read all of it for that."""
+    captions = [f"picture {number}" for number in range(200)]
+    images = [picture(number) for number in range(200)]
+    parquet(tmp_path / "t.parquet", {"image": images, "text": captions})
+    assert len(passes.parts_of(200)) > 4
+    rules = IngestRules(heldout_share=0, min_heldout=0, min_side=1)
+    result = ingest([str(tmp_path / "t.parquet")], str(tmp_path / "set"), rules)
+    assert result.counts["kept"] == 200
+    assert opened == [[0]]
+    assert not sources._last, "open after the run"
+
+
+def test_a_parquet_is_read_on_until_it_changes(tmp_path, opened):
+    def write(*seeds):
+        columns = {"image": [picture(seed) for seed in seeds], "text": ["x"] * len(seeds)}
+        parquet(tmp_path / "t.parquet", columns)
+
+    write(*range(40))
+    listed = rows(tmp_path / "t.parquet")
+    for start in range(0, 40, 10):
+        release_changed()
+        for number in range(start, start + 10):
+            assert fetch(listed[number]) == picture(number)
+    assert len(opened) == 1
+    write(*range(100, 140))
+    os.utime(tmp_path / "t.parquet", (1, 1))
+    release_changed()
+    assert fetch(listed[39]) == picture(139)
+    (tmp_path / "t.parquet").unlink()
+    release_changed()
+    with pytest.raises(FileNotFoundError):
+        fetch(listed[39])
+
+
+def test_a_parquet_that_was_out_of_reach_is_opened_again(tmp_path, opened, monkeypatch):
+    parquet(tmp_path / "t.parquet", {"image": [picture(0), picture(1)], "text": ["x", "y"]})
+    listed = rows(tmp_path / "t.parquet")
+    assert fetch(listed[0]) == picture(0)
+
+    def away(self, number):
+        raise OSError(errno.ESTALE, "stale")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources._Column, "_at", away)
+        with pytest.raises(OSError, match="stale"):
+            fetch(listed[1])
+    release_changed()
+    assert fetch(listed[1]) == picture(1)
+    assert len(opened) == 2
+
+
+FIRST_ROWS = """
+import sys
+from pathlib import Path
+from pipeline.sources import fetch, open_source
+
+def first(place):
+    fetch(next(iter(open_source(place).rows())))
+    return next(it for it in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in it)
+
+for place in sys.argv[1:]:
+    print(first(place).split()[1])
+"""
+
+
+def test_a_row_group_is_not_read_whole_for_its_first_picture(tmp_path):
+    """One of 96 MB: Arrow reads all of it at once where it is not told otherwise."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    noise = np.random.default_rng(0).bytes(1 << 20)
+    for name, count in (("small", 1), ("large", 96)):
+        table = pa.table({"image": [noise] * count, "text": ["x"] * count})
+        path = tmp_path / f"{name}.parquet"
+        options = {"compression": "none", "use_dictionary": False, "write_batch_size": 1}
+        pq.write_table(table, path, **options)
+        assert pq.ParquetFile(path).num_row_groups == 1
+    places = [str(tmp_path / f"{name}.parquet") for name in ("small", "large")]
+    told = subprocess.check_output([sys.executable, "-c", FIRST_ROWS, *places], text=True)
+    before, after = map(int, told.split())
+    assert after - before < 24 << 10, "KiB"
 
 
 def test_a_tar_that_was_cut_since_it_was_listed_is_damaged(tmp_path):

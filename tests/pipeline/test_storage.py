@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,42 @@ def test_only_the_dead_are_swept(tmp_path):
         assert len(os.listdir(tmp_path)) == 1, "ours is still being written"
         file.write(b"whole")
     assert os.listdir(tmp_path) == ["y.bin"]
+
+
+def foreign(folder: Path, number: int, *hours: float) -> str:
+    """A draft of another machine, made and written to so long ago; its name."""
+    draft = folder / f".draft.pod-1.7.{number}.tmp"
+    draft.mkdir()
+    (draft / "draft").write_bytes(b"half")
+    for path, ago in zip((draft, draft / "draft"), hours, strict=True):
+        os.utime(path, (time.time() - 3600 * ago,) * 2)
+    return draft.name
+
+
+def test_drafts_of_other_machines_are_swept_once_nobody_writes_them(tmp_path):
+    old, slow, young = (
+        foreign(tmp_path, number, *hours)
+        for number, hours in enumerate([(25, 25), (25, 1), (1, 1)])
+    )
+    storage.sweep(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted([slow, young]), old
+    ahead = foreign(tmp_path, 3, -1, -1)  # another machine's clock
+    with storage.publishing(str(tmp_path / "x")) as file:
+        storage.sweep(str(tmp_path))
+        assert {slow, young, ahead} < {*os.listdir(tmp_path)}
+        storage.sweep(str(tmp_path), all_foreign=True)
+        file.write(b"ours")
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_draft_that_was_taken_away_is_not_published_and_says_why(tmp_path):
+    def write():
+        with storage.publishing(str(tmp_path / "x")) as file:
+            shutil.rmtree(os.path.dirname(file.name))
+
+    with pytest.raises(FileNotFoundError, match=r"by a take-down .*run again: '.*/x'"):
+        write()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_second_process_waits_for_the_lock(tmp_path):

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +210,34 @@ def test_a_whole_shard_and_a_whole_data_set_can_go(dataset):
     empty = versions.remove(dataset, by_key(left)).manifest
     assert (empty.shards, empty.counts["kept"], empty.counts["seen"]) == ((), 0, 60)
     assert not [*(Path(dataset) / "shards").iterdir()]
+
+
+def test_drafts_of_other_machines_go_with_what_they_may_hold(dataset):
+    """A pod that is gone left them. An encoder that is at work elsewhere keeps its own, but for a
+    take-down."""
+    folders = ["shards", "tables", "inputs", "staging", f"encodings/{SPECS[0].fingerprint}"]
+
+    def left(hours):
+        for folder in folders:
+            place = Path(dataset, folder, f".draft.pod-1.7.{hours}.tmp")
+            place.mkdir(parents=True)
+            for path in (place / "draft", place):
+                path.touch()
+                os.utime(path, (time.time() - 3600 * hours,) * 2)
+
+    def there():
+        return sorted(str(it.parent.relative_to(dataset)) for it in Path(dataset).rglob(".draft.*"))
+
+    left(1)
+    left(30)
+    assert len(there()) == 2 * len(folders)
+    versions.gc(dataset)
+    assert there() == sorted(folders)
+    left(30)
+    versions.compact(dataset)
+    assert there() == sorted(folders)
+    versions.remove(dataset, [key(picture(3))])
+    assert there() == []
 
 
 @pytest.mark.parametrize(
