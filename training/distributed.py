@@ -126,10 +126,7 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
     least = config.min_workers or config.workers
     use_gpu = ray.cluster_resources().get("GPU", 0) >= least
 
-    def reached() -> str:
-        paths = checkpoint.visible(output / results.CHECKPOINTS)
-        return paths[-1].name if paths else ""
-
+    reached = partial(checkpoint.reached, output / results.CHECKPOINTS)
     while True:
         before = reached()
         try:

@@ -157,8 +157,7 @@ def _train(
     start.done("stage and data")
     stage.seed = job.seed
     stage.to(world.device)
-    state = checkpoint.newest(output / results.CHECKPOINTS, job.fingerprint)
-    _agree(world, state.step if state else 0)
+    state = checkpoint.agreed(output / results.CHECKPOINTS, job.fingerprint, leads, world.gather)
     if state:
         log.info("%s: going on from the checkpoint at %d images", job.kind, state.images_seen)
     elif job.parent:
@@ -604,15 +603,6 @@ def _preview(
         Image.fromarray(contact_sheet(pictures)).save(data, format="PNG")
         for name in (results.PREVIEW, f"{results.PREVIEWS}/{images_seen:012d}.png"):
             storage.publish_bytes(str(Path(job.output, name)), data.getvalue())
-
-
-def _agree(world: World, step: int) -> None:
-    mine = torch.tensor(float(step), dtype=torch.float64, device=world.device)
-    if float(world.sum(mine.clone())) != step * world.size:
-        raise ValueError(
-            f"rank {world.rank} would go on from step {step}, other workers from another: the "
-            "stage directory must lie on a file system that all workers share"
-        )
 
 
 def changes(begun: dict[str, Any], job: Job) -> list[str]:

@@ -524,7 +524,10 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
     where it hung, and the driver passes on what it and the one who goes on said."""
     (tmp_path / "once").touch()
     output, hangs = tmp_path / "stage", {"SIGSTOP": str(tmp_path / "once")}
-    damaged = checkpoint.save(output / results.CHECKPOINTS, checkpoint.TrainState({}, 1, 10), "f")
+    asked = iter([*[False] * 9, True])
+    with pytest.raises(Stopped):
+        run(job(output), World(stop=lambda: next(asked)), None, build)
+    damaged = checkpoint.save(output / results.CHECKPOINTS, checkpoint.TrainState({}, 11, 110), "f")
     (damaged / checkpoint.TENSORS).write_bytes(b"torn")
     with caplog.at_level(logging.WARNING):
         done = fit(job(output, 2, training={"stall_seconds": 15.0}, **hangs), build=build)
@@ -532,7 +535,7 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
     assert done["images_seen"] == BATCH * STEPS
     assert_close(output, alone)
     told, _ = results.events(output)
-    assert [it["message"] for it in told if "000000000010 is damaged" in it["message"]]
+    assert [it["message"] for it in told if "000000000110 is damaged" in it["message"]]
     hung = [it for it in told if it["message"].startswith("no update for 1")]
     assert (0, "ERROR") in [(it["rank"], it["level"]) for it in hung]
     for it in told:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,6 +300,24 @@ def test_a_damaged_checkpoint_costs_an_interval_and_no_bit(tmp_path, undisturbed
         run(tiny(tmp_path), on_progress=records.append, build=build)
     assert "going back to the one before" in caplog.text
     assert [r["images_seen"] for r in records] == [1176, 1200]
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path, undisturbed):
+    """Until somebody takes them away."""
+    with pytest.raises(RuntimeError):
+        run(tiny(tmp_path, meta={"fails_to_finish": True}), build=build)
+    paths = checkpoint.visible(tmp_path / results.CHECKPOINTS)
+    for path in paths:
+        os.truncate(path / checkpoint.TENSORS, 100)
+    before = lines(tmp_path)
+    with pytest.raises(checkpoint.Damaged, match="none of its checkpoints can be loaded"):
+        run(tiny(tmp_path), build=build)
+    assert checkpoint.visible(tmp_path / results.CHECKPOINTS) == paths
+    assert lines(tmp_path) == before
+    for path in paths:
+        shutil.rmtree(path)
+    run(tiny(tmp_path), build=build)
     assert_same(tmp_path, undisturbed)
 
 
