@@ -44,6 +44,8 @@ POWER = "power"
 """The part of a state that holds power-function averages."""
 HELDOUT_LOSS = "heldout_loss"
 """The name among a state's numbers of the mean loss of its averages on held-out samples."""
+DEVICE = "device"
+"""The name among them of the kind of device that computed it."""
 _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -134,6 +136,14 @@ KEEP_TWO = Retention()
 def best(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint of the least held-out loss, the newest of several; None where none has one."""
     return _best(visible(directory))
+
+
+def numbers(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Those of the newest checkpoint that says any, which is not verified; {} without one."""
+    for path in reversed(visible(directory)):
+        with contextlib.suppress(*_MISSING, ValueError, LookupError, TypeError):  # damaged
+            return dict(json.loads((path / DESCRIPTION).read_bytes())["numbers"])
+    return {}
 
 
 def _best(paths: list[Path]) -> Path | None:

@@ -29,7 +29,7 @@ from pipeline import storage
 from pipeline.execute import cpus
 
 from . import checkpoint, results, sharding
-from .accelerators import native_precision
+from .accelerators import check_same, native_precision
 from .config import TrainingConfig
 from .job import Build, Job, OnProgress, build, check_begun, run
 from .loop import Diverged, World
@@ -123,8 +123,9 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
     from ray.train import ControllerError, TrainingFailedError
 
     # Once: where a node of GPUs is lost for good, nobody wants the rest to go on by CPUs unasked.
-    least = config.min_workers or config.workers
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    gpus = ray.cluster_resources().get("GPU", 0)
+    began = checkpoint.numbers(output / results.CHECKPOINTS).get(checkpoint.DEVICE)
+    use_gpu = _by_gpus(config, gpus, began, job.output)
 
     reached = partial(checkpoint.reached, output / results.CHECKPOINTS)
     while True:
@@ -140,6 +141,28 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
             if reached() <= before or (output / STOP).exists():
                 raise
             log.warning("workers failed %d times, but got further: going on: %s", TRIES, error)
+
+
+def _by_gpus(config: TrainingConfig, gpus: float, began: str | None, where: str) -> bool:
+    """Whether each worker gets one of a cluster's GPUs. ValueError where too few are there for what
+    was asked for, or for what the training was begun on."""
+    least = config.min_workers or config.workers
+    wanted = (began or "auto") if config.device == "auto" else config.device
+    if wanted == "cuda" and gpus < least:
+        why = "training.device is cuda" if config.device == "cuda" else "it was trained on cuda"
+        raise ValueError(
+            f"{where}: {why}, and {least} workers need as many GPUs, but the Ray cluster has "
+            f"{gpus:g}: add nodes with GPUs, set training.workers or min_workers lower, or "
+            "training.device=cpu to go on by CPUs"
+        )
+    by_gpus = gpus >= least and config.device != "cpu"
+    check_same(began, "cuda" if by_gpus else "cpu", config.device, where)
+    if 0 < gpus < least and config.device == "auto":
+        log.warning(
+            "%s: %d workers compute on CPUs, for the Ray cluster has only %g GPUs; "
+            "training.device=cuda makes that an error", where, least, gpus,
+        )  # fmt: skip
+    return by_gpus
 
 
 def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_gpu: bool) -> Any:

@@ -31,7 +31,7 @@ from torch import nn
 from pipeline import storage
 
 from . import checkpoint, measuring, repro, results, sharding
-from .accelerators import matmul_rate
+from .accelerators import check_same, chosen, matmul_rate
 from .config import TrainingConfig
 from .loop import Diverged, Progress, World, train
 from .resuming import differences
@@ -138,7 +138,8 @@ def run(
         if done := results.committed(job.output):
             _check_begun(job, done, results.STAGE)
             return done
-        world = world or World(device="cuda" if torch.cuda.is_available() else "cpu")
+        asked = job.training_config().device
+        world = world or World(device=chosen(asked, torch.cuda.is_available()))
         with _threads(job.training_config().threads):
             return _train(job, world, on_progress or (lambda record: None), build, on_hang)
 
@@ -159,6 +160,8 @@ def _train(
     stage.to(world.device)
     state = checkpoint.agreed(output / results.CHECKPOINTS, job.fingerprint, leads, world.gather)
     if state:
+        began = state.numbers.get(checkpoint.DEVICE)
+        check_same(began, torch.device(world.device).type, config.device, job.output)
         log.info("%s: going on from the checkpoint at %d images", job.kind, state.images_seen)
     elif job.parent:
         warm_start(stage, job.parent)
@@ -299,6 +302,7 @@ class _Between:
         state = progress.state
         state.numbers |= self.window.numbers() | self.validation.numbers()
         state.numbers["flops_per_image"] = self.flops
+        state.numbers[checkpoint.DEVICE] = torch.device(self.world.device).type
         if self.found:
             state.numbers[checkpoint.HELDOUT_LOSS] = self.found[checkpoint.HELDOUT_LOSS]
         self.saver.save(state, wait=last or stop)

@@ -486,6 +486,42 @@ def test_what_may_not_change_is_refused_before_any_worker_starts(tmp_path, monke
         fit(job(tmp_path, 2, training={"learning_rate": 0.02}), build=build)
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "began", "found"),
+    [
+        ("auto", 0, None, False),
+        ("auto", 2, None, True),
+        ("auto", 1, None, False),  # which is said
+        ("auto", 2, "cuda", True),
+        ("auto", 0, "cpu", False),
+        ("cpu", 2, "cuda", False),
+        ("cuda", 2, "cpu", True),
+        ("auto", 1, "cuda", r"trained on cuda, and 2 workers need as many GPUs, .* has 1: add"),
+        ("cuda", 0, None, r"device is cuda, and 2 workers need as many GPUs, .* has 0: add"),
+        ("cuda", 1, "cpu", r"device is cuda, and 2 workers need as many GPUs, .* has 1: add"),
+        ("auto", 2, "cpu", r"trained on cpu so far, .* on cuda: .*device=cpu to stay"),
+    ],
+)
+def test_workers_compute_on_what_the_training_was_begun_on(device, gpus, began, found, caplog):
+    """Nobody goes on by CPUs because GPUs are gone."""
+    config = job(Path("it"), 2, training={"device": device}).training_config()
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            distributed._by_gpus(config, gpus, began, "it")
+        return
+    assert distributed._by_gpus(config, gpus, began, "it") == found
+    assert ("has only 1 GPUs" in caplog.text) == (gpus == 1)
+
+
+@rays
+def test_gpus_that_a_cluster_has_not_are_no_reason_to_start_workers(tmp_path, ray):
+    starts = tmp_path / "starts"
+    wrong = job(tmp_path / "stage", 2, training={"device": "cuda"}, starts=str(starts))
+    with pytest.raises(ValueError, match="2 workers need as many GPUs, but the Ray cluster has 0"):
+        fit(wrong, build=build)
+    assert not starts.exists()
+
+
 @rays
 def test_what_is_refused_is_no_reason_for_ray_to_try_again(tmp_path, ray):
     """Of data without held-out pictures none can be measured, however often it is tried."""

@@ -257,6 +257,31 @@ def test_what_changes_no_result_may_change_on_resume(tmp_path, undisturbed):
     assert weights[0] == weights[1]
 
 
+def test_another_kind_of_device_is_taken_when_it_is_asked_for(tmp_path, undisturbed):
+    """What a checkpoint says of a GPU that is not here any more."""
+    with pytest.raises(Stopped):
+        run(tiny(tmp_path), job.World(stop=lambda: True), build=build)
+    state = checkpoint.newest(tmp_path / results.CHECKPOINTS)
+    assert state is not None and state.numbers[checkpoint.DEVICE] == "cpu"
+    state.numbers[checkpoint.DEVICE] = "cuda"
+    checkpoint.save(tmp_path / results.CHECKPOINTS, state, "f1")
+    wanted = r"trained on cuda so far, and would go on on cpu: .*training.device=cpu to go on there"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=wanted):
+            run(tiny(tmp_path), job.World(), build=build)
+    assert reached(tmp_path) == 8
+    with pytest.raises(Stopped):
+        run(tiny(tmp_path, training={"device": "cpu"}), job.World(stop=lambda: True), build=build)
+    run(tiny(tmp_path), job.World(), build=build)  # by now it is a training on a CPU
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_gpu_that_is_asked_for_and_not_here_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="training.device is cuda, and torch finds no GPU here"):
+        run(tiny(tmp_path, training={"device": "cuda"}), build=never)
+
+
 def test_a_home_that_moved_as_a_whole_changes_nothing(tmp_path):
     begun, moved = (
         tiny(
