@@ -324,7 +324,7 @@ def agreed(
             "workers share",
         )
     state = newest(directory, fingerprint) if leads else None
-    chosen = gather(f"{state.images_seen:012d}" if state else "")[0]
+    chosen = gather(named(directory, state.images_seen).name if state else "")[0]
     if leads or not chosen:
         return state
     try:
@@ -355,6 +355,11 @@ def visible(directory: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
     directory = Path(directory)
     return sorted(p for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def named(directory: str | os.PathLike[str], images_seen: int) -> Path:
+    """Where the checkpoint of so many images is, or would be."""
+    return Path(directory, f"{images_seen:012d}")
 
 
 def prune(directory: str | os.PathLike[str], keep: Retention | None, run: str = "") -> None:
@@ -505,7 +510,7 @@ def _write(
     part: Part = WHOLE,
     given_up: threading.Event | None = None,
 ) -> Path:
-    final = directory / f"{snapshot.images_seen:012d}"
+    final = named(directory, snapshot.images_seen)
     hidden = directory / f".{final.name}.{part.run or secrets.token_hex(4)}"
     try:
         hidden.mkdir(parents=True, exist_ok=part.of > 1)
@@ -516,17 +521,14 @@ def _write(
                 _tell(hidden, part, written)
                 return final
             written = {"parts": [written, *_told(hidden, part, given_up)]}
-        described = {
+        _describe(hidden, {
             **written,
             "fingerprint": fingerprint,
             "images_seen": snapshot.images_seen,
             "numbers": snapshot.numbers,
             "step": snapshot.step,
             "written": time.time(),
-        }
-        with _synced(hidden / DESCRIPTION) as file:
-            file.write(json.dumps(described, sort_keys=True, indent=1, allow_nan=False).encode())
-        _sync_directory(hidden)
+        })  # fmt: skip
         if final.exists():  # the training was begun with an older one, and came here again
             _hide(final)
         os.rename(hidden, final)
@@ -545,6 +547,20 @@ def _write(
         _take_back(hidden, part, error)
         raise
     return final
+
+
+def amend(path: str | os.PathLike[str], numbers: dict[str, Any]) -> None:
+    """Add to the numbers of a checkpoint, whole or not at all; its tensors stay as they are."""
+    described = json.loads(Path(path, DESCRIPTION).read_bytes())
+    _describe(Path(path), described | {"numbers": described["numbers"] | numbers})
+
+
+def _describe(path: Path, described: dict[str, Any]) -> None:
+    unfinished = path / f".{DESCRIPTION}"
+    with _synced(unfinished) as file:
+        file.write(json.dumps(described, sort_keys=True, indent=1, allow_nan=False).encode())
+    os.rename(unfinished, path / DESCRIPTION)
+    _sync_directory(path)
 
 
 def _stream(snapshot: Snapshot, path: Path) -> str:

@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -511,6 +513,26 @@ def test_workers_compute_on_what_the_training_was_begun_on(device, gpus, began, 
         return
     assert distributed._by_gpus(config, gpus, began, "it") == found
     assert ("has only 1 GPUs" in caplog.text) == (gpus == 1)
+
+
+@pytest.mark.parametrize(("seconds", "every"), [(0.001, 16), (0.1, 3), (0.4, 1), (30.0, 1)])
+def test_workers_ask_at_the_same_updates_about_once_a_second(monkeypatch, seconds, every):
+    """By the slowest one's time, which takes three times as long as this one."""
+    clock, asked, answers = [0.0], [], []
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ask() -> bool:
+        asked.append(len(answers))
+        return len(answers) > 100
+
+    poll = distributed._Polled(ask, lambda mine: [mine, 3 * mine])
+    for _ in range(150):
+        clock[0] += seconds
+        answers.append(poll())
+    gaps = {b - a for a, b in pairwise(asked[2:])}
+    assert gaps == {every}
+    assert answers == [update >= asked[-1] for update in range(150)]
+    assert 100 < asked[-1] <= 100 + every
 
 
 @rays
