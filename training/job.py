@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -264,7 +265,8 @@ class _Between:
             )
         numbers = state.numbers if state else {}
         self.shown = _Shown(stage, world)
-        self.validation = Validation(self.shown.averaged, unseen, config, world, numbers)
+        settled = partial(self.shown.settled, loader)
+        self.validation = Validation(settled, unseen, config, world, numbers)
         self.flops = numbers.get("flops_per_image") or measuring.flops_per_image(stage, loader)
         self.window = Window(numbers, Speed(self.flops, _peak(config, world)), world.device)
         self.found: dict[str, float | None] = {}
@@ -422,6 +424,14 @@ class _Shown:
             yield self.twin.to(self.world.device)
         finally:
             self.twin.cpu()
+
+    @contextmanager
+    def settled(self, loader: Any, progress: Reached) -> Iterator[Stage]:
+        """The same, for who measures."""
+        with self.averaged(progress) as stage:
+            whole = not self.world.sharded or self.twin is not None
+            with stage.settled(loader) if whole else nullcontext():
+                yield stage
 
 
 def _in_memory(stage: Stage) -> Stage:
