@@ -433,9 +433,10 @@ class Snapshot:
 class Saver:
     """Saves behind the training's back: `save` copies the state and returns, a thread writes it.
 
-    At most one write is under way; the next save waits for it, and raises what it raised. Small
-    states are written at once: there is nothing to gain, and then a kill never costs more than one
-    interval. Of a sharded state each worker has a saver and saves its `part`; the first one's is
+    At most one write is under way; the next save waits for it, and raises what it raised. A kill
+    costs at most the interval between two saves and the time that a write takes behind the
+    training's back. Small states are written at once: there is nothing to gain, and then it costs
+    an interval. Of a sharded state each worker has a saver and saves its `part`; the first one's is
     done when all of them are written.
     """
 

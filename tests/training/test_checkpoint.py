@@ -409,23 +409,24 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path):
         saver.save(state(128, size=BIG))
 
 
-SIZE = 20_000
+SIZES = (20_000, BIG)
+"""Of states that are written at once, and behind the training's back."""
 
 
-def keep_saving(directory: str, told: int) -> None:
+def keep_saving(directory: str, size: int, told: int) -> None:
     """Go on from the newest, as a training does; a byte is told before each save."""
     first = latest(directory, "f").images_seen
     with Saver(directory, "f") as saver:
         for images_seen in range(first + 8, 8_000_000, 8):
             os.write(told, b".")
-            saver.save(state(images_seen, size=SIZE))
+            saver.save(state(images_seen, size=size))
 
 
-def kill_savers(directory: str, kills: int) -> None:
+def kill_savers(directory: str, size: int, kills: int) -> None:
     """Fork, kill at a moment of one of its first saves, look; each time a new process goes on from
     what the last one left. However slow the machine is, none is killed before it saves."""
     started = time.perf_counter()
-    checkpoint.save(directory, state(8, size=SIZE), "f")
+    checkpoint.save(directory, state(8, size=size), "f")
     one_save = time.perf_counter() - started
     chance, seen, cut_short = random.Random(0), 0, 0
     for _ in range(kills):
@@ -434,7 +435,7 @@ def kill_savers(directory: str, kills: int) -> None:
         child = os.fork()
         if child == 0:
             try:
-                keep_saving(directory, told)
+                keep_saving(directory, size, told)
             finally:
                 os._exit(1)
         os.close(told)
@@ -451,16 +452,20 @@ def kill_savers(directory: str, kills: int) -> None:
         found = [checkpoint.load(path, "f") for path in checkpoint.visible(directory)]
         assert found, "a kill took the checkpoints that were there"
         for it in found:
-            assert same(it, state(it.images_seen, size=SIZE)), it.images_seen
+            assert same(it, state(it.images_seen, size=size)), it.images_seen
         seen += len(found)
     print(seen, cut_short)
 
 
-def test_a_kill_never_shows_a_part(tmp_path, rounds):
-    """Promise 4: 1,000 kills in `make soak`. Each finds whole ones, and many a write is cut."""
-    kills = rounds(100, 1000)
+@pytest.mark.parametrize(("size", "share"), zip(SIZES, (0.8, 0.2), strict=True))
+def test_a_kill_never_shows_a_part(tmp_path, rounds, size, share):
+    """Promise 4: 1,000 kills in `make soak`, some of them of writes in the background. Each finds
+    whole ones, and many a write is cut."""
+    behind = checkpoint.Snapshot(state(size=size)).bytes > checkpoint._FOREGROUND_BYTES
+    assert behind == (size == BIG)
+    kills = int(share * rounds(100, 1000))
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(kills)],
+        [sys.executable, __file__, str(tmp_path), str(size), str(kills)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -475,4 +480,4 @@ def test_a_kill_never_shows_a_part(tmp_path, rounds):
 if __name__ == "__main__":
     logging.disable()
     torch.set_num_threads(1)
-    kill_savers(sys.argv[1], int(sys.argv[2]))
+    kill_savers(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
