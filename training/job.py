@@ -649,7 +649,8 @@ def _draw(
     all of them, after the step during which one was asked to stop."""
 
     def said(done: bool) -> bool:
-        mine = torch.tensor([float(done), float(world.break_off())], device=world.device)
+        where = world.device if world.size > 1 else "cpu"  # alone, no GPU is waited for
+        mine = torch.tensor([float(done), float(world.break_off())], device=where)
         over, broken_off = world.sum(mine).tolist()
         beat()
         if broken_off and not over:
