@@ -457,7 +457,7 @@ def kill_savers(directory: str, size: int, kills: int) -> None:
     print(seen, cut_short)
 
 
-@pytest.mark.parametrize(("size", "share"), zip(SIZES, (0.8, 0.2), strict=True))
+@pytest.mark.parametrize(("size", "share"), [(SIZES[0], 0.8), (SIZES[1], 0.2)])
 def test_a_kill_never_shows_a_part(tmp_path, rounds, size, share):
     """Promise 4: 1,000 kills in `make soak`, some of them of writes in the background. Each finds
     whole ones, and many a write is cut."""
