@@ -538,7 +538,7 @@ class Struck(Tiny):
 def struck(output: Path, world=None, strike=("", 0)) -> None:
     """A training that is measured every 160 images and drawn every 240."""
     Struck.calls, Struck.strike = [], strike
-    training = {"heldout_pictures": 32, "heldout_images": 160, "keep_best": True, "keep_last": 50}
+    training = {"heldout_pictures": 32, "heldout_images": 160, "keep_best": True, "keep_images": 80}
     made = tiny(output, training=training | {"preview_images": 240})
     run(made, world, build=lambda *it: (Struck(TinyConfig()), *build(*it)[1:]))
 

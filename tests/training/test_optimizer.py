@@ -168,7 +168,7 @@ LATENT = {"in_channels": 4, "patch": 2, "contexts": (CLIP,)}
 @pytest.mark.parametrize(
     ("config", "inner"),
     [
-        (DiTConfig(width=32, depth=2, head_width=8, **LATENT), ("blocks.", "modulation.")),
+        (DiTConfig(width=32, depth=2, head_width=8, **LATENT), ("blocks.", "modulation")),
         (UNetConfig(channels=16, head_width=16, **LATENT), ("down.levels", "down.shrink",
          "down.middle", "up.")),
         (PriorConfig(vector=24, width=32, depth=1, head_width=8), ("blocks.",)),
