@@ -100,6 +100,29 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"{asked} (known: {', '.join(known)})"
 
 
+def chosen(asked: str, cuda: bool) -> str:
+    """What this machine trains on, "cpu" or "cuda", where a config's `device` is `asked`.
+    ValueError where that is not here."""
+    if asked == "cuda" and not cuda:
+        raise ValueError(
+            "training.device is cuda, and torch finds no GPU here (torch.cuda.is_available() is "
+            "False): mend that, or set training.device=cpu"
+        )
+    return asked if asked != "auto" else ("cuda" if cuda else "cpu")
+
+
+def check_same(began: str | None, found: str, asked: str, where: str) -> None:
+    """ValueError where a training that computed on `began` so far would go on on `found`, and
+    nobody `asked` for that kind of device."""
+    if began and found not in (began, asked):
+        cure = f"set training.device={found} to go on there, or training.device={began} to stay"
+        if began == "cuda":
+            cure = (
+                f"bring the GPU or its driver back, or set training.device={found} to go on there"
+            )
+        raise ValueError(f"{where}: trained on {began} so far, and would go on on {found}: {cure}")
+
+
 def native_precision(device: torch.device | str) -> Literal["bf16", "fp32"]:
     """bf16 where the device has the instructions. Where it is emulated it is several times slower
     than fp32."""

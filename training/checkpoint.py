@@ -4,7 +4,8 @@ A checkpoint is a directory named after its images: `state.safetensors` and, wri
 `checkpoint.json` with the SHA-256 of the former. It is written under a hidden name, fsynced, and
 renamed; it is removed by being hidden first. So a process may be killed anywhere, and a disk may
 fill up, and what can be seen can be loaded. Should the medium lie, the newest one that verifies is
-taken, and the log says so.
+taken, the log says so, and those that do not are set aside: they count for nothing and stay for
+whoever looks into it. Where none verifies, nothing begins anew by itself.
 
 Of a sharded state each worker writes its rows into a file of its own, `state-00002-of-00004.
 safetensors`, all in one hidden directory; the first worker waits for the others' files and then
@@ -18,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,7 +27,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +44,8 @@ POWER = "power"
 """The part of a state that holds power-function averages."""
 HELDOUT_LOSS = "heldout_loss"
 """The name among a state's numbers of the mean loss of its averages on held-out samples."""
+DEVICE = "device"
+"""The name among them of the kind of device that computed it."""
 _DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -53,11 +57,16 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _FOREGROUND_BYTES = 8 << 20
-_POLL_SECONDS = 0.005
+_POLL_SECONDS, _LOOK_SECONDS = 0.005, 0.2
 _PATIENCE_SECONDS = 1800.0
 """How long the first worker waits for the others' parts."""
+_VISIBLE_SECONDS = 60.0
+"""For which a network file system may not show what another machine has written."""
+_DAMAGED = ".damaged"
+"""What the names of those end with that are set aside."""
 _OFFSETS = "DCP_SHARDING_INFO"
 """Where a file says which row its tensors begin at; torch.distributed.checkpoint's name."""
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 log = logging.getLogger(__name__)
 
 
@@ -93,7 +102,7 @@ class TrainState:
 
 
 class Damaged(ValueError):
-    """A checkpoint whose content is not what was written."""
+    """A checkpoint whose content is not what was written, or not there."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,14 @@ KEEP_TWO = Retention()
 def best(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint of the least held-out loss, the newest of several; None where none has one."""
     return _best(visible(directory))
+
+
+def numbers(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Those of the newest checkpoint that says any, which is not verified; {} without one."""
+    for path in reversed(visible(directory)):
+        with contextlib.suppress(*_MISSING, ValueError, LookupError, TypeError):  # damaged
+            return dict(json.loads((path / DESCRIPTION).read_bytes())["numbers"])
+    return {}
 
 
 def _best(paths: list[Path]) -> Path | None:
@@ -180,8 +197,9 @@ def save(
 
 
 def load(path: str | os.PathLike[str], fingerprint: str = "") -> TrainState:
-    """The state in one checkpoint. Damaged when a byte differs; ValueError when it is of another
-    fingerprint."""
+    """The state in one checkpoint. Damaged when a byte differs or a file is missing; ValueError
+    when it is of another fingerprint; OSError when it cannot be read now, which says nothing of
+    it."""
     state = load_lazily(path, fingerprint)
     return replace(state, tensors={name: t[...] for name, t in state.tensors.items()})
 
@@ -203,7 +221,7 @@ def load_lazily(path: str | os.PathLike[str], fingerprint: str = "") -> TrainSta
         found = described["fingerprint"]
     except Damaged:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*_MISSING, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise Damaged(f"{path}: {type(error).__name__}: {error}") from error
     if fingerprint and found != fingerprint:
         raise ValueError(
@@ -247,20 +265,101 @@ def _joined(files: list[Path]) -> dict[str, Tensor]:
 
 
 def newest(directory: str | os.PathLike[str], fingerprint: str = "") -> TrainState | None:
-    """The state of the newest checkpoint that verifies, or None, as by `load_lazily`. Damaged ones
-    are passed over and logged."""
+    """The state of the newest checkpoint that verifies, as by `load_lazily`; None where there is no
+    checkpoint. Damaged newer ones are set aside (`000000000128.damaged`), which is logged. Damaged
+    where none of them verifies: then all stay where they are."""
+    damaged = list[tuple[Path, Damaged]]()
     for path in reversed(visible(directory)):
         try:
-            return load_lazily(path, fingerprint)
+            found = load_lazily(path, fingerprint)
         except Damaged as damage:
-            log.warning("checkpoint %s is damaged, going back to the one before: %s", path, damage)
+            if path.exists():  # else it was removed meanwhile, by who trains there
+                damaged.append((path, damage))
+            continue
+        for one, damage in damaged:
+            log.warning(
+                "checkpoint %s is damaged, going back to the one before, it stays as %s: %s",
+                one, _set_aside(one), damage,
+            )  # fmt: skip
+        return found
+    if damaged:
+        names = ", ".join(path.name for path, _ in damaged)
+        raise Damaged(
+            f"{directory}: none of its checkpoints can be loaded ({names}; the newest: "
+            f"{damaged[0][1]}): restore one of them from a copy, or delete them to begin anew"
+        )
     return None
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a checkpoint to what is neither loaded nor removed; its new name."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}{_DAMAGED}{f'-{number}' if number > 1 else ''}")
+        if not aside.exists():
+            os.rename(path, aside)
+            return aside.name
+    raise AssertionError
+
+
+def agreed(
+    directory: str | os.PathLike[str],
+    fingerprint: str,
+    leads: bool,
+    gather: Callable[[Any], list[Any]],
+) -> TrainState | None:
+    """`newest` for several workers, all of which come here: the first one (who `leads`) chooses,
+    the others read the same. What one of them sees the others wait for, a minute at most.
+
+    `gather` gives each worker's JSON value to all. Damaged, or ValueError, where the first one
+    refuses; OSError, which is reason to try again, where others do not see what it does.
+    """
+    directory = Path(directory)
+    known = max(gather(reached(directory)))
+    blind = [rank for rank, sees in enumerate(gather(_appears(directory, known))) if not sees]
+    if blind:
+        raise OSError(
+            errno.ESTALE,
+            f"{directory / known} is seen by some workers, and not by {blind} after "
+            f"{_VISIBLE_SECONDS:g} s: the stage directory must lie on a file system that all "
+            "workers share",
+        )
+    state = newest(directory, fingerprint) if leads else None
+    chosen = gather(named(directory, state.images_seen).name if state else "")[0]
+    if leads or not chosen:
+        return state
+    try:
+        return load_lazily(directory / chosen, fingerprint)
+    except Damaged as error:
+        raise OSError(
+            errno.ESTALE, f"{directory / chosen}: the first worker has read it, and here: {error}"
+        ) from error
+
+
+def _appears(directory: Path, name: str) -> bool:
+    """Whether a checkpoint is seen before long, or none is meant."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while name and name not in {path.name for path in visible(directory)}:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True
+
+
+def reached(directory: str | os.PathLike[str]) -> str:
+    """The name of the newest checkpoint, "" where there is none."""
+    paths = visible(directory)
+    return paths[-1].name if paths else ""
 
 
 def visible(directory: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a directory, oldest first."""
     directory = Path(directory)
     return sorted(p for p in directory.iterdir() if p.name.isdigit()) if directory.is_dir() else []
+
+
+def named(directory: str | os.PathLike[str], images_seen: int) -> Path:
+    """Where the checkpoint of so many images is, or would be."""
+    return Path(directory, f"{images_seen:012d}")
 
 
 def prune(directory: str | os.PathLike[str], keep: Retention | None, run: str = "") -> None:
@@ -334,9 +433,10 @@ class Snapshot:
 class Saver:
     """Saves behind the training's back: `save` copies the state and returns, a thread writes it.
 
-    At most one write is under way; the next save waits for it, and raises what it raised. Small
-    states are written at once: there is nothing to gain, and then a kill never costs more than one
-    interval. Of a sharded state each worker has a saver and saves its `part`; the first one's is
+    At most one write is under way; the next save waits for it, and raises what it raised. A kill
+    costs at most the interval between two saves and the time that a write takes behind the
+    training's back. Small states are written at once: there is nothing to gain, and then it costs
+    an interval. Of a sharded state each worker has a saver and saves its `part`; the first one's is
     done when all of them are written.
     """
 
@@ -411,7 +511,7 @@ def _write(
     part: Part = WHOLE,
     given_up: threading.Event | None = None,
 ) -> Path:
-    final = directory / f"{snapshot.images_seen:012d}"
+    final = named(directory, snapshot.images_seen)
     hidden = directory / f".{final.name}.{part.run or secrets.token_hex(4)}"
     try:
         hidden.mkdir(parents=True, exist_ok=part.of > 1)
@@ -422,18 +522,15 @@ def _write(
                 _tell(hidden, part, written)
                 return final
             written = {"parts": [written, *_told(hidden, part, given_up)]}
-        described = {
+        _describe(hidden, {
             **written,
             "fingerprint": fingerprint,
             "images_seen": snapshot.images_seen,
             "numbers": snapshot.numbers,
             "step": snapshot.step,
             "written": time.time(),
-        }
-        with _synced(hidden / DESCRIPTION) as file:
-            file.write(json.dumps(described, sort_keys=True, indent=1, allow_nan=False).encode())
-        _sync_directory(hidden)
-        if final.exists():  # training came here again because this one is damaged
+        })  # fmt: skip
+        if final.exists():  # the training was begun with an older one, and came here again
             _hide(final)
         os.rename(hidden, final)
         _sync_directory(directory)
@@ -451,6 +548,20 @@ def _write(
         _take_back(hidden, part, error)
         raise
     return final
+
+
+def amend(path: str | os.PathLike[str], numbers: dict[str, Any]) -> None:
+    """Add to the numbers of a checkpoint, whole or not at all; its tensors stay as they are."""
+    described = json.loads(Path(path, DESCRIPTION).read_bytes())
+    _describe(Path(path), described | {"numbers": described["numbers"] | numbers})
+
+
+def _describe(path: Path, described: dict[str, Any]) -> None:
+    unfinished = path / f".{DESCRIPTION}"
+    with _synced(unfinished) as file:
+        file.write(json.dumps(described, sort_keys=True, indent=1, allow_nan=False).encode())
+    os.rename(unfinished, path / DESCRIPTION)
+    _sync_directory(path)
 
 
 def _stream(snapshot: Snapshot, path: Path) -> str:

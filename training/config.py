@@ -87,6 +87,9 @@ class TrainingConfig:
     """Whose rate of matrix products the model FLOPs utilisation is a share of: a name as
     `darkroom plan --device` knows them, or "probe", which times one at the start. By default the
     published rate of a GPU that is among these; without any, only FLOP/s are logged."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where there is one; but a training that was begun on the one kind of device does
+    not go on on the other. cpu, cuda: there, wherever it was before."""
     fsdp: bool = False
     """Several workers share weights, averages and optimizer state (FSDP2) instead of each having
     all of them (DDP), and each writes its part of a checkpoint. The losses are the same."""
@@ -113,6 +116,7 @@ class TrainingConfig:
         for name, known in {
             "schedule": ("constant", "cosine", "linear"),
             "precision": ("fp32", "bf16", "auto"),
+            "device": ("auto", "cpu", "cuda"),
         }.items():
             if getattr(self, name) not in known:
                 raise ValueError(

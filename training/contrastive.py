@@ -10,7 +10,8 @@ count as each other's counterexamples.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -28,6 +29,9 @@ from .measuring import fixed_batches, fixed_rows, heldout
 from .stage import Batch, Stage, evaluating, to_tensors
 
 FULL_VOCABULARY = 49408
+SETTLED, SETTLED_BETWEEN = 1024, 512
+"""Pictures that batch norms are given their statistics by: at the end, and before a held-out loss
+is taken on the way."""
 SPECIAL = 2 * 256 + 2  # each byte, inside a word and at its end; begin and end of text
 
 
@@ -195,7 +199,7 @@ class ClipStage(Stage):
 
     def finish(self, loader: Any) -> dict[str, Any]:
         """Share of pictures whose own caption is the likeliest among 100, or all of a small set."""
-        self._settle(loader)
+        self._settle(loader, SETTLED)
         measured = {
             "accuracy": self._accuracy(loader),
             "among": min(100, loader.samples),
@@ -206,17 +210,31 @@ class ClipStage(Stage):
             measured["heldout_accuracy"] = self._accuracy(unseen)
         return measured
 
+    @contextmanager
+    def settled(self, loader: Any) -> Iterator[None]:
+        kept = [(b, b.clone()) for norm in self._norms() for b in norm.buffers()]
+        try:
+            with evaluating(self):
+                self._settle(loader, SETTLED_BETWEEN)
+            yield
+        finally:
+            for statistic, was in kept:
+                statistic.copy_(was)
+
+    def _norms(self) -> list[nn.BatchNorm2d]:
+        return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+
     @torch.no_grad()
-    def _settle(self, loader: Any) -> None:
+    def _settle(self, loader: Any, count: int) -> None:
         """Give batch norms the statistics of the averaged weights: theirs are of the raw ones."""
-        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        norms = self._norms()
         if not norms:
             return
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over the batches
             norm.train()
-        for rows in fixed_batches(loader, 1024, 128):
+        for rows in fixed_batches(loader, count, 128):
             batch = to_tensors(rows, self.model.logit_scale.device)
             self.model.encode_image(self.pixels(batch))
         for norm in norms:

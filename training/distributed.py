@@ -8,13 +8,13 @@ survives the death of Ray.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -29,15 +29,17 @@ from pipeline import storage
 from pipeline.execute import cpus
 
 from . import checkpoint, results, sharding
-from .accelerators import native_precision
+from .accelerators import check_same, native_precision
+from .checkpoint import HELDOUT_LOSS
 from .config import TrainingConfig
 from .job import Build, Job, OnProgress, build, check_begun, run
 from .loop import Diverged, World
 from .supervision import Interrupts, OnHang, Stopped
 
 RAY, STOP = "ray", "stop"
-PREEMPTION_UPDATES = 16
-"""Every how many of them workers ask whether a node is about to be taken away."""
+PREEMPTION_SECONDS, PREEMPTION_UPDATES = 1.0, 16
+"""About how often workers ask whether a node is about to be taken away: after so many updates at
+the latest, however fast they are, for those that follow may be slow."""
 TRIES = 4
 """So many failures end a run of Ray's; another one is begun where it left a new checkpoint."""
 POLL_SECONDS = 0.5
@@ -123,13 +125,11 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
     from ray.train import ControllerError, TrainingFailedError
 
     # Once: where a node of GPUs is lost for good, nobody wants the rest to go on by CPUs unasked.
-    least = config.min_workers or config.workers
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= least
+    gpus = ray.cluster_resources().get("GPU", 0)
+    began = checkpoint.numbers(output / results.CHECKPOINTS).get(checkpoint.DEVICE)
+    use_gpu = _by_gpus(config, gpus, began, job.output)
 
-    def reached() -> str:
-        paths = checkpoint.visible(output / results.CHECKPOINTS)
-        return paths[-1].name if paths else ""
-
+    reached = partial(checkpoint.reached, output / results.CHECKPOINTS)
     while True:
         before = reached()
         try:
@@ -143,6 +143,28 @@ def _persist(job: Job, config: TrainingConfig, build: Build, output: Path) -> An
             if reached() <= before or (output / STOP).exists():
                 raise
             log.warning("workers failed %d times, but got further: going on: %s", TRIES, error)
+
+
+def _by_gpus(config: TrainingConfig, gpus: float, began: str | None, where: str) -> bool:
+    """Whether each worker gets one of a cluster's GPUs. ValueError where too few are there for what
+    was asked for, or for what the training was begun on."""
+    least = config.min_workers or config.workers
+    wanted = (began or "auto") if config.device == "auto" else config.device
+    if wanted == "cuda" and gpus < least:
+        why = "training.device is cuda" if config.device == "cuda" else "it was trained on cuda"
+        raise ValueError(
+            f"{where}: {why}, and {least} workers need as many GPUs, but the Ray cluster has "
+            f"{gpus:g}: add nodes with GPUs, set training.workers or min_workers lower, or "
+            "training.device=cpu to go on by CPUs"
+        )
+    by_gpus = gpus >= least and config.device != "cpu"
+    check_same(began, "cuda" if by_gpus else "cpu", config.device, where)
+    if 0 < gpus < least and config.device == "auto":
+        log.warning(
+            "%s: %d workers compute on CPUs, for the Ray cluster has only %g GPUs; "
+            "training.device=cuda makes that an error", where, least, gpus,
+        )  # fmt: skip
+    return by_gpus
 
 
 def _trainer(job: Job, config: TrainingConfig, build: Build, output: Path, use_gpu: bool) -> Any:
@@ -223,30 +245,55 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     # Ray may be told of more cores than there are: those of its own machine a worker can count.
     here = max(1, cpus() // context.get_local_world_size())
     torch.set_num_threads(job.training_config().threads or min(settings["shared"], here))
-    preempted, updates = False, itertools.count()
-
-    def stops() -> bool:
-        nonlocal preempted
-        # All workers ask, and are told the same: a collective, dearer than an update may be.
-        if settings["watched"] and next(updates) % PREEMPTION_UPDATES == 0:
-            preempted = preempted or ray.train.get_preemption_info() is not None
-        return preempted or Path(job.output, STOP).exists()
-
     world = of_process_group(
         context.get_world_rank(),
         context.get_world_size(),
         ray.train.torch.get_device(),
-        stop=stops,
         fsdp=job.training_config().fsdp,
     )
+
+    def warned() -> bool:
+        return ray.train.get_preemption_info() is not None
+
+    # Two, for while something is measured or drawn time passes otherwise.
+    polls = [_Polled(warned if settings["watched"] else None, world.gather) for _ in range(2)]
+
+    def stops(poll: _Polled) -> bool:
+        return poll() or Path(job.output, STOP).exists()
+
+    world = replace(world, stop=partial(stops, polls[0]), break_off=partial(stops, polls[1]))
     try:
         with _Events.of(job.output, world.rank):
             run(job, world, None, settings["build"])
     except Stopped:
-        return {"stopped": True, "preempted": preempted}
+        return {"stopped": True, "preempted": any(poll.answer for poll in polls)}
     except Diverged as error:  # would happen again: no reason for Ray to try
         return {"diverged": {"message": str(error), "keys": error.keys}}
     return {}
+
+
+class _Polled:
+    """The answer to a question, asked about once a second.
+
+    All workers call it as often as each other, and `ask` at the same calls, for that is a
+    collective, and dearer than an update may be: after how many calls the next one is, they agree
+    upon by the slowest one's time.
+    """
+
+    def __init__(self, ask: Callable[[], bool] | None, gather: Callable[[Any], list[Any]]):
+        self.answer, self._ask, self._gather = False, ask, gather
+        self._every, self._calls, self._since = 1, 0, time.monotonic()
+
+    def __call__(self) -> bool:
+        self._calls += 1
+        if self._ask is None or self.answer or self._calls < self._every:
+            return self.answer
+        self.answer = self._ask()
+        now = time.monotonic()
+        seconds = max(self._gather((now - self._since) / self._calls))
+        self._every = max(1, min(PREEMPTION_UPDATES, int(PREEMPTION_SECONDS / max(seconds, 1e-9))))
+        self._calls, self._since = 0, now
+        return self.answer
 
 
 class _Events(logging.Handler):
@@ -338,13 +385,13 @@ def of_process_group(
 def _follow(stage_dir: str, on_progress: OnProgress, workers: int) -> Callable[[], None]:
     """A function that hands over what is new in history.jsonl since it was called last, and says
     when it is by more or fewer workers, and what workers warn of."""
-    reported = max((r["images_seen"] for r in results.history(stage_dir)), default=0)
+    newest: dict[str, Any] = (results.history(stage_dir) or [{"images_seen": 0}])[-1]
     path, size, present = Path(stage_dir, results.HISTORY), -1, workers
     events = Path(stage_dir, results.EVENTS)
     told = events.stat().st_size if events.exists() else 0
 
     def follow() -> None:
-        nonlocal reported, size, present, told
+        nonlocal newest, size, present, told
         found, told = results.events(stage_dir, told)
         for event in found:
             level = logging.getLevelNamesMapping().get(event["level"], logging.WARNING)
@@ -353,11 +400,13 @@ def _follow(stage_dir: str, on_progress: OnProgress, workers: int) -> Callable[[
             return
         size = path.stat().st_size
         for record in results.history(stage_dir):
-            if record["images_seen"] > reported:  # what a restarted worker repeats is not new
-                reported = record["images_seen"]
+            images, before = record["images_seen"], newest["images_seen"]
+            more = images == before and HELDOUT_LOSS in record and HELDOUT_LOSS not in newest
+            if images > before or more:  # what a restarted worker repeats is not new
+                newest = record
                 if (found := record.get("workers", present)) != present:
                     present = found
-                    log.warning("%d images: %d of %d workers", reported, present, workers)
+                    log.warning("%d images: %d of %d workers", images, present, workers)
                 on_progress(record)
 
     return follow

@@ -20,8 +20,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,13 +32,13 @@ from torch import nn
 from pipeline import storage
 
 from . import checkpoint, measuring, repro, results, sharding
-from .accelerators import matmul_rate
+from .accelerators import check_same, chosen, matmul_rate
 from .config import TrainingConfig
-from .loop import Diverged, Progress, World, train
+from .loop import Diverged, Progress, Reached, World, train
 from .resuming import differences
 from .stage import Stage, copy_exactly, distinct_tensors, evaluating
 from .starting import Start
-from .supervision import Interrupts, OnHang, Stopped, Watchdog, end
+from .supervision import BrokenOff, Interrupts, OnHang, Stopped, Watchdog, end
 from .validation import Validation
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,8 @@ def run(
         if done := results.committed(job.output):
             _check_begun(job, done, results.STAGE)
             return done
-        world = world or World(device="cuda" if torch.cuda.is_available() else "cpu")
+        asked = job.training_config().device
+        world = world or World(device=chosen(asked, torch.cuda.is_available()))
         with _threads(job.training_config().threads):
             return _train(job, world, on_progress or (lambda record: None), build, on_hang)
 
@@ -157,9 +159,10 @@ def _train(
     start.done("stage and data")
     stage.seed = job.seed
     stage.to(world.device)
-    state = checkpoint.newest(output / results.CHECKPOINTS, job.fingerprint)
-    _agree(world, state.step if state else 0)
+    state = checkpoint.agreed(output / results.CHECKPOINTS, job.fingerprint, leads, world.gather)
     if state:
+        began = state.numbers.get(checkpoint.DEVICE)
+        check_same(began, torch.device(world.device).type, config.device, job.output)
         log.info("%s: going on from the checkpoint at %d images", job.kind, state.images_seen)
     elif job.parent:
         warm_start(stage, job.parent)
@@ -169,29 +172,44 @@ def _train(
     start.done("checkpoint" if state else "first weights")
 
     with ExitStack() as stack:
-        between = _Between(job, world, stage, loader, state, on_progress, stack)
+        interrupts, stopping = stack.enter_context(Interrupts()), _Stopping()
+        # The world is asked each time: its answer may need all workers.
+        heard = replace(
+            world,
+            stop=lambda: world.stop() or interrupts.received is not None,
+            break_off=lambda: world.break_off() or interrupts.received is not None,
+        )
+        between = _Between(job, heard, stage, loader, state, on_progress, stack)
         stacks = output / results.STACKS / f"{world.rank}.txt"
         on_hang = end if world.restarts else on_hang
         watchdog = Watchdog(config.stall_seconds, on_hang=on_hang, stacks=stacks)
         stack.enter_context(watchdog)
-        interrupts, stopping = stack.enter_context(Interrupts()), _Stopping()
-        # The world is asked each time: its answer may need all workers.
-        heard = replace(world, stop=lambda: world.stop() or interrupts.received is not None)
-        updates = _reproducible(job, world, train(stage, loader, config, heard, state))
-        stack.enter_context(closing(updates))
+
+        def leave(at: Reached) -> NoReturn:
+            if interrupts.received is not None:
+                interrupts.deliver()
+            raise Stopped(f"stopped at {at.images_seen} images, as asked")
+
+        def resumed(at: Reached) -> bool:
+            if between.make_up(at, watchdog.beat):
+                leave(at)
+            return not between.over
+
+        updates = train(stage, loader, config, heard, state, resumed)
+        updates = stack.enter_context(closing(_reproducible(job, world, updates)))
         for progress in () if between.over else updates:
             watchdog.beat()
             start.over(job.kind)
             stop = stopping.after(progress)
-            last = between.log(progress, stop, watchdog.beat)
+            last, stop = between.log(progress, stop, watchdog.beat)
             between.snapshot(progress, last)
             state = between.save(progress, last, stop)  # the last update's at the end
             if not (last or stop):  # after the checkpoint: should drawing fail, that is written
-                between.draw(progress, watchdog.beat)
-            if stop and interrupts.received is not None:
-                interrupts.deliver()
+                stop = between.draw(progress, watchdog.beat)
+                if stop:
+                    between.save(progress, last, stop)
             if stop:
-                raise Stopped(f"stopped at {progress.images_seen} images, as asked")
+                leave(progress)
             if last:
                 break
     return _end(job, world, stage, loader, data_digest, state, between)
@@ -222,7 +240,10 @@ class _Stopping:
 
 class _Between:
     """What is done between two updates, each at its times: to log, with the held-out loss; to keep
-    a snapshot of the averages; to save; to draw. `stack` closes what is open for that."""
+    a snapshot of the averages; to save; to draw. `stack` closes what is open for that.
+
+    Who is asked to stop has seconds: what takes longer than a save is broken off, or not begun, and
+    whoever goes on with the training makes up for it."""
 
     def __init__(
         self,
@@ -244,7 +265,8 @@ class _Between:
             )
         numbers = state.numbers if state else {}
         self.shown = _Shown(stage, world)
-        self.validation = Validation(self.shown.averaged, unseen, config, world, numbers)
+        settled = partial(self.shown.settled, loader)
+        self.validation = Validation(settled, unseen, config, world, numbers)
         self.flops = numbers.get("flops_per_image") or measuring.flops_per_image(stage, loader)
         self.window = Window(numbers, Speed(self.flops, _peak(config, world)), world.device)
         self.found: dict[str, float | None] = {}
@@ -268,25 +290,27 @@ class _Between:
         """Whether the held-out loss has ended the training."""
         return self.validation.over
 
-    def log(self, progress: Progress, stop: bool, beat: Callable[[], None]) -> bool:
-        """Take the update down, and log where it is time; whether it is the last one."""
+    def log(self, progress: Progress, stop: bool, beat: Callable[[], None]) -> tuple[bool, bool]:
+        """Take the update down, and log where it is time; whether it is the last one, and whether
+        to stop, which may be asked for meanwhile."""
         last, due = progress.step == self.config.steps, self.validation.due(progress)
         self.found = {}
         self.window.add(progress)
         if not (last or due or progress.passed(self.config.log_images)):
-            return last
+            return last, stop
         record = self.window.close(progress) | {"workers": self.world.size}
-        patient = self.config.patience_images > 0  # what is due decides when the training ends
-        # Who was told to stop has seconds.
-        if due and (patient or last or not stop):
-            with self.window.aside():
-                self.found = self.validation.measure(progress, beat)
+        if due and not stop:
+            try:
+                with self.window.aside():
+                    self.found = self.validation.measure(progress, beat)
+            except BrokenOff:
+                stop = True
         if self.history:
             self.history.append(record | self.found)
             self.on_progress(record | self.found)
-        return last or self.over
+        return last or self.over, stop
 
-    def snapshot(self, progress: Progress, last: bool) -> None:
+    def snapshot(self, progress: Reached, last: bool) -> None:
         if self.snapshots and (last or progress.passed(self.config.ema_snapshot_images)):
             sigma_rel = {"sigma_rel": list(self.config.ema_sigma_rel)}
             # Waits, because resuming from the next checkpoint does not come here again.
@@ -300,15 +324,55 @@ class _Between:
         state = progress.state
         state.numbers |= self.window.numbers() | self.validation.numbers()
         state.numbers["flops_per_image"] = self.flops
+        state.numbers[checkpoint.DEVICE] = torch.device(self.world.device).type
         if self.found:
             state.numbers[checkpoint.HELDOUT_LOSS] = self.found[checkpoint.HELDOUT_LOSS]
         self.saver.save(state, wait=last or stop)
         return state
 
-    def draw(self, progress: Progress, beat: Callable[[], None]) -> None:
-        if progress.passed(self.config.preview_images):
+    def draw(self, progress: Reached, beat: Callable[[], None]) -> bool:
+        """Where it is time; whether it was broken off."""
+        if not progress.passed(self.config.preview_images):
+            return False
+        try:
             with self.window.aside(), self.shown.averaged(progress) as averaged:
                 _draw(averaged, self.loader, self.job, progress.images_seen, self.world, beat)
+        except BrokenOff:
+            return True
+        return False
+
+    def make_up(self, reached: Reached, beat: Callable[[], None]) -> bool:
+        """Measure and draw what was due where the training goes on from, and was not done before it
+        was ended; whether that was broken off."""
+        unmeasured, undrawn = self.world.gather(self._missing(reached))[0]
+        if unmeasured:
+            try:
+                with self.window.aside():
+                    found = self.validation.measure(reached, beat)
+            except BrokenOff:
+                return True
+            if self.history:
+                loss = {checkpoint.HELDOUT_LOSS: found[checkpoint.HELDOUT_LOSS]}
+                path = checkpoint.named(
+                    Path(self.job.output, results.CHECKPOINTS), reached.images_seen
+                )
+                checkpoint.amend(path, self.validation.numbers() | loss)
+                self.on_progress(self.history.amend(found))
+            if self.over:
+                self.snapshot(reached, last=True)
+        last = reached.step == self.config.steps or self.over  # whose pictures are drawn at the end
+        return undrawn and not last and self.draw(reached, beat)
+
+    def _missing(self, reached: Reached) -> tuple[bool, bool]:
+        """Of what was due: whether the first worker's log point lacks a held-out loss, and whether
+        there are no pictures."""
+        if self.history is None:
+            return False, False
+        newest = (results.history(self.job.output) or [{}])[-1]
+        here = newest.get("images_seen") == reached.images_seen
+        unmeasured = here and checkpoint.HELDOUT_LOSS not in newest
+        pictures = Path(self.job.output, _picture(reached.images_seen))
+        return unmeasured and self.validation.due(reached), not pictures.exists()
 
 
 def _end(
@@ -344,7 +408,7 @@ class _Shown:
         self.twin = _in_memory(stage) if world.sharded and world.rank == 0 else None
 
     @contextmanager
-    def averaged(self, progress: Progress) -> Iterator[Stage]:
+    def averaged(self, progress: Reached) -> Iterator[Stage]:
         """With its averages. Of a sharded stage's workers all come here; the first has the twin."""
         if not self.world.sharded:
             with progress.ema.applied():
@@ -360,6 +424,14 @@ class _Shown:
             yield self.twin.to(self.world.device)
         finally:
             self.twin.cpu()
+
+    @contextmanager
+    def settled(self, loader: Any, progress: Reached) -> Iterator[Stage]:
+        """The same, for who measures."""
+        with self.averaged(progress) as stage:
+            whole = not self.world.sharded or self.twin is not None
+            with stage.settled(loader) if whole else nullcontext():
+                yield stage
 
 
 def _in_memory(stage: Stage) -> Stage:
@@ -573,18 +645,23 @@ def _draw(
     beat: Callable[[], None],
 ) -> None:
     """A preview by the first worker. The others wait for it, and hear of each of its steps, which
-    is how they know that it lives: it may draw for longer than anybody may be silent."""
+    is how they know that it lives: it may draw for longer than anybody may be silent. BrokenOff, by
+    all of them, after the step during which one was asked to stop."""
 
-    def said(done: bool) -> torch.Tensor:
-        told = world.sum(torch.tensor(float(done), device=world.device))
+    def said(done: bool) -> bool:
+        where = world.device if world.size > 1 else "cpu"  # alone, no GPU is waited for
+        mine = torch.tensor([float(done), float(world.break_off())], device=where)
+        over, broken_off = world.sum(mine).tolist()
         beat()
-        return told
+        if broken_off and not over:
+            raise BrokenOff
+        return over > 0
 
     if world.rank == 0:
         _preview(stage, loader, job, images_seen, lambda: said(False))
         said(True)
         return
-    while not said(False).item():
+    while not said(False):
         pass
 
 
@@ -602,17 +679,12 @@ def _preview(
 
         data = io.BytesIO()
         Image.fromarray(contact_sheet(pictures)).save(data, format="PNG")
-        for name in (results.PREVIEW, f"{results.PREVIEWS}/{images_seen:012d}.png"):
+        for name in (results.PREVIEW, _picture(images_seen)):
             storage.publish_bytes(str(Path(job.output, name)), data.getvalue())
 
 
-def _agree(world: World, step: int) -> None:
-    mine = torch.tensor(float(step), dtype=torch.float64, device=world.device)
-    if float(world.sum(mine.clone())) != step * world.size:
-        raise ValueError(
-            f"rank {world.rank} would go on from step {step}, other workers from another: the "
-            "stage directory must lie on a file system that all workers share"
-        )
+def _picture(images_seen: int) -> str:
+    return f"{results.PREVIEWS}/{images_seen:012d}.png"
 
 
 def changes(begun: dict[str, Any], job: Job) -> list[str]:

@@ -35,10 +35,12 @@ def train(
     config: TrainingConfig,
     world: World | None = None,
     state: TrainState | None = None,
+    resumed: Callable[[Reached], bool] = lambda reached: True,
 ) -> Generator[Progress, None, None]:
     """Train `stage` in place until `config.images`, from `state` on, and yield after each update.
 
     Each worker's `loader` gives its micro-batches of the same global batches, one after another.
+    Before the first update that follows a `state`, `resumed` says whether there is to be one.
     Raises Diverged; ValueError where `stage` or the workers do not go with the micro-batches.
     """
     world = world or World()
@@ -52,7 +54,9 @@ def train(
         learner.restore(state)
     done, streak = (state.step, state.numbers["skipped"]) if state else (0, 0)
     health = Health(config, device, world, streak)
-    del state  # it is a second copy of everything
+    began, state = state is not None, None  # it is a second copy of everything
+    if began and not resumed(_reached(learner, done, health)):
+        return
 
     with closing(loader.batches(start_step=done)) as loaded:
         batches = Timed(loaded)
@@ -71,9 +75,7 @@ def train(
             rate = learner.apply(step, norm, skip)
 
             yield Progress(
-                step=step + 1,
-                images_seen=(step + 1) * config.batch,
-                images=config.batch,
+                **vars(_reached(learner, step + 1, health)),
                 loss=loss,
                 metrics=metrics,
                 grad_norm=norm,
@@ -82,9 +84,17 @@ def train(
                 learning_rate=rate,
                 seconds=time.perf_counter() - started,
                 data_wait_seconds=batches.waited(),
-                ema=learner.ema,
-                capture=partial(learner.capture, step + 1, health.streak),
             )
+
+
+def _reached(learner: Learner, step: int, health: Health) -> Reached:
+    return Reached(
+        step=step,
+        images_seen=step * learner.config.batch,
+        images=learner.config.batch,
+        ema=learner.ema,
+        capture=partial(learner.capture, step, health.streak),
+    )
 
 
 def gradients(
@@ -260,16 +270,45 @@ class World:
     """A JSON value from each worker, by rank."""
     stop: Callable[[], bool] = lambda: False
     """Whether this worker was asked to stop; all of them know with the loss of that update."""
+    break_off: Callable[[], bool] = lambda: False
+    """The same, asked while workers measure or draw: all of them as often."""
     restarts: bool = False
     """Whether somebody starts a worker anew that ends."""
 
+    def breaks_off(self) -> bool:
+        """Whether any worker was asked to stop, the same to all, which come here together; who
+        waits for another hears that it lives."""
+        asked = self.break_off()
+        if self.size == 1:
+            return asked
+        return bool(self.sum(torch.tensor(float(asked), device=self.device)))
+
 
 @dataclass
-class Progress:
-    """One update. Tensors are scalars on the training device; reading them waits for it."""
+class Reached:
+    """Where a training stands."""
 
     step: int
     images_seen: int
+    images: int
+    """In an update, over all workers."""
+    ema: Ema
+    capture: Callable[[], TrainState]
+
+    @property
+    def state(self) -> TrainState:
+        """What a checkpoint needs; its tensors are the live ones, so save it before going on."""
+        return self.capture()
+
+    def passed(self, images: int) -> bool:
+        """Whether the last update reached a multiple of `images`; never for 0."""
+        return images > 0 and self.images_seen % images < self.images
+
+
+@dataclass
+class Progress(Reached):
+    """One update. Tensors are scalars on the training device; reading them waits for it."""
+
     loss: Tensor
     """The mean over the global batch."""
     metrics: dict[str, Tensor]
@@ -283,19 +322,6 @@ class Progress:
     learning_rate: float
     seconds: float
     data_wait_seconds: float
-    images: int
-    """In this update, over all workers."""
-    ema: Ema
-    capture: Callable[[], TrainState]
-
-    @property
-    def state(self) -> TrainState:
-        """What a checkpoint needs; its tensors are the live ones, so save it before going on."""
-        return self.capture()
-
-    def passed(self, images: int) -> bool:
-        """Whether this update reached a multiple of `images`; never for 0."""
-        return images > 0 and self.images_seen % images < self.images
 
     @property
     def images_per_second(self) -> float:

@@ -42,7 +42,8 @@ class AdamWConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon for the weights of inner linear and convolution layers, AdamW for everything else."""
+    """Muon for the weights of inner linear and convolution layers, AdamW for everything else: first
+    and last layers, those that are told conditions, embeddings, vectors."""
 
     kind: Literal["muon"] = "muon"
     momentum: float = 0.95
@@ -116,6 +117,12 @@ class Optimizer:
         for key, value in tensors.items():
             name, _, field_name = key.rpartition(":")
             parameter = self.parameters[name]
+            if field_name not in owners[parameter].fields:
+                raise ValueError(
+                    f"the checkpoint has {field_name!r} for {name}, which is updated otherwise now "
+                    f"(by {', '.join(owners[parameter].fields)}): finish the training with the "
+                    "version that began it, or begin it anew"
+                )
             state = owners[parameter].state.setdefault(parameter, {})
             own = value[rows(parameter)] if value.ndim else value
             state[field_name] = own.to(parameter.device, copy=True)
@@ -144,6 +151,8 @@ def gradient_norm(parameters: dict[str, nn.Parameter]) -> Tensor:
 class _Rule:
     """How some parameters are updated, and what is remembered of each."""
 
+    fields: tuple[str, ...] = ()
+
     def __init__(self, parameters: Sequence[Tensor]):
         self.parameters = parameters
         self.state: dict[Tensor, dict[str, Tensor]] = {}
@@ -163,6 +172,8 @@ class _Rule:
 class _AdamW(_Rule):
     """The fused kernel without torch.optim around it, whose first use takes 5 s of CPU time
     (it imports the compiler). The state has torch.optim's names and values."""
+
+    fields = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(self, parameters: Sequence[Tensor], config: AdamWConfig):
         super().__init__(parameters)
@@ -204,6 +215,8 @@ class _Muon(_Rule):
     update has the size of AdamW's (Liu et al. 2025, eq. 4), so both take one learning rate. A
     sharded update is gathered for that, and each worker takes its rows of the result.
     """
+
+    fields = ("momentum",)
 
     def __init__(self, parameters: Sequence[Tensor], config: MuonConfig):
         super().__init__(parameters)
@@ -250,12 +263,14 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _inner_weights(module: nn.Module) -> set[Tensor]:
-    """Weights of linear and convolution layers with at least 16 channels on both sides: no
-    embedding, first or last layer, whose rows are unlike directions and are better left to
-    AdamW."""
+    """Weights of linear and convolution layers, but for embeddings and what a network calls its
+    `outer` layers, whose rows are unlike directions and are better left to AdamW. Where nothing is
+    said of that, what has fewer than 16 channels on a side is one of them."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     weights: set[Tensor] = {m.weight for m in module.modules() if isinstance(m, layers)}
     embedded = {
         m.weight for m in module.modules() if isinstance(m, nn.Embedding)
     }  # tied to an output layer
-    return {w for w in weights - embedded if w.requires_grad and min(w.shape[:2]) >= 16}
+    outer = {w for m in module.modules() for it in getattr(m, "outer", ()) for w in it.parameters()}
+    inner = weights - embedded - outer
+    return {w for w in inner if w.requires_grad and min(w.shape[:2]) >= 16}

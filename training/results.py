@@ -109,14 +109,26 @@ class History:
     resumes."""
 
     def __init__(self, stage_dir: str | os.PathLike[str], images_seen: int):
-        path = Path(stage_dir, HISTORY)
+        self.stage_dir = stage_dir
         kept = [record for record in history(stage_dir) if record["images_seen"] <= images_seen]
-        storage.publish_bytes(str(path), b"".join(map(_line, kept)))
+        self._begin(kept)
+
+    def _begin(self, records: list[dict[str, Any]]) -> None:
+        path = Path(self.stage_dir, HISTORY)
+        storage.publish_bytes(str(path), b"".join(map(_line, records)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a log point, whole or not at all. `storage.NoRoom` where the disk is full."""
         storage.append_line(self._file, _line(record))
+
+    def amend(self, more: dict[str, Any]) -> dict[str, Any]:
+        """Add to the newest log point; all of it."""
+        records = history(self.stage_dir)
+        records[-1] |= more
+        self.close()
+        self._begin(records)
+        return records[-1]
 
     def close(self) -> None:
         self._file.close()

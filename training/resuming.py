@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MACHINE = ("workers", "min_workers", "threads", "fsdp", "micro_batch", "accelerator")
+MACHINE = ("workers", "min_workers", "threads", "fsdp", "micro_batch", "accelerator", "device")
 """By whom and how it is computed."""
 WATCHED = (
     "checkpoint_images",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,12 @@ class Stage(nn.Module):
         """[rows]: by what a training's checkpoints are compared; a function of weights and batch
         alone, taken in eval mode."""
         return self(batch)["loss"]
+
+    def settled(self, loader: Any) -> AbstractContextManager[Any]:
+        """Inside, what a stage knows of the pictures that it saw in training (running statistics)
+        is what the weights that it has now make of some of them; afterwards it is as before. The
+        same on each worker, whatever that has seen: of one alone it is in the checkpoint."""
+        return nullcontext()
 
     def heldout_bands(self, batch: Batch) -> tuple[Tensor, tuple[str, ...]] | None:
         """(which band of noise levels `heldout_loss` looks at each row in, int64 [rows]; the bands'

@@ -31,6 +31,11 @@ class Stopped(Exception):
     """Training ended early because it was asked to; its checkpoint is written."""
 
 
+class BrokenOff(Exception):
+    """What is done between two updates was given up, for the training was asked to stop; who goes
+    on with it makes up for it."""
+
+
 class Interrupts:
     """Keeps the first SIGTERM or Ctrl-C until `deliver`; a second one acts at once.
 

@@ -19,8 +19,9 @@ import torch
 from . import measuring
 from .checkpoint import HELDOUT_LOSS
 from .config import TrainingConfig
-from .loop import Progress, World
+from .loop import Reached, World
 from .stage import Stage, evaluating, to_tensors
+from .supervision import BrokenOff
 
 BY_TIME = "heldout_loss_by_t/"
 """What the names of the losses by noise level begin with; then comes the time in the middle."""
@@ -41,7 +42,8 @@ def heldout_losses(
 
     Workers do as many batches as each other: what they have too few of they repeat uncounted. Of a
     sharded stage the first one, which has a whole one, does all of them. `beat` is called after
-    each: the time between is that of a batch, wherever it is computed.
+    each: the time between is that of a batch, wherever it is computed. BrokenOff, by all workers,
+    after the batch during which one of them was asked to stop.
     """
     device = next(stage.parameters()).device
     shares = measuring.fixed_shares(unseen, count, batch)
@@ -66,9 +68,10 @@ def heldout_losses(
                     sums[0] += pairs.sum(0)
                     if bands is not None:
                         sums[1:].index_add_(0, bands[0].to(device), pairs)
-            if world.sharded:
-                world.sum(torch.zeros((), device=device))  # who waits hears of each batch
+            broken_off = world.breaks_off()
             beat()
+            if broken_off:
+                raise BrokenOff
     if world.sharded:
         names, totals = world.gather((names, sums.tolist()))[0]
     else:
@@ -85,7 +88,7 @@ class Validation:
 
     def __init__(
         self,
-        averaged: Callable[[Progress], AbstractContextManager[Stage]],
+        averaged: Callable[[Reached], AbstractContextManager[Stage]],
         unseen: Any,
         config: TrainingConfig,
         world: World,
@@ -103,7 +106,7 @@ class Validation:
         patience = self.config.patience_images
         return patience > 0 and self.judged_at - self.least_at >= patience
 
-    def due(self, progress: Progress) -> bool:
+    def due(self, progress: Reached) -> bool:
         """Whether to measure after this update."""
         config = self.config
         if self.unseen is None:
@@ -115,8 +118,9 @@ class Validation:
             or (at_checkpoints and progress.passed(config.checkpoint_images))
         )
 
-    def measure(self, progress: Progress, beat: Callable[[], None]) -> dict[str, float | None]:
-        """The losses of the averages now, None for one that is not finite."""
+    def measure(self, progress: Reached, beat: Callable[[], None]) -> dict[str, float | None]:
+        """The losses of the averages now, None for one that is not finite. BrokenOff where a worker
+        was asked to stop meanwhile: it is as if this had not been begun."""
         config, world = self.config, self.world
         with self.averaged(progress) as stage:
             # A loss that compares rows is another one for other rows: not as many as a worker has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -10,17 +11,20 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from training import checkpoint
+from training import checkpoint, distributed
 from training.checkpoint import HELDOUT_LOSS, Damaged, Retention, Saver, TrainState
 
 
@@ -246,11 +250,113 @@ def test_pickles_beside_the_tensors_are_left_alone(tmp_path, made):
     run_it(data, tmp_path / "owned")
 
 
-def test_a_damaged_one_is_replaced_when_training_comes_there_again(tmp_path):
-    flip_a_byte(checkpoint.save(tmp_path, state(64)))
-    assert checkpoint.newest(tmp_path) is None
+def test_a_damaged_one_is_set_aside_when_training_comes_there_again(tmp_path, caplog):
+    """It is tried once, and what is kept is kept of the others."""
     checkpoint.save(tmp_path, state(64))
-    assert same(latest(tmp_path), state(64))
+    for number in (1, 2):
+        flip_a_byte(checkpoint.save(tmp_path, state(128)))
+        caplog.clear()
+        for _ in range(2):
+            assert same(latest(tmp_path), state(64))
+        assert caplog.text.count("is damaged") == 1
+        aside = tmp_path / f"000000000128.damaged{'-2' if number > 1 else ''}"
+        assert f"it stays as {aside.name}" in caplog.text
+        assert (aside / "state.safetensors").exists()
+    for images_seen in (128, 192, 256):
+        checkpoint.save(tmp_path, state(images_seen))
+        assert same(latest(tmp_path), state(images_seen))
+    assert images_of(checkpoint.visible(tmp_path)) == [192, 256]
+    assert {it.name for it in tmp_path.glob("*.damaged*")} == {
+        "000000000128.damaged", "000000000128.damaged-2"
+    }  # fmt: skip
+
+
+def test_where_none_can_be_loaded_nothing_begins_anew(tmp_path):
+    """They stay as they are until somebody takes them away."""
+    for images_seen in (64, 128):
+        flip_a_byte(checkpoint.save(tmp_path, state(images_seen)))
+    told = r"none of its checkpoints can be loaded \(000000000128, 000000000064; .*delete them"
+    for _ in range(2):
+        with pytest.raises(Damaged, match=told):
+            checkpoint.newest(tmp_path)
+    assert images_of(checkpoint.visible(tmp_path)) == [64, 128]
+    for path in checkpoint.visible(tmp_path):
+        shutil.rmtree(path)
+    assert checkpoint.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch, number):
+    """Who starts it again finds it."""
+    for images_seen in (64, 128):
+        checkpoint.save(tmp_path, state(images_seen))
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as away:
+        away.setattr(checkpoint.hashlib, "file_digest", fails)
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            checkpoint.newest(tmp_path)
+    assert caught.value.errno == number
+    assert same(latest(tmp_path), state(128))
+
+
+def together(*directories: Path) -> list[TrainState | BaseException | None]:
+    """What each of several workers goes on from, each with a view of its own of one directory."""
+    count = len(directories)
+    meet, told = threading.Barrier(count), [None] * count
+
+    def worker(rank: int) -> TrainState | None:
+        def gather(value):
+            told[rank] = value
+            meet.wait(60)
+            everyone = list(told)
+            meet.wait(60)
+            return everyone
+
+        return checkpoint.agreed(directories[rank], "f", rank == 0, gather)
+
+    with ThreadPoolExecutor(count) as pool:
+        working = [pool.submit(worker, rank) for rank in range(count)]
+        return [it.exception() or it.result() for it in working]
+
+
+def test_workers_go_on_from_what_the_first_one_chooses(tmp_path):
+    assert together(tmp_path, tmp_path / "none") == [None, None]
+    checkpoint.save(tmp_path, state(64), "f")
+    flip_a_byte(checkpoint.save(tmp_path, state(128), "f"))
+    found = together(tmp_path, tmp_path, tmp_path)
+    assert [isinstance(it, TrainState) and same(it, state(64)) for it in found] == [True] * 3
+    assert (tmp_path / "000000000128.damaged").exists()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_checkpoint_that_one_does_not_see_yet_is_waited_for(tmp_path, monkeypatch, late):
+    """Should it not come, that is no reason to give up for good, as a ValueError is."""
+    views = [tmp_path / "one", tmp_path / "other"]
+    for view in views:
+        checkpoint.save(view, state(64), "f")
+    newest = checkpoint.save(views[1 - late], state(128), "f")
+    monkeypatch.setattr(checkpoint, "_VISIBLE_SECONDS", 0.0)
+    for error in together(*views):
+        assert isinstance(error, OSError)
+        assert not distributed._is_final(error)
+        assert f"000000000128 is seen by some workers, and not by [{late}]" in str(error)
+
+    waited = time.sleep
+
+    def appear(seconds):
+        if not (views[late] / newest.name).exists():
+            shutil.copytree(newest, views[late] / "hidden")
+            os.rename(views[late] / "hidden", views[late] / newest.name)
+        waited(seconds)
+
+    monkeypatch.setattr(checkpoint, "_VISIBLE_SECONDS", 60.0)
+    monkeypatch.setattr(checkpoint.time, "sleep", appear)
+    for found in together(*views):
+        assert isinstance(found, TrainState)
+        assert same(found, state(128))
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
@@ -303,23 +409,24 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path):
         saver.save(state(128, size=BIG))
 
 
-SIZE = 20_000
+SIZES = (20_000, BIG)
+"""Of states that are written at once, and behind the training's back."""
 
 
-def keep_saving(directory: str, told: int) -> None:
+def keep_saving(directory: str, size: int, told: int) -> None:
     """Go on from the newest, as a training does; a byte is told before each save."""
     first = latest(directory, "f").images_seen
     with Saver(directory, "f") as saver:
         for images_seen in range(first + 8, 8_000_000, 8):
             os.write(told, b".")
-            saver.save(state(images_seen, size=SIZE))
+            saver.save(state(images_seen, size=size))
 
 
-def kill_savers(directory: str, kills: int) -> None:
+def kill_savers(directory: str, size: int, kills: int) -> None:
     """Fork, kill at a moment of one of its first saves, look; each time a new process goes on from
     what the last one left. However slow the machine is, none is killed before it saves."""
     started = time.perf_counter()
-    checkpoint.save(directory, state(8, size=SIZE), "f")
+    checkpoint.save(directory, state(8, size=size), "f")
     one_save = time.perf_counter() - started
     chance, seen, cut_short = random.Random(0), 0, 0
     for _ in range(kills):
@@ -328,7 +435,7 @@ def kill_savers(directory: str, kills: int) -> None:
         child = os.fork()
         if child == 0:
             try:
-                keep_saving(directory, told)
+                keep_saving(directory, size, told)
             finally:
                 os._exit(1)
         os.close(told)
@@ -345,16 +452,20 @@ def kill_savers(directory: str, kills: int) -> None:
         found = [checkpoint.load(path, "f") for path in checkpoint.visible(directory)]
         assert found, "a kill took the checkpoints that were there"
         for it in found:
-            assert same(it, state(it.images_seen, size=SIZE)), it.images_seen
+            assert same(it, state(it.images_seen, size=size)), it.images_seen
         seen += len(found)
     print(seen, cut_short)
 
 
-def test_a_kill_never_shows_a_part(tmp_path, rounds):
-    """Promise 4: 1,000 kills in `make soak`. Each finds whole ones, and many a write is cut."""
-    kills = rounds(100, 1000)
+@pytest.mark.parametrize(("size", "share"), [(SIZES[0], 0.8), (SIZES[1], 0.2)])
+def test_a_kill_never_shows_a_part(tmp_path, rounds, size, share):
+    """Promise 4: 1,000 kills in `make soak`, some of them of writes in the background. Each finds
+    whole ones, and many a write is cut."""
+    behind = checkpoint.Snapshot(state(size=size)).bytes > checkpoint._FOREGROUND_BYTES
+    assert behind == (size == BIG)
+    kills = int(share * rounds(100, 1000))
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), str(kills)],
+        [sys.executable, __file__, str(tmp_path), str(size), str(kills)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -369,4 +480,4 @@ def test_a_kill_never_shows_a_part(tmp_path, rounds):
 if __name__ == "__main__":
     logging.disable()
     torch.set_num_threads(1)
-    kill_savers(sys.argv[1], int(sys.argv[2]))
+    kill_savers(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

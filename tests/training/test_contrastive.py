@@ -2,13 +2,18 @@
 
 import math
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from training import contrastive, stages
+from pipeline.encode import pixels_spec
+from training import checkpoint, contrastive, results, stages
 from training.contrastive import ClipStage, ClipStageConfig, compare, names, tokenizer
+from training.job import Job, run
+from training.loop import World
+from training.supervision import Stopped
 
 TEXTS = (
     "A red  Circle at the top",
@@ -200,15 +205,17 @@ def test_a_shift_moves_a_picture_and_draws_its_edge_out():
     assert torch.equal(contrastive.shifted(picture, 0, 0, torch.arange(200)), picture)
 
 
+RESNET = {
+    "image": {"kind": "resnet", "width": 8},
+    "embed": 16,
+    "text": {"vocabulary": 600, "context": 90, "width": 16, "heads": 2, "layers": 1},
+}
+
+
 def test_batch_norms_end_with_the_statistics_of_the_final_weights(line):
     """Whatever they saw on the way: measured again over the training pictures, batch for batch."""
-    config = {
-        "image": {"kind": "resnet", "width": 8},
-        "embed": 16,
-        "text": {"vocabulary": 600, "context": 90, "width": 16, "heads": 2, "layers": 1},
-    }
     torch.manual_seed(0)
-    stage = stages.create("clip", config)
+    stage = stages.create("clip", RESNET)
     norm = stage.model.visual.bn1
     norm.running_mean.fill_(5.0)
     loader = Enlarged(line.loader("pixels"))
@@ -220,6 +227,64 @@ def test_batch_norms_end_with_the_statistics_of_the_final_weights(line):
     assert norm.momentum == 0.1
     assert measured["among"] == 64
     assert "heldout_accuracy" not in measured, "this loader tells of no held-out pictures"
+
+
+def test_batch_norms_are_settled_for_as_long_as_it_takes_to_measure(line):
+    """And then know what they did, bit for bit, for the weights that go on to be trained."""
+    torch.manual_seed(0)
+    stage = stages.create("clip", RESNET).train()
+    for norm in stage._norms():
+        norm.running_mean.normal_()
+    stage.model.visual.layer1.eval()
+    before = {name: t.clone() for name, t in stage.state_dict().items()}
+    modes = {name: m.training for name, m in stage.named_modules()}
+    norm, seen = stage.model.visual.bn1, []
+    hook = stage.model.visual.conv1.register_forward_hook(lambda _, __, out: seen.append(out))
+    with stage.settled(Enlarged(line.loader("pixels"))):
+        torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    hook.remove()
+    assert all(torch.equal(t, before[name]) for name, t in stage.state_dict().items())
+    assert {name: m.training for name, m in stage.named_modules()} == modes
+
+
+def test_a_heldout_loss_does_not_depend_on_what_batch_norms_have_seen(line, tmp_path):
+    """Of several workers only the first one's statistics are in a checkpoint: the others go on with
+    other ones than they had."""
+    spec = pixels_spec(16)
+    job = Job(
+        kind="clip",
+        fingerprint="f",
+        config=RESNET,
+        training={
+            "images": 96, "batch": 16, "learning_rate": 3e-3, "log_images": 32,
+            "checkpoint_images": 48, "heldout_pictures": 16, "heldout_images": 32, "threads": 1,
+        },
+        dataset=line.data.dataset,
+        version=1,
+        encodings=({"name": spec.name, "kind": spec.kind, "fingerprint": spec.fingerprint},),
+        output=str(tmp_path / "undisturbed"),
+    )  # fmt: skip
+    run(job)
+    resumed = replace(job, output=str(tmp_path / "resumed"))
+    asked = iter([False, False, True])
+    with pytest.raises(Stopped):
+        run(resumed, World(stop=lambda: next(asked)))
+    checkpoints = tmp_path / "resumed" / results.CHECKPOINTS
+    state = checkpoint.newest(checkpoints)
+    assert state is not None
+    moved = [name for name in state.tensors if name.endswith("running_mean")]
+    for name in moved:
+        state.tensors[name] += 5
+    checkpoint.save(checkpoints, state, "f")
+    run(resumed)
+    told = [
+        [(it["loss"], it.get("heldout_loss")) for it in results.history(tmp_path / name)]
+        for name in ("undisturbed", "resumed")
+    ]
+    assert moved and len(told[0]) == 3 and all(loss for _, loss in told[0])
+    assert told[0] == told[1]
+    stored = [(tmp_path / it / results.WEIGHTS).read_bytes() for it in ("undisturbed", "resumed")]
+    assert stored[0] == stored[1]
 
 
 class Enlarged:

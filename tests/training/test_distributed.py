@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -486,6 +488,62 @@ def test_what_may_not_change_is_refused_before_any_worker_starts(tmp_path, monke
         fit(job(tmp_path, 2, training={"learning_rate": 0.02}), build=build)
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "began", "found"),
+    [
+        ("auto", 0, None, False),
+        ("auto", 2, None, True),
+        ("auto", 1, None, False),  # which is said
+        ("auto", 2, "cuda", True),
+        ("auto", 0, "cpu", False),
+        ("cpu", 2, "cuda", False),
+        ("cuda", 2, "cpu", True),
+        ("auto", 1, "cuda", r"trained on cuda, and 2 workers need as many GPUs, .* has 1: add"),
+        ("cuda", 0, None, r"device is cuda, and 2 workers need as many GPUs, .* has 0: add"),
+        ("cuda", 1, "cpu", r"device is cuda, and 2 workers need as many GPUs, .* has 1: add"),
+        ("auto", 2, "cpu", r"trained on cpu so far, .* on cuda: .*device=cpu to stay"),
+    ],
+)
+def test_workers_compute_on_what_the_training_was_begun_on(device, gpus, began, found, caplog):
+    """Nobody goes on by CPUs because GPUs are gone."""
+    config = job(Path("it"), 2, training={"device": device}).training_config()
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            distributed._by_gpus(config, gpus, began, "it")
+        return
+    assert distributed._by_gpus(config, gpus, began, "it") == found
+    assert ("has only 1 GPUs" in caplog.text) == (gpus == 1)
+
+
+@pytest.mark.parametrize(("seconds", "every"), [(0.001, 16), (0.1, 3), (0.4, 1), (30.0, 1)])
+def test_workers_ask_at_the_same_updates_about_once_a_second(monkeypatch, seconds, every):
+    """By the slowest one's time, which takes three times as long as this one."""
+    clock, asked, answers = [0.0], [], []
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ask() -> bool:
+        asked.append(len(answers))
+        return len(answers) > 100
+
+    poll = distributed._Polled(ask, lambda mine: [mine, 3 * mine])
+    for _ in range(150):
+        clock[0] += seconds
+        answers.append(poll())
+    gaps = {b - a for a, b in pairwise(asked[2:])}
+    assert gaps == {every}
+    assert answers == [update >= asked[-1] for update in range(150)]
+    assert 100 < asked[-1] <= 100 + every
+
+
+@rays
+def test_gpus_that_a_cluster_has_not_are_no_reason_to_start_workers(tmp_path, ray):
+    starts = tmp_path / "starts"
+    wrong = job(tmp_path / "stage", 2, training={"device": "cuda"}, starts=str(starts))
+    with pytest.raises(ValueError, match="2 workers need as many GPUs, but the Ray cluster has 0"):
+        fit(wrong, build=build)
+    assert not starts.exists()
+
+
 @rays
 def test_what_is_refused_is_no_reason_for_ray_to_try_again(tmp_path, ray):
     """Of data without held-out pictures none can be measured, however often it is tried."""
@@ -524,7 +582,10 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
     where it hung, and the driver passes on what it and the one who goes on said."""
     (tmp_path / "once").touch()
     output, hangs = tmp_path / "stage", {"SIGSTOP": str(tmp_path / "once")}
-    damaged = checkpoint.save(output / results.CHECKPOINTS, checkpoint.TrainState({}, 1, 10), "f")
+    asked = iter([*[False] * 9, True])
+    with pytest.raises(Stopped):
+        run(job(output), World(stop=lambda: next(asked)), None, build)
+    damaged = checkpoint.save(output / results.CHECKPOINTS, checkpoint.TrainState({}, 11, 110), "f")
     (damaged / checkpoint.TENSORS).write_bytes(b"torn")
     with caplog.at_level(logging.WARNING):
         done = fit(job(output, 2, training={"stall_seconds": 15.0}, **hangs), build=build)
@@ -532,7 +593,7 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
     assert done["images_seen"] == BATCH * STEPS
     assert_close(output, alone)
     told, _ = results.events(output)
-    assert [it["message"] for it in told if "000000000010 is damaged" in it["message"]]
+    assert [it["message"] for it in told if "000000000110 is damaged" in it["message"]]
     hung = [it for it in told if it["message"].startswith("no update for 1")]
     assert (0, "ERROR") in [(it["rank"], it["level"]) for it in hung]
     for it in told:

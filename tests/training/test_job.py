@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -256,6 +258,31 @@ def test_what_changes_no_result_may_change_on_resume(tmp_path, undisturbed):
     assert weights[0] == weights[1]
 
 
+def test_another_kind_of_device_is_taken_when_it_is_asked_for(tmp_path, undisturbed):
+    """What a checkpoint says of a GPU that is not here any more."""
+    with pytest.raises(Stopped):
+        run(tiny(tmp_path), job.World(stop=lambda: True), build=build)
+    state = checkpoint.newest(tmp_path / results.CHECKPOINTS)
+    assert state is not None and state.numbers[checkpoint.DEVICE] == "cpu"
+    state.numbers[checkpoint.DEVICE] = "cuda"
+    checkpoint.save(tmp_path / results.CHECKPOINTS, state, "f1")
+    wanted = r"trained on cuda so far, and would go on on cpu: .*training.device=cpu to go on there"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=wanted):
+            run(tiny(tmp_path), job.World(), build=build)
+    assert reached(tmp_path) == 8
+    with pytest.raises(Stopped):
+        run(tiny(tmp_path, training={"device": "cpu"}), job.World(stop=lambda: True), build=build)
+    run(tiny(tmp_path), job.World(), build=build)  # by now it is a training on a CPU
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_gpu_that_is_asked_for_and_not_here_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="training.device is cuda, and torch finds no GPU here"):
+        run(tiny(tmp_path, training={"device": "cuda"}), build=never)
+
+
 def test_a_home_that_moved_as_a_whole_changes_nothing(tmp_path):
     begun, moved = (
         tiny(
@@ -299,6 +326,24 @@ def test_a_damaged_checkpoint_costs_an_interval_and_no_bit(tmp_path, undisturbed
         run(tiny(tmp_path), on_progress=records.append, build=build)
     assert "going back to the one before" in caplog.text
     assert [r["images_seen"] for r in records] == [1176, 1200]
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path, undisturbed):
+    """Until somebody takes them away."""
+    with pytest.raises(RuntimeError):
+        run(tiny(tmp_path, meta={"fails_to_finish": True}), build=build)
+    paths = checkpoint.visible(tmp_path / results.CHECKPOINTS)
+    for path in paths:
+        os.truncate(path / checkpoint.TENSORS, 100)
+    before = lines(tmp_path)
+    with pytest.raises(checkpoint.Damaged, match="none of its checkpoints can be loaded"):
+        run(tiny(tmp_path), build=build)
+    assert checkpoint.visible(tmp_path / results.CHECKPOINTS) == paths
+    assert lines(tmp_path) == before
+    for path in paths:
+        shutil.rmtree(path)
+    run(tiny(tmp_path), build=build)
     assert_same(tmp_path, undisturbed)
 
 
@@ -421,7 +466,8 @@ PATIENT = {
 
 
 def test_a_loss_that_no_longer_falls_ends_a_training_for_good(tmp_path, undisturbed, monkeypatch):
-    """Stopped, resumed, and failing at its end, it ends at the same update with the same bits."""
+    """Stopped, resumed, and failing at its end, it ends at the same update with the same bits; also
+    stopped at that update, before the loss that ends it is taken."""
     measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(tiny(whole, training=PATIENT), build=build)
@@ -449,6 +495,12 @@ def test_a_loss_that_no_longer_falls_ends_a_training_for_good(tmp_path, undistur
     run(tiny(broken, training=PATIENT), build=build)
     assert_same(broken, whole)
 
+    stopped, requests = tmp_path / "stopped", iter([*[False] * ((at + 320) // 8 - 1), True])
+    with pytest.raises(Stopped):
+        run(tiny(stopped, training=PATIENT), job.World(stop=lambda: next(requests)), build=build)
+    run(tiny(stopped, training=PATIENT), build=build)
+    assert_same(stopped, whole)
+
 
 def test_who_was_told_to_stop_measures_nothing(tmp_path, monkeypatch):
     measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
@@ -457,6 +509,116 @@ def test_who_was_told_to_stop_measures_nothing(tmp_path, monkeypatch):
         run(tiny(tmp_path, training={"heldout_pictures": 32}), world, build=build)
     state = checkpoint.newest(tmp_path / results.CHECKPOINTS)
     assert state is not None and checkpoint.HELDOUT_LOSS not in state.numbers
+
+
+class Struck(Tiny):
+    """Draws its weights, in steps; at one of its looks at held-out rows, or of those steps, it is
+    told to end."""
+
+    calls: ClassVar[list[str]] = []
+    strike: ClassVar[tuple[str, int]] = ("", 0)
+
+    def called(self, what: str) -> None:
+        self.calls.append(what)
+        if self.strike == (what, self.calls.count(what)):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def heldout_loss(self, batch):
+        self.called("measure")
+        return super().heldout_loss(batch)
+
+    def preview(self, loader, seed, beat):
+        for _ in range(STEPS_OF_A_PREVIEW):
+            self.called("draw")
+            beat()
+        pixels = self.net[0].weight.detach().numpy().tobytes()
+        return np.frombuffer(pixels, np.uint8)[:192].reshape(1, 8, 8, 3)
+
+
+def struck(output: Path, world=None, strike=("", 0)) -> None:
+    """A training that is measured every 160 images and drawn every 240."""
+    Struck.calls, Struck.strike = [], strike
+    training = {"heldout_pictures": 32, "heldout_images": 160, "keep_best": True, "keep_images": 80}
+    made = tiny(output, training=training | {"preview_images": 240})
+    run(made, world, build=lambda *it: (Struck(TinyConfig()), *build(*it)[1:]))
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory) -> Path:
+    """What the undisturbed one leaves."""
+    with pytest.MonkeyPatch.context() as patched:
+        measured_on(patched, TinyLoader(8, 3, 0, 1, 0))
+        struck(output := tmp_path_factory.mktemp("series"))
+    return output
+
+
+def shown(stage_dir: Path) -> tuple:
+    """The series that a training leaves, and what its checkpoints say of it."""
+    paths = (stage_dir / results.PREVIEWS).iterdir()
+    told = {}
+    for path in checkpoint.visible(stage_dir / results.CHECKPOINTS):
+        numbers = json.loads((path / checkpoint.DESCRIPTION).read_bytes())["numbers"]
+        told[path.name] = numbers.get(checkpoint.HELDOUT_LOSS), numbers.get("validation")
+    best = checkpoint.best(stage_dir / results.CHECKPOINTS)
+    return {it.name: it.read_bytes() for it in paths}, lines(stage_dir), told, best and best.name
+
+
+@pytest.mark.parametrize(
+    ("strike", "images", "extra"),
+    [
+        (("measure", 10), 480, 0),  # the second of four batches
+        (("draw", 6), 480, 0),  # the second of four steps
+        (("draw", 2), 240, 1),  # where no checkpoint is due
+    ],
+)
+def test_what_is_told_to_end_while_it_measures_or_draws_saves_and_makes_up(
+    tmp_path, series, monkeypatch, strike, images, extra
+):
+    measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
+    what, call = strike
+    with pytest.raises(SystemExit):
+        struck(tmp_path, strike=strike)
+    assert Struck.calls.count(what) == call  # the others were not begun
+    assert reached(tmp_path) == images
+    struck(tmp_path)
+    found, wanted = shown(tmp_path), shown(series)
+    assert found[:2] == wanted[:2]
+    assert wanted[2].items() <= found[2].items()
+    assert len(found[2]) == len(wanted[2]) + extra
+    assert found[3] == wanted[3]
+    assert (tmp_path / results.WEIGHTS).read_bytes() == (series / results.WEIGHTS).read_bytes()
+
+
+def test_what_was_due_when_a_training_was_stopped_or_killed_is_made_up(
+    tmp_path, series, monkeypatch
+):
+    """Asked to stop after the very update at which it would have measured and drawn; and killed
+    between a checkpoint and the pictures of it; and once more while it makes up for that."""
+    measured_on(monkeypatch, TinyLoader(8, 3, 0, 1, 0))
+    asked = iter([*[False] * 59, True])
+    with pytest.raises(Stopped, match="480 images"):
+        struck(tmp_path, job.World(stop=lambda: next(asked)))
+    assert "heldout_loss" not in results.history(tmp_path)[-1]
+    assert not (tmp_path / results.PREVIEWS / "000000000480.png").exists()
+    with pytest.raises(SystemExit):
+        struck(tmp_path, strike=("draw", 2))
+    assert Struck.calls == ["measure"] * 4 + ["draw"] * 2
+    assert "heldout_loss" in results.history(tmp_path)[-1]
+    assert reached(tmp_path) == 480
+    draw = job._draw
+
+    def dies(*given):
+        if given[3] == 960:
+            raise MemoryError
+        draw(*given)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(job, "_draw", dies)
+        with pytest.raises(MemoryError):
+            struck(tmp_path)
+    assert reached(tmp_path) == 960
+    struck(tmp_path)
+    assert shown(tmp_path) == shown(series)
 
 
 def test_a_heldout_loss_of_nothing_is_refused(tmp_path):

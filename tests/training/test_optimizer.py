@@ -8,6 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training.networks import (
+    AutoencoderConfig,
+    DiTConfig,
+    PriorConfig,
+    UNetConfig,
+    build,
+)
+from training.networks.conditioning import ContextConfig
 from training.optimizer import AdamWConfig, MuonConfig, Optimizer, gradient_norm, orthogonal
 
 CONFIGS = [AdamWConfig(weight_decay=0.1), MuonConfig(weight_decay=0.1)]
@@ -150,6 +158,48 @@ def test_muon_takes_the_inner_matrices_only():
     moved = module.state_dict()["1.weight"] - network().state_dict()["1.weight"]
     singular = torch.linalg.svdvals(moved.reshape(24, -1) / (1e-2 * 0.2 * 144**0.5))
     assert singular.min() > 0.6 and singular.max() < 1.3
+
+
+CLIP = ContextConfig(name="clip", width=24, pooled_width=20)
+LATENT = {"in_channels": 4, "patch": 2, "contexts": (CLIP,)}
+"""16 numbers to a square, as wide as what is inside."""
+
+
+@pytest.mark.parametrize(
+    ("config", "inner"),
+    [
+        (DiTConfig(width=32, depth=2, head_width=8, **LATENT), ("blocks.", "modulation")),
+        (UNetConfig(channels=16, head_width=16, **LATENT), ("down.levels", "down.shrink",
+         "down.middle", "up.")),
+        (PriorConfig(vector=24, width=32, depth=1, head_width=8), ("blocks.",)),
+        (AutoencoderConfig(channels=16, in_channels=4, patch=2, latent_channels=16),
+         ("encoder.", "decoder.")),
+    ],
+    ids=lambda it: getattr(it, "kind", ""),
+)  # fmt: skip
+def test_muon_takes_no_layer_that_takes_in_or_gives_out_however_wide(config, inner):
+    module = build(config)
+    optimizer = Optimizer(MuonConfig(), module)
+    gradients(module, 0)
+    step(optimizer)
+    fields = (key.rpartition(":") for key in optimizer.tensors())
+    taken = {name for name, _, field in fields if field == "momentum"}
+    matrices = {n for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    wanted = {f"{name}.weight" for name in matrices if name.startswith(inner)}
+    if isinstance(config, AutoencoderConfig):
+        for way in ("encoder", "decoder"):
+            last = len(list(module.get_submodule(way).children())) - 1
+            wanted -= {f"{way}.0.weight", f"{way}.{last}.weight"}
+    assert taken == wanted
+
+
+def test_a_state_of_another_division_is_refused():
+    module = network()
+    optimizer = Optimizer(MuonConfig(), module)
+    gradients(module, 0)
+    step(optimizer)
+    with pytest.raises(ValueError, match="has 'momentum' for 1.weight, which is updated otherwise"):
+        Optimizer(AdamWConfig(), module).load(optimizer.tensors())
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 64), (3, 64, 32), (1, 40, 40)])

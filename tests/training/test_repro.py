@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +95,46 @@ def test_the_update_that_diverged_is_run_again(tmp_path, monkeypatch, every, loo
     assert "net.0.weight" in found.parameters
     assert "samples whose loss is not finite: 29/0" in found.text
     assert repro.again(file, builder({})).finite
+
+
+class Parts:
+    """The same rows, cut into so many parts."""
+
+    def __init__(self, bad: dict[int, int], parts: int):
+        self.whole, self.parts = Rows(bad), parts
+
+    def batches(self, start_step: int = 0, prefetch: int = 2):
+        for batch in self.whole.batches(start_step):
+            for own in np.array_split(np.arange(len(batch["y"])), self.parts):
+                yield {
+                    name: [values[i] for i in own] if name == "key" else values[own]
+                    for name, values in batch.items()
+                }
+
+
+def test_the_batch_is_cut_as_it_was(tmp_path):
+    """Four rows in three parts: two, one and one; parts of two at most would be two of them."""
+    seen: list[torch.Tensor] = []
+
+    def build(job: Job, world: World):
+        stage, parts = Roots(RootConfig()), job.micro_batches(world.size)
+        stage.net[1].register_forward_hook(lambda m, given, out: seen.append(out.detach()))
+        return stage, Parts({0: 0, 1: 0, 2: 0}, parts), "d"
+
+    job = made(tmp_path)
+    with pytest.raises(Diverged):
+        run(
+            replace(job, training=job.training | {"workers": 3, "min_workers": 1}),
+            World(),
+            None,
+            build,
+        )
+    drawn = seen[-3:]
+    assert [len(it) for it in drawn] == [2, 1, 1]
+    seen.clear()
+    assert repro.again(tmp_path / results.REPRO / repro.FILE, build).keys == ["2/0"]
+    assert len(seen) == 3
+    assert all(torch.equal(a, b) for a, b in zip(seen, drawn, strict=True))
 
 
 def test_what_diverges_at_once_leaves_where_it_began(tmp_path):

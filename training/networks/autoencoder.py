@@ -141,6 +141,11 @@ class Autoencoder(nn.Module):
             Codebook(config.codebook, config.latent_channels) if config.codebook else None
         )
 
+    @property
+    def outer(self) -> tuple[nn.Module, ...]:
+        """What takes in and gives out, which an optimizer may tell from what is between."""
+        return self.encoder[0], self.encoder[-1], self.decoder[0], self.decoder[-1]
+
     def encode(self, x: Image) -> Image:
         """Pictures [B, C, H, W] in [-1, 1] -> moments [B, 2 C', H / f, W / f].
 

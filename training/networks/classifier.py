@@ -89,6 +89,11 @@ class Classifier(nn.Module):
         nn.init.xavier_uniform_(self.pool.out.weight)  # a residual nobody adds to must not be 0
         self.heads = nn.ModuleList(zeroed(nn.Linear(width, h.classes)) for h in config.heads)
 
+    @property
+    def outer(self) -> tuple[nn.Module, ...]:
+        """What takes in and gives out, which an optimizer may tell from what is between."""
+        return self.conditioning, self.down.stem, self.heads
+
     def forward(
         self, x: Image, label: Labels, cond: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:

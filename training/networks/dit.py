@@ -229,6 +229,11 @@ class DiT(nn.Module):
         self.modulation = zeroed(nn.Linear(width, 2 * width))
         self.leave = zeroed(nn.Linear(width, out * config.patch**2))
 
+    @property
+    def outer(self) -> tuple[nn.Module, ...]:
+        """What takes in and gives out, which an optimizer may tell from what is between."""
+        return self.conditioning, self.enter, self.leave
+
     def forward(
         self, x: Image, label: Labels, cond: Cond | None = None, tap: Tap | None = None
     ) -> Image:

@@ -171,6 +171,11 @@ class EfficientUNet(nn.Module):
         self.norm = group_norm(2 * widths[0])
         self.out = zeroed(conv3(2 * widths[0], out))
 
+    @property
+    def outer(self) -> tuple[nn.Module, ...]:
+        """What takes in and gives out, which an optimizer may tell from what is between."""
+        return self.conditioning, self.stem, self.out
+
     def forward(
         self, x: Image, label: Labels, cond: Cond | None = None, tap: Tap | None = None
     ) -> Image:

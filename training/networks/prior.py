@@ -71,6 +71,11 @@ class Prior(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.leave = zeroed(nn.Linear(width, config.vector))
 
+    @property
+    def outer(self) -> tuple[nn.Module, ...]:
+        """What takes in and gives out, which an optimizer may tell from what is between."""
+        return self.conditioning, self.enter, self.leave
+
     def forward(self, x: Vectors, label: Labels, cond: Cond | None = None) -> Vectors:
         if x.shape[-1] != self.config.vector:
             raise ValueError(

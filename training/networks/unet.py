@@ -230,6 +230,11 @@ class UNet(nn.Module):
         self.norm = group_norm(config.widths[0])
         self.out = zeroed(conv3(config.widths[0], out * config.patch**2))
 
+    @property
+    def outer(self) -> tuple[nn.Module, ...]:
+        """What takes in and gives out, which an optimizer may tell from what is between."""
+        return self.conditioning, self.down.stem, self.out
+
     def forward(
         self, x: Image, label: Labels, cond: Cond | None = None, tap: Tap | None = None
     ) -> Image:
