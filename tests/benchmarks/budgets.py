@@ -2,6 +2,7 @@
 
 Every stage learns for a few updates, as its recipe has it otherwise, on fewer scenes. The median
 speed of the later ones says how long all of its pictures take; encoding is counted by the scene.
+Beside it stands how fast the machine multiplied matrices before and after: shared ones vary.
 Recipes share stages, and each is measured once. What a training does besides, held-out losses and
 previews, is not in it: less than a hundredth.
 """
@@ -59,6 +60,7 @@ def measured(name: str, known: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     from flows.presets import PRESETS
+    from training.accelerators import probe
 
     shapes = [name for name in PRESETS if name.startswith("shapes")]
     parser = argparse.ArgumentParser(description=__doc__)
@@ -68,11 +70,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="darkroom-") as home:
         os.environ["DARKROOM_HOME"] = home
         for name in options.recipes:
+            before = probe().matmul["fp32"]
             took = measured(name, known)
+            rate = (before + probe().matmul["fp32"]) / 2e9
             minutes = sum(took.values()) / 60
             met = "met" if minutes < MINUTES else "MISSED"
             parts = ", ".join(f"{part} {seconds / 60:.1f}" for part, seconds in took.items())
-            print(f"{name:20s} {minutes:5.1f} min ({parts}); under {MINUTES}: {met}", flush=True)
+            told = f"{name:20s} {minutes:5.1f} min ({parts}) at {rate:.0f} GFLOP/s"
+            print(f"{told}; under {MINUTES}: {met}", flush=True)
 
 
 if __name__ == "__main__":
