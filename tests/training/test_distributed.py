@@ -600,7 +600,8 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
         assert f"worker {it['rank']}: {it['message']}" in caplog.messages
     stacks = (output / results.STACKS / "0.txt").read_text()
     assert "no update for 1" in stacks
-    assert "in backward" in stacks
+    # In the gradients' exchange, or in the one before: who was stopped may not have sent its part.
+    assert re.search(r'training/loop\.py", line \d+ in train$', stacks, re.MULTILINE)
 
 
 @rays
