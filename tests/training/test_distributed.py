@@ -601,7 +601,7 @@ def test_rays_workers_are_started_again_when_one_stands_still(alone, tmp_path, r
     stacks = (output / results.STACKS / "0.txt").read_text()
     assert "no update for 1" in stacks
     # In the gradients' exchange, or in the one before: who was stopped may not have sent its part.
-    assert re.search(r'training/loop\.py", line \d+ in train$', stacks, re.MULTILINE)
+    assert "in backward" in stacks or "distributed_c10d.py" in stacks
 
 
 @rays
