@@ -2,7 +2,8 @@
 
 Every stage learns for a few updates, as its recipe has it otherwise, on fewer scenes. The median
 speed of the later ones says how long all of its pictures take; encoding is counted by the scene.
-Beside it stands how fast the machine multiplied matrices before and after: shared ones vary.
+Beside it stands how fast the machine multiplied matrices before and after. Shared machines vary by
+more than that tells, for a small network waits for memory: hold recipes against each other.
 Recipes share stages, and each is measured once. What a training does besides, held-out losses and
 previews, is not in it: less than a hundredth.
 """
